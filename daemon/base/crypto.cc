@@ -1,0 +1,92 @@
+#include "daemon/base/crypto.h"
+
+#include <openssl/core_names.h>
+#include <openssl/crypto.h>
+#include <openssl/evp.h>
+#include <openssl/kdf.h>
+#include <openssl/params.h>
+#include <openssl/rand.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+
+namespace kvferry {
+namespace {
+
+void demand(bool ok, const char* call) {
+  if (ok) return;
+  std::fprintf(stderr, "kvferry: libcrypto: %s failed\n", call);
+  std::abort();
+}
+
+struct Free {
+  void operator()(EVP_MD_CTX* p) const { EVP_MD_CTX_free(p); }
+  void operator()(EVP_MAC_CTX* p) const { EVP_MAC_CTX_free(p); }
+  void operator()(EVP_KDF_CTX* p) const { EVP_KDF_CTX_free(p); }
+  void operator()(EVP_MAC* p) const { EVP_MAC_free(p); }
+  void operator()(EVP_KDF* p) const { EVP_KDF_free(p); }
+};
+
+// Fetching an algorithm costs microseconds, so each thread keeps its context.
+EVP_MAC_CTX* mac_context() {
+  thread_local std::unique_ptr<EVP_MAC, Free> mac(EVP_MAC_fetch(nullptr, "HMAC", nullptr));
+  thread_local std::unique_ptr<EVP_MAC_CTX, Free> context(EVP_MAC_CTX_new(mac.get()));
+  demand(context != nullptr, "EVP_MAC_CTX_new");
+  return context.get();
+}
+
+}  // namespace
+
+Sha256 sha256(std::initializer_list<Bytes> pieces) {
+  std::unique_ptr<EVP_MD_CTX, Free> context(EVP_MD_CTX_new());
+  demand(context && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) == 1, "EVP_DigestInit");
+  for (Bytes piece : pieces)
+    demand(EVP_DigestUpdate(context.get(), piece.data(), piece.size()) == 1, "EVP_DigestUpdate");
+  Sha256 out{};
+  demand(EVP_DigestFinal_ex(context.get(), out.data(), nullptr) == 1, "EVP_DigestFinal");
+  return out;
+}
+
+Sha256 hmac_sha256(Bytes key, std::initializer_list<Bytes> pieces) {
+  EVP_MAC_CTX* context = mac_context();
+  char digest[] = "SHA256";
+  const OSSL_PARAM params[] = {
+      OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
+      OSSL_PARAM_construct_end()};
+  demand(EVP_MAC_init(context, key.data(), key.size(), params) == 1, "EVP_MAC_init");
+  for (Bytes piece : pieces)
+    demand(EVP_MAC_update(context, piece.data(), piece.size()) == 1, "EVP_MAC_update");
+  Sha256 out{};
+  std::size_t size = 0;
+  demand(EVP_MAC_final(context, out.data(), &size, out.size()) == 1 && size == out.size(),
+         "EVP_MAC_final");
+  return out;
+}
+
+void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out) {
+  std::unique_ptr<EVP_KDF, Free> kdf(EVP_KDF_fetch(nullptr, "HKDF", nullptr));
+  std::unique_ptr<EVP_KDF_CTX, Free> context(EVP_KDF_CTX_new(kdf.get()));
+  demand(context != nullptr, "EVP_KDF_CTX_new");
+  char digest[] = "SHA256";
+  auto octets = [](const char* name, Bytes bytes) {
+    // The parameter type is not const, the call does not write.
+    return OSSL_PARAM_construct_octet_string(name, const_cast<uint8_t*>(bytes.data()),
+                                             bytes.size());
+  };
+  const OSSL_PARAM params[] = {
+      OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
+      octets(OSSL_KDF_PARAM_KEY, secret), octets(OSSL_KDF_PARAM_SALT, salt),
+      octets(OSSL_KDF_PARAM_INFO, info), OSSL_PARAM_construct_end()};
+  demand(EVP_KDF_derive(context.get(), out.data(), out.size(), params) == 1, "EVP_KDF_derive");
+}
+
+bool equal_constant_time(Bytes a, Bytes b) {
+  return a.size() == b.size() && CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0;
+}
+
+void random_bytes(std::span<uint8_t> out) {
+  demand(RAND_bytes(out.data(), static_cast<int>(out.size())) == 1, "RAND_bytes");
+}
+
+}  // namespace kvferry

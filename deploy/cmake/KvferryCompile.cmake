@@ -1,0 +1,32 @@
+# Compiler settings shared by every target of the project.
+find_program(KVFERRY_CCACHE ccache)
+if(KVFERRY_CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+  # The base directory makes objects shareable between build directories.
+  set(CMAKE_CXX_COMPILER_LAUNCHER
+      ${CMAKE_COMMAND} -E env CCACHE_BASEDIR=${CMAKE_SOURCE_DIR} CCACHE_NOHASHDIR=1 ${KVFERRY_CCACHE})
+endif()
+
+add_library(kvferry_flags INTERFACE)
+target_include_directories(kvferry_flags INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_options(
+  kvferry_flags
+  INTERFACE -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion -Wold-style-cast
+            -Wnon-virtual-dtor -Woverloaded-virtual)
+if(KVFERRY_WERROR)
+  target_compile_options(kvferry_flags INTERFACE -Werror)
+endif()
+if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  target_compile_options(kvferry_flags INTERFACE -Wthread-safety)
+endif()
+
+if(KVFERRY_SANITIZE)
+  add_compile_options(-fsanitize=${KVFERRY_SANITIZE} -fno-omit-frame-pointer)
+  add_link_options(-fsanitize=${KVFERRY_SANITIZE})
+endif()
+
+# kvferry_library(NAME SOURCES... LIBS...): a static library inside the project.
+function(kvferry_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;LIBS" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(${name} PUBLIC kvferry_flags ${ARG_LIBS})
+endfunction()

@@ -1,0 +1,63 @@
+#include <catch2/catch.hpp>
+
+#include "daemon/base/crypto.h"
+#include "daemon/base/ids.h"
+#include "daemon/base/reason.h"
+#include "daemon/base/result.h"
+#include "daemon/base/units.h"
+
+using namespace kvferry;
+
+TEST_CASE("hmac and hkdf match their published vectors") {
+  // RFC 4231 test case 2 and RFC 5869 test case 1.
+  CHECK(to_hex(hmac_sha256(bytes_of("Jefe"), {bytes_of("what do ya "), bytes_of("want for nothing?")})) ==
+        "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+  std::array<uint8_t, 22> secret{};
+  secret.fill(0x0b);
+  std::array<uint8_t, 13> salt{};
+  std::array<uint8_t, 10> info{};
+  REQUIRE(from_hex("000102030405060708090a0b0c", salt));
+  REQUIRE(from_hex("f0f1f2f3f4f5f6f7f8f9", info));
+  std::array<uint8_t, 42> out{};
+  hkdf_sha256(secret, salt, info, out);
+  CHECK(to_hex(out) ==
+        "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865");
+  CHECK(to_hex(sha256({bytes_of("a"), bytes_of("bc")})) ==
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+}
+
+TEST_CASE("base64url takes back only what it gives") {
+  for (std::string_view text : {"", "a", "ab", "abc", "abcd"}) {
+    const std::string encoded = to_base64url(bytes_of(text));
+    std::string back = "unchanged";
+    REQUIRE(from_base64url(encoded, back));
+    CHECK(back == text);
+  }
+  std::string out = "unchanged";
+  CHECK_FALSE(from_base64url("A", out));
+  CHECK_FALSE(from_base64url("AB+/", out));
+  CHECK_FALSE(from_base64url("AB", out));  // the spare bits are not zero
+  CHECK(out == "unchanged");
+}
+
+TEST_CASE("checked arithmetic notices overflow and time saturates") {
+  uint64_t out = 0;
+  CHECK_FALSE(checked_mul(uint64_t{1} << 63, 2, out));
+  CHECK_FALSE(checked_add(~uint64_t{0}, 1, out));
+  CHECK(ceil_div(~uint64_t{0}, 2) == uint64_t{1} << 63);
+  CHECK(Time::never() + std::chrono::seconds(1) == Time::never());
+  CHECK(intersect({2, 5}, {5, 9}).empty());
+}
+
+TEST_CASE("every reason has a name and unknown numbers become PROTOCOL") {
+  for (uint16_t i = 0; i < kReasonCount; ++i)
+    CHECK(name_of(static_cast<Reason>(i)) != "UNKNOWN");
+  CHECK(reason_from_wire(kReasonCount) == Reason::kProtocol);
+  CHECK(reason_from_wire(65535) == Reason::kProtocol);
+}
+
+TEST_CASE("an error names code, reason and field") {
+  const Status status = invalid("groups[1].block_ids[3]", "BLOCK_OUT_OF_RANGE", "17 of 16");
+  CHECK(status.error().to_string() ==
+        "INVALID_ARGUMENT BLOCK_OUT_OF_RANGE groups[1].block_ids[3]: 17 of 16");
+}
