@@ -1,0 +1,103 @@
+// What operators see of the engine: copies of its state, made on its thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "daemon/base/ids.h"
+#include "daemon/base/reason.h"
+#include "daemon/base/units.h"
+#include "daemon/engine/commands.h"
+
+namespace kvferry::engine {
+
+struct TransferView {
+  WorkerId worker;
+  uint64_t client_handle = 0;
+  Role role = Role::kSender;
+  std::string instance;
+  std::string id;              // as given; may hold any bytes
+  std::string hash;            // short hash, safe to log
+  uint32_t rank = 0;
+  TransferState state = TransferState::kOpen;
+  Reason reason = Reason::kNone;
+  bool released = false;
+  bool memory_in_use = false;
+  uint64_t bytes_done = 0;
+  uint64_t bytes_total = 0;
+  uint32_t legs = 0;
+  uint32_t legs_ended = 0;
+  Duration age{};
+};
+
+struct LaneView {
+  uint32_t lane = 0;
+  uint32_t epoch = 0;
+  bool up = false;
+};
+struct LinkView {
+  LinkId link;
+  std::string node;
+  BootId boot;
+  bool initiator = false;
+  std::vector<LaneView> lanes;
+  uint64_t chunk_bytes = 0;
+  uint32_t legs_out = 0;       // as sender
+  uint32_t legs_in = 0;        // as receiver
+  uint32_t parked = 0;
+  Duration silent_for{};
+};
+
+// Bytes by state; they add up to the arena's size.
+struct ArenaView {
+  uint64_t total_bytes = 0;
+  uint64_t free_bytes = 0;
+  uint64_t granted_bytes = 0;
+  uint64_t landing_bytes = 0;
+  uint64_t landed_bytes = 0;
+  uint64_t scattering_bytes = 0;
+  uint64_t quarantined_bytes = 0;
+  uint64_t staging_bytes = 0;
+  uint32_t regions = 0;
+};
+
+struct EngineSnapshot {
+  std::vector<TransferView> transfers;
+  std::vector<LinkView> links;
+  ArenaView arena;
+  uint32_t workers = 0;
+  bool draining = false;
+};
+
+// Why a message or offer had no effect; each is a counter.
+enum class DropCause : uint8_t {
+  kOldEpoch,
+  kUnknownLink,
+  kUnknownPull,
+  kDuplicate,
+  kProtocol,
+  kProof,
+  kLimit,
+  kLate,
+};
+inline constexpr uint8_t kDropCauseCount = 8;
+
+struct EngineStats {
+  uint64_t dropped[kDropCauseCount] = {};
+  uint64_t lane_downs = 0;
+  uint64_t links_lost = 0;
+  uint64_t resyncs = 0;
+  uint64_t offers_sent = 0;
+  uint64_t offers_accepted = 0;
+  uint64_t offers_refused = 0;
+  uint64_t credits_granted = 0;
+  uint64_t credits_withdrawn = 0;
+  uint64_t quarantines = 0;
+  uint64_t chunks_gathered = 0;
+  uint64_t chunks_scattered = 0;
+  uint64_t bytes_sent = 0;       // acknowledged by receivers
+  uint64_t bytes_received = 0;   // scattered
+};
+
+}  // namespace kvferry::engine
