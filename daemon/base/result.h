@@ -60,7 +60,7 @@ tl::unexpected<Error> fail_errno(std::string reason, std::string_view call, int 
 // Returns the error of `expr` (a Status or Result) from the enclosing function.
 #define KVFERRY_RETURN_IF_ERROR(expr)                                                 \
   do {                                                                                \
-    if (auto kvferry_status_ = (expr); !kvferry_status_)                              \
+    if (auto&& kvferry_status_ = (expr); !kvferry_status_)                            \
       return tl::unexpected<::kvferry::Error>(std::move(kvferry_status_).error());    \
   } while (false)
 

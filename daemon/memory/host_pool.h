@@ -1,0 +1,70 @@
+// A worker's KV memory in host shared memory, imported from a file descriptor. The worker is not
+// trusted: it may hand over any descriptor, and keeps one of its own with which it can punch holes.
+// So the descriptor is checked before it is mapped, and every copy from or to the pool runs under
+// the guard of fault_guard.h; a fault ends the pool.
+//
+// Shared: the registration holds one reference and each copy under way another, so the mapping
+// lasts until the last copy has ended. All functions may be called from any thread.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "daemon/base/result.h"
+#include "daemon/base/unique_fd.h"
+
+namespace kvferry::memory {
+
+struct HostPoolLimits {
+  uint64_t max_bytes = uint64_t{1} << 46;  // what the worker may still register
+};
+
+class HostPool {
+ public:
+  // Checks `fd` and maps its first `bytes` for reading and writing. `field` names the descriptor in
+  // errors. All are INVALID_ARGUMENT except the last two:
+  //   POOL_SIZE_INVALID     bytes is 0 or beyond what can be mapped
+  //   POOL_NOT_A_FILE       no regular file, or a descriptor without access (O_PATH)
+  //   POOL_NOT_WRITABLE     not opened for reading and writing, or sealed against writing
+  //   POOL_WRONG_FILESYSTEM neither tmpfs nor hugetlbfs
+  //   POOL_NOT_SEALED       can still be shrunk
+  //   POOL_TOO_SMALL        the file is smaller than `bytes`
+  //   POOL_SPARSE           some of the file's blocks are not allocated
+  //   POOL_LIMIT            RESOURCE_EXHAUSTED: larger than limits.max_bytes
+  //   POOL_MAP_FAILED       INTERNAL: the kernel refused a call; the text says which
+  static Result<std::shared_ptr<HostPool>> import(UniqueFd fd, uint64_t bytes,
+                                                  const HostPoolLimits& limits = {},
+                                                  std::string field = "pools");
+
+  ~HostPool();
+  HostPool(const HostPool&) = delete;
+  HostPool& operator=(const HostPool&) = delete;
+
+  std::byte* base() const { return base_; }
+  uint64_t bytes() const { return bytes_; }
+  bool contains(const void* address) const;
+
+  // Set when a copy faulted, never cleared: nothing is copied from or to the pool any more.
+  bool failed() const { return failed_.load(std::memory_order_acquire); }
+  void mark_failed() { failed_.store(true, std::memory_order_release); }
+
+  // Whether all blocks are still allocated. A hole punched since the import costs the daemon memory
+  // when it is read, so a registry may end the pool on false. One fstat.
+  bool still_allocated() const;
+
+ private:
+  HostPool(UniqueFd fd, std::byte* base, uint64_t bytes, uint64_t mapped_bytes)
+      : fd_(std::move(fd)), base_(base), bytes_(bytes), mapped_bytes_(mapped_bytes) {}
+
+  const UniqueFd fd_;
+  std::byte* const base_;
+  const uint64_t bytes_;
+  const uint64_t mapped_bytes_;  // rounded up to the file's page size
+  std::atomic<bool> failed_{false};
+};
+
+}  // namespace kvferry::memory
