@@ -1,0 +1,213 @@
+// The main process's side of the rails: starts `kvferry-rails`, hands it the arena segments, sends it
+// commands and turns its records into calls of a RailsEvents. Links no UCX. Everything that comes
+// from the process is taken as hostile: an impossible index or record ends it.
+//
+// Used by exactly one thread, the one that also starts it (the child dies with that thread). Nothing
+// here blocks except start, which waits for nothing but exec, and the destructor, which waits for the
+// process's exit for at most a second.
+//
+// Owns the child process, the shared memory of its rings and slots, and duplicates of the segments'
+// descriptors.
+#pragma once
+
+#include <poll.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "daemon/base/ids.h"
+#include "daemon/base/result.h"
+#include "daemon/base/units.h"
+#include "daemon/rails/records.h"
+#include "daemon/rails/ucx_environment.h"
+
+namespace kvferry::rails {
+
+// One endpoint to a peer's rail, named by the main process; a key is never used for a second
+// endpoint. Not zero.
+using LaneKey = Id<struct LaneKeyTag>;
+// Names one send. Not zero; free for use again after on_send_ended.
+using SendToken = Id<struct SendTokenTag>;
+
+// A piece of one arena segment.
+struct Region {
+  uint32_t segment = 0;  // index in the list given to RailsClient
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
+};
+
+struct RailSpec {
+  std::string transport;  // "tcp" or "shm"
+  std::string device;     // network device such as "lo"; empty: whichever UCX takes
+};
+
+struct RailsConfig {
+  // Empty: `kvferry-rails` beside the running executable, else ../libexec/kvferry/kvferry-rails.
+  std::string executable;
+  std::vector<RailSpec> rails;
+  UcxSettings ucx;
+  Duration spin = std::chrono::microseconds(20);  // longest spin of a rail's thread before it sleeps
+  Limits limits;
+  Duration ready_timeout = std::chrono::seconds(15);  // from start to on_ready
+  Duration backoff_first = std::chrono::milliseconds(100);
+  Duration backoff_limit = std::chrono::seconds(10);
+  // "NAME=value" lines set last, past the deny list; for tests, never from a configuration file.
+  std::vector<std::string> unchecked_environment;
+};
+
+// A memfd that the rails map, sealed against shrinking.
+struct Segment {
+  int fd = -1;
+  uint64_t bytes = 0;
+};
+
+struct RailInfo {
+  std::string transport;
+  std::string device;
+  std::vector<uint8_t> address;  // for the handshake: what a peer's connect() takes
+  uint16_t tcp_port = 0;         // listening port; 0 where there is none
+};
+
+struct RailsReady {
+  // UCX's release; peers with another major.minor are refused by the handshake.
+  uint32_t ucx_major = 0;
+  uint32_t ucx_minor = 0;
+  uint32_t ucx_release = 0;
+  std::vector<RailInfo> rails;
+};
+
+struct RailsExit {
+  bool exited = false;   // else killed by `signal`
+  int status = 0;        // exit status; 78: a setting did not pass the self-test
+  int signal = 0;
+  std::string why;       // the process's last words or ours; printable, bounded
+  Time restart_at;       // when poll() starts it again
+};
+
+struct OfferIn {
+  uint32_t rail = 0;
+  DescriptorId descriptor;          // zero: arrived eagerly, which is a protocol error; nothing is held
+  std::span<const uint8_t> header;  // private copy, valid during the call
+  uint64_t data_bytes = 0;
+};
+
+// What happened. The handler may call the client's connect, close, send_*, accept and drop.
+class RailsEvents {
+ public:
+  virtual ~RailsEvents() = default;
+  // All rails have passed their self-test and listen. Once per life of the process.
+  virtual void on_ready(const RailsReady& ready) = 0;
+  // The endpoint exists and may be sent on; says nothing about the peer.
+  virtual void on_connected(LaneKey lane) = 0;
+  // No endpoint was made; the key is forgotten.
+  virtual void on_connect_failed(LaneKey lane, int status) = 0;
+  // UCX has given the endpoint up. close() it; its requests end by themselves or by the close.
+  virtual void on_lane_error(LaneKey lane, int status) = 0;
+  // The answer to close(): the endpoint is gone and every send on it and every receive accepted under
+  // it has been told. The key is forgotten.
+  virtual void on_closed(LaneKey lane) = 0;
+  // `message` is a private copy, valid during the call. Whose it is only its tag can say.
+  virtual void on_control(uint32_t rail, std::span<const uint8_t> message) = 0;
+  virtual void on_offer(const OfferIn& offer) = 0;
+  // Nobody reads the region (or message) any more. `ok` says nothing about delivery.
+  virtual void on_send_ended(SendToken token, bool ok) = 0;
+  // Nobody writes the region any more; `ok`: it holds `bytes` of the offer.
+  virtual void on_receive_ended(LandingId landing, bool ok, uint64_t bytes) = 0;
+  // The process is gone. Every lane, descriptor, send and receive is over by this evidence; no other
+  // call is made for them.
+  virtual void on_died(const RailsExit& exit) = 0;
+};
+
+struct RailStats {
+  uint64_t ticks = 0;
+  uint64_t sleeps = 0;
+  uint64_t spins = 0;
+  uint64_t messages_sent = 0;
+  uint64_t messages_received = 0;
+  uint64_t offers_sent = 0;
+  uint64_t offers_received = 0;
+  uint64_t bytes_sent = 0;
+  uint64_t bytes_received = 0;
+  uint64_t dropped = 0;
+  uint64_t refused = 0;
+  uint64_t held_offers = 0;
+  uint64_t operations = 0;
+};
+
+class RailsClient {
+ public:
+  enum class Phase : uint8_t {
+    kStopped,   // never started, or stop() was called
+    kStarting,  // runs, not ready
+    kReady,
+    kWaiting,   // died; poll() starts it again when its back-off is over
+  };
+
+  // Fails with RAILS_CONFIG_INVALID, UCX_OVERRIDE_DENIED, UCX_OVERRIDE_INVALID, PORT_RANGE_INVALID,
+  // SEGMENT_INVALID (not sealed against shrinking, smaller than told, too many) or RAILS_NOT_FOUND.
+  static Result<std::unique_ptr<RailsClient>> make(RailsConfig config,
+                                                   std::span<const Segment> segments);
+  ~RailsClient();
+  RailsClient(const RailsClient&) = delete;
+  RailsClient& operator=(const RailsClient&) = delete;
+
+  // Spawns the process. Fails with RAILS_SPAWN_FAILED; no restart is then planned.
+  Status start(Time now);
+  // Ends the process and everything under way, without events. Idempotent; waits at most a second.
+  void stop();
+  // SIGKILL; on_died follows from poll(). For a receive that does not end (last resort).
+  void kill(std::string_view why);
+
+  Phase phase() const;
+  // The readable ends to poll: doorbells, channel, process. Changes when generation() does.
+  std::vector<pollfd> pollfds() const;
+  uint64_t generation() const;
+  // The moment poll() has something to do without any descriptor being readable.
+  Time next_wakeup() const;
+  // Before the thread sleeps on pollfds(): true if nothing is waiting and a doorbell will ring; false:
+  // call poll() first.
+  bool prepare_wait();
+  // Hands at most `max_records` records to `events`, notices the process's death, restarts it.
+  // Returns how many records were handed over.
+  uint32_t poll(Time now, RailsEvents& events, uint32_t max_records = 1024);
+
+  // --- Commands. All fail with RAILS_DOWN when the process is not ready, RAILS_BUSY when a ring, the
+  // slots or the operations are used up (give the lane up or try later), LANE_UNKNOWN for a lane that
+  // is not connecting or connected, or that closes.
+
+  // `rail` is the one the endpoint is made on; `address` is the peer's RailInfo::address. Answered by
+  // on_connected or on_connect_failed. LANE_EXISTS for a key in use, ADDRESS_INVALID for its size.
+  Status connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address);
+  // Answered by on_closed. Never fails for want of room.
+  Status close(LaneKey lane);
+  // Copies `message` (at most kLargeSlotBytes). Answered by on_send_ended.
+  Status send_control(LaneKey lane, std::span<const uint8_t> message, SendToken token);
+  // Offers the region's bytes under `header` (1 to kMaxOfferHeaderBytes, copied). The region must
+  // not change until on_send_ended.
+  Status send_offer(LaneKey lane, std::span<const uint8_t> header, Region region, SendToken token);
+  // Posts a receive of exactly the offer's data_bytes into the region; `lane` is the one that the
+  // offer came by, whose close ends the receive. The descriptor is used up, also on an error answer
+  // by on_receive_ended. OFFER_UNKNOWN if it is not held.
+  Status accept(DescriptorId descriptor, LaneKey lane, Region region, LandingId landing);
+  // Never fails for want of room. OFFER_UNKNOWN if it is not held.
+  Status drop(DescriptorId descriptor);
+
+  // --- Looking on.
+  uint32_t rail_count() const;
+  RailStats stats(uint32_t rail) const;  // zeros while no process runs
+  // Records that named what does not exist; each is ignored.
+  uint64_t bogus_records() const;
+  uint64_t restarts() const;
+  int pid() const;  // -1 while no process runs
+
+ private:
+  class Impl;
+  explicit RailsClient(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvferry::rails
