@@ -1,0 +1,279 @@
+#include "client/bench/daemons.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/pidfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <sstream>
+
+extern char** environ;
+
+namespace kvferry::bench {
+namespace {
+
+using client::Code;
+using client::Error;
+using Clock = std::chrono::steady_clock;
+
+Error failed(std::string reason, std::string message) {
+  return Error{Code::kUnavailable, std::move(reason), std::move(message), {}};
+}
+
+int local_socket(uint16_t port, sockaddr_in& address) {
+  address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  address.sin_port = htons(port);
+  return ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+}
+
+// A port that was free a moment ago; a daemon that finds it taken says so and the bench fails.
+uint16_t free_port() {
+  sockaddr_in address{};
+  const int fd = local_socket(0, address);
+  socklen_t size = sizeof address;
+  const bool bound = ::bind(fd, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
+                     ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0;
+  ::close(fd);
+  return bound ? ntohs(address.sin_port) : uint16_t{0};
+}
+
+// One HTTP/1.0 request to a local port; the body, or nothing unless the answer is 200.
+std::string http_get(uint16_t port, const std::string& path) {
+  sockaddr_in address{};
+  const int fd = local_socket(port, address);
+  const timeval limit{2, 0};
+  ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+  ::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
+  std::string answer;
+  const std::string request = "GET " + path + " HTTP/1.0\r\nHost: localhost\r\n\r\n";
+  if (::connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0 &&
+      ::send(fd, request.data(), request.size(), MSG_NOSIGNAL) ==
+          static_cast<ssize_t>(request.size())) {
+    char buffer[65536];
+    for (ssize_t got = 0; (got = ::recv(fd, buffer, sizeof buffer, 0)) > 0;)
+      answer.append(buffer, static_cast<std::size_t>(got));
+  }
+  ::close(fd);
+  const std::size_t body = answer.find("\r\n\r\n");
+  if (body == std::string::npos || answer.find(" 200 ") > 16) return {};
+  return answer.substr(body + 4);
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream in(path);
+  std::stringstream text;
+  text << in.rdbuf();
+  return text.str();
+}
+
+// User and system seconds of one process.
+double process_seconds(pid_t pid) {
+  const std::string stat = read_file("/proc/" + std::to_string(pid) + "/stat");
+  const std::size_t paren = stat.rfind(')');
+  if (paren == std::string::npos) return 0;
+  std::istringstream fields(stat.substr(paren + 2));
+  std::string skip;
+  for (int i = 0; i < 11; ++i) fields >> skip;
+  double user = 0;
+  double system = 0;
+  fields >> user >> system;
+  return (user + system) / static_cast<double>(::sysconf(_SC_CLK_TCK));
+}
+
+std::string tail_of(const std::string& path) {
+  const std::string text = read_file(path);
+  return text.substr(text.size() > 3000 ? text.size() - 3000 : 0);
+}
+
+std::vector<pid_t> children_of(pid_t pid) {
+  std::vector<pid_t> out;
+  std::error_code error;
+  const std::string tasks = "/proc/" + std::to_string(pid) + "/task";
+  for (const auto& task : std::filesystem::directory_iterator(tasks, error)) {
+    std::istringstream children(read_file(task.path().string() + "/children"));
+    for (pid_t child = 0; children >> child;) out.push_back(child);
+  }
+  return out;
+}
+
+// Waits at most `ms` for the end of a child; its status, or nothing.
+std::optional<int> wait_for_end(pid_t pid, int ms) {
+  const int fd = ::pidfd_open(pid, 0);
+  pollfd ended{fd, POLLIN, 0};
+  const bool over = fd >= 0 && ::poll(&ended, 1, ms) > 0;
+  if (fd >= 0) ::close(fd);
+  int status = 0;
+  if (!over || ::waitpid(pid, &status, 0) != pid) return std::nullopt;
+  return status;
+}
+
+}  // namespace
+
+// ---- one daemon --------------------------------------------------------------------------------
+
+Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& directory,
+                                                            const Identity& identity,
+                                                            const DaemonOptions& options) {
+  std::unique_ptr<DaemonProcess> daemon(new DaemonProcess);
+  const std::string base = directory + "/" + identity.name;
+  daemon->socket_ = base + ".sock";
+  daemon->admin_ = base + ".admin";
+  daemon->log_ = base + ".log";
+  daemon->http_port_ = free_port();
+  std::ofstream(base + ".toml")
+      << "config_version = 1\n[node]\nid = \"" << identity.name << "\"\n[[socket]]\npath = \""
+      << daemon->socket_ << "\"\n[admin]\nsocket = \"" << daemon->admin_
+      << "\"\n[http]\nport = " << daemon->http_port_ << "\n[peer]\nlisten = \"127.0.0.1:"
+      << identity.peer_port << "\"\n[[peers]]\nidentity = \"" << identity.other
+      << "\"\naddresses = [\"127.0.0.1:" << identity.other_port << "\"]\n[rails]\ntransports = [\""
+      << options.path << "\"]\n";
+  std::vector<std::string> words = {options.binary_directory + "/kvferryd", "--config",
+                                    base + ".toml"};
+  for (const std::string& setting : options.settings) {
+    words.push_back("--set");
+    words.push_back(setting);
+  }
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, daemon->log_.c_str(),
+                                   O_WRONLY | O_CREAT | O_APPEND, 0600);
+  posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
+  const int error = posix_spawn(&daemon->pid_, argv[0], &actions, nullptr, argv.data(), environ);
+  posix_spawn_file_actions_destroy(&actions);
+  if (error != 0) {
+    daemon->pid_ = -1;
+    return failed("DAEMON_SPAWN", "cannot start " + words[0]);
+  }
+  return daemon;
+}
+
+DaemonProcess::~DaemonProcess() { terminate(); }
+
+Status DaemonProcess::wait_until_serving() {
+  const Clock::time_point limit = Clock::now() + std::chrono::seconds(30);
+  while (http("/readyz").empty()) {
+    if (wait_for_end(pid_, 0)) {
+      pid_ = -1;
+      return failed("DAEMON_ENDED", "a daemon ended at once\n" + log_tail());
+    }
+    if (Clock::now() > limit)
+      return failed("DAEMON_NOT_READY", "a daemon is not ready after 30 s\n" + log_tail());
+    ::poll(nullptr, 0, 20);  // between two questions
+  }
+  return {};
+}
+
+int DaemonProcess::terminate() {
+  if (pid_ <= 0) return 0;
+  ::kill(pid_, SIGTERM);
+  const std::optional<int> status = wait_for_end(pid_, 10'000);
+  if (!status) {
+    kill_now();
+    return -1;
+  }
+  pid_ = -1;
+  return WIFEXITED(*status) ? WEXITSTATUS(*status) : -1;
+}
+
+void DaemonProcess::kill_now() {
+  if (pid_ <= 0) return;
+  ::kill(pid_, SIGKILL);
+  ::waitpid(pid_, nullptr, 0);
+  pid_ = -1;
+}
+
+pid_t DaemonProcess::rails_pid() const {
+  for (pid_t child : children_of(pid_)) {
+    if (read_file("/proc/" + std::to_string(child) + "/comm").starts_with("kvferry-rails"))
+      return child;
+  }
+  return -1;
+}
+
+double DaemonProcess::cpu_seconds() const {
+  double seconds = process_seconds(pid_);
+  for (pid_t child : children_of(pid_)) seconds += process_seconds(child);
+  return seconds;
+}
+
+std::string DaemonProcess::http(const std::string& path) const {
+  return http_get(http_port_, path);
+}
+
+Result<Metrics> DaemonProcess::metrics() const {
+  std::istringstream page(http("/metrics"));
+  Metrics metrics;
+  for (std::string line; std::getline(page, line);) {
+    const std::size_t space = line.rfind(' ');
+    if (line.empty() || line[0] == '#' || space == std::string::npos) continue;
+    metrics[line.substr(0, space)] = std::strtod(line.c_str() + space, nullptr);
+  }
+  if (metrics.empty()) return failed("DAEMON_METRICS", "a daemon answers no metrics");
+  return metrics;
+}
+
+std::string DaemonProcess::log_tail() const { return "--- " + log_ + "\n" + tail_of(log_); }
+
+// ---- two ---------------------------------------------------------------------------------------
+
+Result<std::unique_ptr<DaemonPair>> DaemonPair::start(const DaemonOptions& options) {
+  std::unique_ptr<DaemonPair> pair(new DaemonPair);
+  char directory[] = "/tmp/kvferry-pair.XXXXXX";
+  if (::mkdtemp(directory) == nullptr) return failed("DAEMON_DIRECTORY", "mkdtemp failed");
+  pair->directory_ = directory;
+  pair->options_ = options;
+  const std::string names[2] = {"sender", "receiver"};
+  const uint16_t ports[2] = {free_port(), free_port()};
+  for (int side = 0; side < 2; ++side)
+    pair->identities_[side] = {names[side], ports[side], names[1 - side], ports[1 - side]};
+  for (int side = 0; side < 2; ++side) {
+    auto daemon = DaemonProcess::start(pair->directory_, pair->identities_[side], options);
+    if (!daemon) return daemon.error();
+    pair->sides_[side] = std::move(*daemon);
+  }
+  for (int side = 0; side < 2; ++side)
+    if (Status serving = pair->sides_[side]->wait_until_serving(); !serving) return serving.error();
+  return pair;
+}
+
+DaemonPair::~DaemonPair() {
+  for (auto& side : sides_)
+    if (side && side->pid() > 0) ::kill(side->pid(), SIGTERM);  // both at once
+  for (auto& side : sides_) side.reset();
+  std::error_code error;
+  if (!directory_.empty()) std::filesystem::remove_all(directory_, error);
+}
+
+Status DaemonPair::restart(int side) {
+  sides_[side].reset();
+  auto daemon = DaemonProcess::start(directory_, identities_[side], options_);
+  if (!daemon) return daemon.error();
+  sides_[side] = std::move(*daemon);
+  return sides_[side]->wait_until_serving();
+}
+
+std::string DaemonPair::log_tail() const {
+  std::string out;
+  for (const auto& side : sides_)
+    if (side) out += side->log_tail();
+  return out;
+}
+
+}  // namespace kvferry::bench

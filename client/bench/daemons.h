@@ -1,0 +1,100 @@
+// Daemons as child processes: one (DaemonProcess), or two joined over a path (DaemonPair), in a
+// private directory that goes with them. Used by the bench and by the tests of real processes.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvferry/result.h"
+
+namespace kvferry::bench {
+
+using client::Result;
+using client::Status;
+
+// Sums of one scrape: metric with labels -> value.
+using Metrics = std::map<std::string, double>;
+
+struct DaemonOptions {
+  std::string path = "tcp";           // "tcp" or "shm"
+  std::string binary_directory;       // where kvferryd and kvferry-rails are
+  std::vector<std::string> settings;  // "section.key=value"
+};
+
+class DaemonProcess {
+ public:
+  struct Identity {
+    std::string name;                 // node id; names its files too
+    uint16_t peer_port = 0;
+    std::string other;                // the one peer that it may talk to
+    uint16_t other_port = 0;
+  };
+  // Writes the configuration into `directory` and starts the daemon; does not wait for it.
+  static Result<std::unique_ptr<DaemonProcess>> start(const std::string& directory,
+                                                      const Identity& identity,
+                                                      const DaemonOptions& options);
+  // SIGTERM, at most 10 s of patience, then SIGKILL.
+  ~DaemonProcess();
+  DaemonProcess(const DaemonProcess&) = delete;
+  DaemonProcess& operator=(const DaemonProcess&) = delete;
+
+  // At most 30 s until /readyz says yes; an error as soon as the process ends.
+  Status wait_until_serving();
+  // Sends SIGTERM and waits; the exit status, or -1 if it had to be killed.
+  int terminate();
+  // SIGKILL, and waits for the end.
+  void kill_now();
+
+  pid_t pid() const { return pid_; }
+  // The rails process; -1 while there is none.
+  pid_t rails_pid() const;
+  const std::string& socket() const { return socket_; }
+  const std::string& admin_socket() const { return admin_; }
+  uint16_t http_port() const { return http_port_; }
+  // CPU seconds used so far, the rails process's included.
+  double cpu_seconds() const;
+  Result<Metrics> metrics() const;
+  // Body of a GET that was answered 200, else empty.
+  std::string http(const std::string& path) const;
+  std::string log_tail() const;
+
+ private:
+  DaemonProcess() = default;
+  pid_t pid_ = -1;
+  std::string socket_;
+  std::string admin_;
+  std::string log_;
+  uint16_t http_port_ = 0;
+};
+
+// A sender's and a receiver's daemon.
+class DaemonPair {
+ public:
+  // Starts both and waits until they serve.
+  static Result<std::unique_ptr<DaemonPair>> start(const DaemonOptions& options);
+  ~DaemonPair();
+  DaemonPair(const DaemonPair&) = delete;
+  DaemonPair& operator=(const DaemonPair&) = delete;
+
+  DaemonProcess& side(int side) { return *sides_[side]; }  // 0 sender, 1 receiver
+  const DaemonProcess& side(int side) const { return *sides_[side]; }
+  // Starts that side anew under the same name and addresses, after it has ended.
+  Status restart(int side);
+  double cpu_seconds() const { return sides_[0]->cpu_seconds() + sides_[1]->cpu_seconds(); }
+  // The end of both logs, for error reports.
+  std::string log_tail() const;
+
+ private:
+  DaemonPair() = default;
+  DaemonOptions options_;
+  std::string directory_;
+  DaemonProcess::Identity identities_[2];
+  std::unique_ptr<DaemonProcess> sides_[2];
+};
+
+}  // namespace kvferry::bench

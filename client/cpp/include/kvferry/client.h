@@ -1,0 +1,152 @@
+// libkvferry: a worker's connection to the kvferry daemon of its node.
+//
+// A Client may be used from any number of threads; poll, wait and wait_any are for one consumer at
+// a time. open_send, send, receive, claim, decline, close, commit_reuse, poll, status and signal
+// never block: operations are queued to a thread of the client, which encodes and sends them in
+// order and reports refusals as events. The others are calls that block, at most for the call's
+// timeout (AttachOptions::call_timeout).
+//
+// Who may touch which memory follows from the events alone: source pages belong to the transfer
+// from send until kSourceReleased, destination pages from receive until kDestReleased, whatever
+// else is reported in between. Each comes exactly once for a transfer that was accepted, also when
+// the daemon dies: then once its process has ended. A transfer whose operations were all refused
+// ends with kRejected and holds no memory.
+//
+// In a child after fork() the client is dead: descriptors are closed, calls fail.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kvferry/export.h"
+#include "kvferry/layout.h"
+#include "kvferry/result.h"
+#include "kvferry/types.h"
+
+namespace kvferry::client {
+
+class KVFERRY_API Client {
+ public:
+  using Deadline = std::chrono::steady_clock::time_point;
+
+  // Connects, attaches and opens the stream. Errors: INVALID_ARGUMENT NAME_INVALID,
+  // ALREADY_EXISTS NAME_IN_USE, PERMISSION_DENIED, UNAVAILABLE DAEMON_UNREACHABLE,
+  // FAILED_PRECONDITION PROTOCOL_MISMATCH, RESOURCE_EXHAUSTED.
+  static Result<std::unique_ptr<Client>> attach(AttachOptions options);
+  // Detaches: open transfers fail on the daemon's side with WORKER_LOST. Pools are unmapped.
+  ~Client();
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+
+  // ---- pools -----------------------------------------------------------------------------------
+
+  // Shared memory of `bytes`, allocated and sealed, handed to the daemon under `name` and
+  // registered. The memory is zeroed and lives as long as the client.
+  Result<PoolMemory> alloc_pool(std::string_view name, uint64_t bytes);
+  // The same for a file that the caller owns: tmpfs or hugetlbfs, sealed against shrinking, its
+  // blocks allocated. The descriptor is duplicated.
+  Status export_pool(std::string_view name, int fd, uint64_t bytes);
+  // Registers several at once, all or nothing.
+  struct PoolFile {
+    std::string name;
+    int fd = -1;
+    uint64_t bytes = 0;
+  };
+  Status register_pools(std::span<const PoolFile> pools);
+  // Waits until nothing reads or writes them any more; their transfers fail with UNREGISTERED.
+  // Memory of alloc_pool is unmapped.
+  Status unregister_pools(std::span<const std::string> names);
+
+  // ---- layouts and instances -------------------------------------------------------------------
+
+  Result<RegisteredLayout> register_layout(const LayoutRegistration& registration);
+  Status unregister_layout(const LayoutRef& layout);
+  // `key`: that of the registrations, if they had one.
+  Result<JoinedInstance> join_instance(std::string_view instance,
+                                       std::span<const std::string> cards,
+                                       const std::optional<Bytes16>& key = {});
+  Result<std::string> ticket(std::string_view instance);
+  Result<Resolution> resolve(std::string_view ticket, const std::optional<LayoutRef>& layout = {});
+
+  // ---- transfers -------------------------------------------------------------------------------
+
+  // These queue and return the transfer's handle. Errors found at once: INVALID_ARGUMENT,
+  // RESOURCE_EXHAUSTED QUEUE_FULL, UNAVAILABLE NOT_ATTACHED.
+  Result<TransferHandle> open_send(const OpenSendRequest& request);
+  Result<TransferHandle> send(const SendRequest& request);
+  Result<TransferHandle> receive(const ReceiveRequest& request);
+  Result<TransferHandle> claim(const ClaimRequest& request);
+  Status decline(const ClaimRequest& request);
+  Status commit_reuse(TransferHandle transfer, std::vector<GroupCommit> groups);
+  // The caller has seen the end and forgets the transfer: no event of it follows.
+  Status close(TransferHandle transfer);
+
+  // These block.
+  Result<CancelResult> cancel(TransferHandle transfer);
+  // Returns the indices of the slices that were dropped.
+  Result<std::vector<uint32_t>> revoke(TransferHandle transfer, uint64_t from_token);
+  // Returns the bytes reserved.
+  Result<uint64_t> reserve(const ReserveRequest& request);
+  // Aux of a completed receive; blocks only when it is longer than the control page carries.
+  Result<std::string> aux(TransferHandle transfer);
+
+  // ---- events ----------------------------------------------------------------------------------
+
+  // Takes up to events.size() events without waiting; returns how many.
+  std::size_t poll(std::span<Event> events);
+  // Waits until there are events or the deadline has passed; returns how many were taken.
+  std::size_t wait_any(std::span<Event> events, Deadline deadline);
+  // Waits until this transfer's memory is the caller's again (RELEASED) and its state is terminal,
+  // or until it was refused. Events of other transfers are kept for poll; this one's are consumed.
+  // DEADLINE_EXCEEDED WAIT_TIMEOUT; the rejection's error if it was refused.
+  Result<TransferStatus> wait(TransferHandle transfer, Deadline deadline);
+  // What the control page says now. NOT_FOUND TRANSFER_UNKNOWN.
+  Result<TransferStatus> status(TransferHandle transfer) const;
+  // Readable when poll has something to take, for event loops; call poll until it returns 0 after.
+  int event_fd() const;
+
+  // ---- timeline --------------------------------------------------------------------------------
+
+  // A word of the control page for ready conditions, starting at 0, until given back.
+  // RESOURCE_EXHAUSTED NO_WORD.
+  Result<uint32_t> alloc_word();
+  void free_word(uint32_t word);
+  // Advances a word from the CPU: stores, never goes back by itself.
+  Status signal(uint32_t word, uint64_t value);
+  // Where a word lies, to register it with a device. Null for a word out of range. Valid until
+  // kDaemonRestarted.
+  uint64_t* word_address(uint32_t word);
+  // A word that the daemon sets (DoneWord), and its value.
+  Result<uint32_t> alloc_done_word();
+  void free_done_word(uint32_t word);
+  uint64_t done_value(uint32_t word) const;
+
+  // ---- state -----------------------------------------------------------------------------------
+
+  // Attached to a living daemon.
+  bool attached() const;
+  bool draining() const;
+  // The daemon's life; changes when it is restarted.
+  Bytes16 boot_id() const;
+  ClientStats stats() const;
+
+ private:
+  class Impl;
+  explicit Client(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Random ids and secrets for transfers.
+KVFERRY_API Bytes16 random_bytes16();
+// 22 characters of base64url, for HTTP fields.
+KVFERRY_API std::string to_text(const Bytes16& bytes);
+KVFERRY_API std::optional<Bytes16> bytes16_from_text(std::string_view text);
+
+}  // namespace kvferry::client

@@ -1,0 +1,94 @@
+// The worker's end of a lifeline: one attachment to one daemon, with the control page it mapped.
+// Knows nothing of gRPC. Immutable after connect but for the memory that the daemon writes;
+// send_pools takes its own lock, everything may be called from any thread.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "daemon/base/mutex.h"
+#include "daemon/base/unique_fd.h"
+#include "kvferry/result.h"
+#include "kvferry/types.h"
+#include "proto/kvferry/control_page.h"
+#include "proto/kvferry/lifeline.h"
+
+namespace kvferry::client {
+
+// A descriptor that is close-on-exec and is closed in forked children too.
+class GuardedFd {
+ public:
+  GuardedFd() = default;
+  explicit GuardedFd(UniqueFd fd);
+  ~GuardedFd() { reset(); }
+  GuardedFd(GuardedFd&& other) noexcept = default;
+  GuardedFd& operator=(GuardedFd&& other) noexcept;
+  int get() const { return fd_.get(); }
+  explicit operator bool() const { return static_cast<bool>(fd_); }
+  void reset();
+
+ private:
+  UniqueFd fd_;
+};
+
+struct PoolToSend {
+  std::string name;
+  lifeline::PoolKind kind = lifeline::PoolKind::kHostShm;
+  uint64_t bytes = 0;
+  int fd = -1;
+};
+
+class Attachment {
+ public:
+  using Deadline = std::chrono::steady_clock::time_point;
+
+  // Connects and attaches; blocks at most options.attach_timeout. Errors as Client::attach.
+  static Result<std::shared_ptr<Attachment>> connect(const AttachOptions& options);
+  ~Attachment();
+  Attachment(const Attachment&) = delete;
+  Attachment& operator=(const Attachment&) = delete;
+
+  const lifeline::AttachReply& facts() const { return facts_; }
+  std::string token() const;
+  std::string grpc_path() const;
+  Bytes16 boot_id() const;
+  const control_page::StatusReader& page() const { return reader_; }
+  // Timeline words, then done words; null for one out of range.
+  uint64_t* timeline_word(uint32_t word) const;
+  uint64_t* done_word(uint32_t word) const;
+
+  int lifeline_fd() const { return lifeline_.get(); }
+  int daemon_pidfd() const { return daemon_.get(); }
+  int doorbell_fd() const { return doorbell_.get(); }
+  bool daemon_exited() const;
+  // Tells the daemon to look at the words; dropped when it has not taken the earlier ones.
+  void ring() const;
+  void drain_doorbell() const;
+
+  // Hands descriptors to the daemon and waits for its answer.
+  Status send_pools(std::span<const PoolToSend> pools, Deadline deadline);
+
+ private:
+  Attachment() = default;
+  Status open(const lifeline::AttachReply& reply, std::vector<UniqueFd> fds);
+  Status send_some(std::span<const PoolToSend> pools, Deadline deadline);
+
+  lifeline::AttachReply facts_{};
+  GuardedFd lifeline_;
+  GuardedFd daemon_;
+  GuardedFd doorbell_;
+  GuardedFd status_fd_;
+  GuardedFd words_fd_;
+  std::span<const std::byte> status_;
+  std::span<std::byte> words_;
+  control_page::StatusReader reader_;
+  uint64_t fork_generation_ = 0;
+  Mutex send_mutex_;  // one question and its answer at a time
+};
+
+}  // namespace kvferry::client

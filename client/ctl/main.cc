@@ -1,0 +1,216 @@
+// kvferryctl: what an operator asks a daemon, over its admin socket.
+#include <grpcpp/grpcpp.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <string>
+
+#include "client/ctl/render.h"
+#include "kvferry/v1/admin.grpc.pb.h"
+
+namespace kvferry::ctl {
+namespace {
+
+enum ExitCode : int {
+  kOk = 0,
+  kRefused = 1,      // health: unhealthy or out of reach; else: the daemon answered with an error
+  kUsage = 64,       // the command line is wrong
+  kUnavailable = 69  // no daemon answers, or it does not serve what was asked
+};
+
+struct Arguments {
+  std::string socket = "/run/kvferry/admin.sock";
+  double timeout_seconds = 5;
+  bool json = false;
+  uint32_t limit = 0;
+  std::string selector;
+  std::string sender;
+  std::string receiver;
+};
+
+class Session {
+ public:
+  explicit Session(const Arguments& arguments) : arguments_(arguments) {
+    grpc::ChannelArguments channel;
+    // Other gRPC stacks refuse the path as an authority.
+    channel.SetString(GRPC_ARG_DEFAULT_AUTHORITY, "localhost");
+    channel.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+    channel.SetMaxReceiveMessageSize(64 * 1024 * 1024);
+    stub_ = v1::Admin::NewStub(grpc::CreateCustomChannel(
+        "unix:" + arguments.socket, grpc::InsecureChannelCredentials(), channel));
+  }
+
+  template <typename Request, typename Response>
+  using Method = grpc::Status (v1::Admin::Stub::*)(grpc::ClientContext*, const Request&, Response*);
+
+  template <typename Request, typename Response>
+  grpc::Status call(Method<Request, Response> method, const Request& request, Response& response) {
+    grpc::ClientContext context;
+    context.set_deadline(
+        std::chrono::system_clock::now() +
+        std::chrono::milliseconds(static_cast<int64_t>(arguments_.timeout_seconds * 1000)));
+    return (stub_.get()->*method)(&context, request, &response);
+  }
+
+  // Calls and prints; the exit code.
+  template <typename Request, typename Response>
+  int show(Method<Request, Response> method, const Request& request,
+           std::string (*text)(const Json&)) {
+    Response response;
+    const grpc::Status status = call(method, request, response);
+    if (!status.ok()) return tell(status);
+    print(to_json(response), text);
+    return kOk;
+  }
+
+  int health() {
+    v1::HealthResponse response;
+    const grpc::Status status = call(&v1::Admin::Stub::Health, v1::HealthRequest(), response);
+    if (!status.ok()) {
+      tell(status);
+      return kRefused;
+    }
+    print(to_json(response), health_text);
+    return response.healthy() ? kOk : kRefused;
+  }
+
+  // For what only succeeds or fails.
+  template <typename Request, typename Response>
+  int order(Method<Request, Response> method, const Request& request) {
+    Response response;
+    const grpc::Status status = call(method, request, response);
+    return status.ok() ? kOk : tell(status);
+  }
+
+ private:
+  void print(const Json& json, std::string (*text)(const Json&)) const {
+    std::cout << (arguments_.json ? json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"
+                                  : text(json));
+  }
+
+  int tell(const grpc::Status& status) const {
+    const grpc::StatusCode code = status.error_code();
+    const bool out_of_reach = code == grpc::StatusCode::UNAVAILABLE;
+    std::cerr << "kvferryctl: "
+              << (out_of_reach ? "no daemon answers on " + arguments_.socket + ": " : std::string())
+              << status.error_message() << "\n";
+    return out_of_reach || code == grpc::StatusCode::UNIMPLEMENTED ? kUnavailable : kRefused;
+  }
+
+  const Arguments& arguments_;
+  std::unique_ptr<v1::Admin::Stub> stub_;
+};
+
+using Run = std::function<int(Session&)>;
+
+// One verb without arguments of its own.
+struct Verb {
+  const char* name;
+  const char* help;
+  Run run;
+};
+
+template <typename Request, typename Response>
+Run shows(Session::Method<Request, Response> method, std::string (*text)(const Json&)) {
+  return [=](Session& session) { return session.show(method, Request(), text); };
+}
+
+int run(int argc, const char* const* argv) {
+  using Stub = v1::Admin::Stub;
+  Arguments arguments;
+  Run chosen;
+  CLI::App app("kvferryctl: looks at and steers a kvferry daemon");
+  app.fallthrough();
+  app.require_subcommand(1);
+  app.add_option("--socket", arguments.socket, "The daemon's admin socket")
+      ->capture_default_str()
+      ->envname("KVFERRY_ADMIN_SOCKET");
+  app.add_option("--timeout", arguments.timeout_seconds, "Seconds to wait for the answer")
+      ->capture_default_str()
+      ->check(CLI::Range(0.001, 3600.0));
+  app.add_flag("--json", arguments.json, "Print JSON: sizes in bytes, times in seconds");
+  app.add_flag_callback(
+      "--version",
+      [] {
+        std::cout << "kvferryctl " << KVFERRY_VERSION << "\n";
+        throw CLI::Success();
+      },
+      "Print the version and exit");
+  app.footer(
+      "Exit codes: 0 done, 1 refused by the daemon (health: not healthy), 64 usage,\n"
+      "69 no daemon answers or this release does not serve the command.");
+
+  const Verb verbs[] = {
+      {"status", "What the daemon is and how it fares", shows(&Stub::Status, status_text)},
+      {"workers", "Attached workers, their pools and layouts",
+       shows(&Stub::ListWorkers, workers_text)},
+      {"peers", "Other daemons and the links to them", shows(&Stub::ListPeers, peers_text)},
+      {"rails", "Network rails and the UCX settings in force", shows(&Stub::ListRails, rails_text)},
+      {"arenas", "Bounce memory by state", shows(&Stub::ListArenas, arenas_text)},
+      {"health", "Exits 0 if the daemon is healthy, else 1",
+       [](Session& session) { return session.health(); }},
+      {"drain", "Stop taking work and wait for what runs",
+       [](Session& session) { return session.order(&Stub::Drain, v1::DrainRequest()); }},
+      {"reload", "Read the configuration again",
+       [](Session& session) { return session.order(&Stub::Reload, v1::ReloadRequest()); }},
+  };
+  for (const Verb& verb : verbs)
+    app.add_subcommand(verb.name, verb.help)->callback([&] { chosen = verb.run; });
+
+  auto* transfers = app.add_subcommand("transfers", "Transfers with a side on this daemon");
+  transfers->add_option("--limit", arguments.limit, "At most so many (default 1000)");
+  transfers->callback([&] {
+    chosen = [&](Session& session) {
+      v1::ListTransfersRequest request;
+      request.set_limit(arguments.limit);
+      return session.show(&Stub::ListTransfers, request, transfers_text);
+    };
+  });
+  auto* cancel = app.add_subcommand("cancel", "End a transfer on behalf of its worker");
+  cancel->add_option("transfer", arguments.selector, "A handle or hash from \"transfers\"")
+      ->required();
+  cancel->callback([&] {
+    chosen = [&](Session& session) {
+      v1::CancelTransferRequest request;
+      request.set_selector(arguments.selector);
+      return session.show(&Stub::CancelTransfer, request, cancel_text);
+    };
+  });
+  auto* trace = app.add_subcommand("trace", "A transfer's history here and at its peers");
+  trace->add_option("transfer", arguments.selector, "A handle or hash from \"transfers\"")
+      ->required();
+  trace->callback([&] {
+    chosen = [&](Session& session) {
+      v1::TraceRequest request;
+      request.set_selector(arguments.selector);
+      return session.order(&Stub::Trace, request);
+    };
+  });
+  auto* plan = app.add_subcommand("plan", "What a transfer between two layouts would move");
+  plan->add_option("--sender", arguments.sender, "An instance's layouts as JSON")->required();
+  plan->add_option("--receiver", arguments.receiver, "An instance's layouts as JSON")->required();
+  plan->callback([&] {
+    chosen = [](Session&) {
+      std::cerr << "kvferryctl: this release does not serve plan\n";
+      return static_cast<int>(kUnavailable);
+    };
+  });
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error, std::cout, std::cerr) == 0 ? kOk : kUsage;
+  }
+  Session session(arguments);
+  return chosen(session);
+}
+
+}  // namespace
+}  // namespace kvferry::ctl
+
+int main(int argc, char** argv) {
+  return kvferry::ctl::run(argc, argv);
+}

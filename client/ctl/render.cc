@@ -1,0 +1,430 @@
+#include "client/ctl/render.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <functional>
+#include <vector>
+
+namespace kvferry::ctl {
+namespace {
+
+double seconds_of(const google::protobuf::Duration& duration) {
+  return static_cast<double>(duration.seconds()) + static_cast<double>(duration.nanos()) * 1e-9;
+}
+
+template <typename... Args>
+std::string format(const char* pattern, Args... args) {
+  std::array<char, 64> text{};
+  std::snprintf(text.data(), text.size(), pattern, args...);
+  return text.data();
+}
+
+using Format = std::function<std::string(const Json& row)>;
+
+struct Column {
+  std::string title;
+  Format format;
+  bool right = false;
+};
+
+// Nothing that a daemon tells may move the terminal's cursor.
+std::string printable(std::string text) {
+  for (char& c : text)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  return text;
+}
+
+Format plain(const char* key) {
+  return [key](const Json& row) -> std::string {
+    const Json& value = row.at(key);
+    if (value.is_null()) return "-";
+    if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
+    if (value.is_string()) {
+      const std::string text = printable(value.get<std::string>());
+      return text.empty() ? "-" : text;
+    }
+    return value.dump();
+  };
+}
+Format bytes(const char* key) {
+  return [key](const Json& row) { return human_bytes(row.at(key).get<double>()); };
+}
+Format duration(const char* key) {
+  return [key](const Json& row) -> std::string {
+    return row.at(key).is_null() ? "-" : human_duration(row.at(key).get<double>());
+  };
+}
+
+std::string table(const Json& rows, const std::vector<Column>& columns, const char* none) {
+  if (rows.empty()) return std::string(none) + "\n";
+  std::vector<std::vector<std::string>> cells(1);
+  for (const Column& column : columns) cells[0].push_back(column.title);
+  for (const Json& row : rows) {
+    cells.emplace_back();
+    for (const Column& column : columns) cells.back().push_back(column.format(row));
+  }
+  std::vector<std::size_t> widths(columns.size());
+  for (const auto& line : cells)
+    for (std::size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
+  std::string out;
+  for (const auto& line : cells) {
+    std::string text;
+    for (std::size_t i = 0; i < line.size(); ++i) {
+      const std::string pad(widths[i] - line[i].size(), ' ');
+      if (i > 0) text += "  ";
+      text += columns[i].right ? pad + line[i] : line[i] + pad;
+    }
+    text.erase(text.find_last_not_of(' ') + 1);
+    out += text + "\n";
+  }
+  return out;
+}
+
+std::string line(const char* name, const std::string& value) {
+  return format("%-12s ", name) + printable(value) + "\n";
+}
+
+std::string percent(double part, double whole) {
+  return whole > 0 ? format("%.0f%%", 100.0 * part / whole) : "-";
+}
+
+}  // namespace
+
+Json to_json(const v1::StatusResponse& r) {
+  Json arenas = Json::array();
+  for (const auto& arena : r.arenas())
+    arenas.push_back(
+        {{"device", arena.device()}, {"kind", arena.kind()}, {"reason", arena.reason()}});
+  return {{"version", r.version()},
+          {"commit", r.commit()},
+          {"node_id", r.node_id()},
+          {"boot_id", r.boot_id()},
+          {"uptime_seconds", seconds_of(r.uptime())},
+          {"healthy", r.healthy()},
+          {"ready", r.ready()},
+          {"draining", r.draining()},
+          {"reason", r.reason()},
+          {"ucx_version", r.ucx_version()},
+          {"protocol_min", r.protocol_min()},
+          {"protocol_max", r.protocol_max()},
+          {"peer_address", r.peer_address()},
+          {"http_address", r.http_address()},
+          {"workers", r.workers()},
+          {"transfers", r.transfers()},
+          {"links", r.links()},
+          {"rails_up", r.rails_up()},
+          {"rails_total", r.rails_total()},
+          {"rails_restarts", r.rails_restarts()},
+          {"arenas", std::move(arenas)}};
+}
+
+Json to_json(const v1::ListWorkersResponse& r) {
+  Json list = Json::array();
+  for (const auto& worker : r.workers()) {
+    Json pools = Json::array();
+    for (const auto& pool : worker.pools())
+      pools.push_back({{"name", pool.name()}, {"kind", pool.kind()}, {"bytes", pool.bytes()}});
+    Json layouts = Json::array();
+    for (const auto& layout : worker.layouts())
+      layouts.push_back({{"instance", layout.instance()},
+                         {"rank", layout.rank()},
+                         {"generation", layout.generation()},
+                         {"groups", layout.groups()},
+                         {"planes", layout.planes()}});
+    list.push_back({{"id", worker.id()},
+                    {"name", worker.name()},
+                    {"tenant", worker.tenant()},
+                    {"role", worker.role()},
+                    {"uid", worker.uid()},
+                    {"pid", worker.pid()},
+                    {"age_seconds", seconds_of(worker.age())},
+                    {"transfers", worker.transfers()},
+                    {"pools", std::move(pools)},
+                    {"layouts", std::move(layouts)}});
+  }
+  return {{"workers", std::move(list)}};
+}
+
+Json to_json(const v1::ListTransfersResponse& r) {
+  Json list = Json::array();
+  for (const auto& part : r.transfers())
+    list.push_back({{"handle", part.handle()},
+                    {"id_hash", part.id_hash()},
+                    {"id", part.id()},
+                    {"tenant", part.tenant()},
+                    {"instance", part.instance()},
+                    {"worker", part.worker()},
+                    {"role", part.role()},
+                    {"rank", part.rank()},
+                    {"state", part.state()},
+                    {"reason", part.reason()},
+                    {"memory_in_use", part.memory_in_use()},
+                    {"bytes_done", part.bytes_done()},
+                    {"bytes_total", part.bytes_total()},
+                    {"legs", part.legs()},
+                    {"legs_done", part.legs_done()},
+                    {"age_seconds", seconds_of(part.age())},
+                    {"peer", part.peer()}});
+  return {{"transfers", std::move(list)}, {"total", r.total()}};
+}
+
+Json to_json(const v1::ListPeersResponse& r) {
+  Json list = Json::array();
+  for (const auto& peer : r.peers())
+    list.push_back({{"node_id", peer.node_id()},
+                    {"address", peer.address()},
+                    {"boot_id", peer.boot_id()},
+                    {"state", peer.state()},
+                    {"detail", peer.detail()},
+                    {"ucx_version", peer.ucx_version()},
+                    {"lanes_up", peer.lanes_up()},
+                    {"lanes_total", peer.lanes_total()},
+                    {"last_heard_seconds",
+                     peer.has_last_heard() ? Json(seconds_of(peer.last_heard())) : Json(nullptr)},
+                    {"round_trip_seconds",
+                     peer.has_round_trip() ? Json(seconds_of(peer.round_trip())) : Json(nullptr)},
+                    {"legs", peer.legs()}});
+  return {{"peers", std::move(list)}};
+}
+
+Json to_json(const v1::ListRailsResponse& r) {
+  Json list = Json::array();
+  for (const auto& rail : r.rails()) {
+    Json settings = Json::object();
+    for (const auto& setting : rail.settings()) settings[setting.name()] = setting.value();
+    list.push_back({{"index", rail.index()},
+                    {"transport", rail.transport()},
+                    {"device", rail.device()},
+                    {"address", rail.address()},
+                    {"up", rail.up()},
+                    {"sent_bytes", rail.sent_bytes()},
+                    {"received_bytes", rail.received_bytes()},
+                    {"errors", rail.errors()},
+                    {"restarts", rail.restarts()},
+                    {"settings", std::move(settings)}});
+  }
+  return {{"rails", std::move(list)}};
+}
+
+Json to_json(const v1::ListArenasResponse& r) {
+  Json list = Json::array();
+  for (const auto& arena : r.arenas())
+    list.push_back({{"index", arena.index()},
+                    {"device", arena.device()},
+                    {"kind", arena.kind()},
+                    {"reason", arena.reason()},
+                    {"total_bytes", arena.total_bytes()},
+                    {"free_bytes", arena.free_bytes()},
+                    {"granted_bytes", arena.granted_bytes()},
+                    {"landing_bytes", arena.landing_bytes()},
+                    {"landed_bytes", arena.landed_bytes()},
+                    {"scattering_bytes", arena.scattering_bytes()},
+                    {"quarantined_bytes", arena.quarantined_bytes()},
+                    {"staging_bytes", arena.staging_bytes()},
+                    {"regions", arena.regions()},
+                    {"quarantined_regions", arena.quarantined_regions()},
+                    {"segments", arena.segments()},
+                    {"largest_free_bytes", arena.largest_free_bytes()}});
+  return {{"arenas", std::move(list)}};
+}
+
+Json to_json(const v1::CancelTransferResponse& r) {
+  Json list = Json::array();
+  for (const auto& part : r.transfers())
+    list.push_back({{"handle", part.handle()},
+                    {"state", part.state()},
+                    {"memory_in_use", part.memory_in_use()}});
+  return {{"transfers", std::move(list)}};
+}
+
+Json to_json(const v1::HealthResponse& r) {
+  Json list = Json::array();
+  for (const auto& check : r.checks())
+    list.push_back({{"name", check.name()}, {"ok", check.ok()}, {"detail", check.detail()}});
+  return {{"healthy", r.healthy()}, {"checks", std::move(list)}};
+}
+
+std::string human_bytes(double value) {
+  static constexpr std::array<const char*, 5> kUnits{"B", "KiB", "MiB", "GiB", "TiB"};
+  std::size_t unit = 0;
+  while (value >= 1024 && unit + 1 < kUnits.size()) {
+    value /= 1024;
+    ++unit;
+  }
+  return format(unit == 0 || value >= 100 ? "%.0f %s" : "%.1f %s", value, kUnits.at(unit));
+}
+
+std::string human_duration(double seconds) {
+  if (seconds < 1e-3) return format("%.0fus", seconds * 1e6);
+  if (seconds < 1) return format("%.0fms", seconds * 1e3);
+  if (seconds < 60) return format("%.1fs", seconds);
+  const auto whole = static_cast<long long>(seconds);
+  if (whole < 3600) return format("%lldm%02llds", whole / 60, whole % 60);
+  if (whole < 86400) return format("%lldh%02lldm", whole / 3600, whole / 60 % 60);
+  return format("%lldd%02lldh", whole / 86400, whole / 3600 % 24);
+}
+
+std::string status_text(const Json& s) {
+  const auto text = [&](const char* key) { return s.at(key).get<std::string>(); };
+  const auto number = [&](const char* key) { return std::to_string(s.at(key).get<uint64_t>()); };
+  const bool ready = s.at("ready").get<bool>();
+  std::string state = s.at("draining").get<bool>() ? "draining" : ready ? "ready" : "not ready";
+  state += s.at("healthy").get<bool>() ? ", healthy" : ", unhealthy";
+  if (!text("reason").empty()) state += ": " + text("reason");
+  const std::string ucx = text("ucx_version").empty() ? "not known yet" : text("ucx_version");
+  std::string out =
+      line("kvferryd", text("version") + " (" + text("commit") + ")") +
+      line("node", text("node_id")) + line("boot", text("boot_id")) + line("state", state) +
+      line("uptime", human_duration(s.at("uptime_seconds").get<double>())) +
+      line("peers dial", text("peer_address")) + line("metrics", text("http_address")) +
+      line("ucx", ucx) +
+      line("rails", number("rails_up") + " of " + number("rails_total") +
+                        " up, process restarted " + number("rails_restarts") + " times") +
+      line("links", number("links")) + line("workers", number("workers")) +
+      line("transfers", number("transfers") + " open");
+  for (const Json& arena : s.at("arenas"))
+    out += line("arena", arena.at("device").get<std::string>() + ": " +
+                             arena.at("kind").get<std::string>() + " (" +
+                             arena.at("reason").get<std::string>() + ")");
+  return out;
+}
+
+std::string workers_text(const Json& json) {
+  const auto pools = [](const Json& row) {
+    double sum = 0;
+    for (const Json& pool : row.at("pools")) sum += pool.at("bytes").get<double>();
+    return std::to_string(row.at("pools").size()) + ", " + human_bytes(sum);
+  };
+  const auto layouts = [](const Json& row) {
+    std::string out;
+    for (const Json& layout : row.at("layouts"))
+      out += (out.empty() ? "" : " ") + printable(layout.at("instance").get<std::string>()) + "/" +
+             layout.at("rank").dump();
+    return out.empty() ? "-" : out;
+  };
+  return table(json.at("workers"),
+               {{"ID", plain("id"), true},
+                {"NAME", plain("name")},
+                {"TENANT", plain("tenant")},
+                {"ROLE", plain("role")},
+                {"UID", plain("uid"), true},
+                {"PID", plain("pid"), true},
+                {"AGE", duration("age_seconds"), true},
+                {"TRANSFERS", plain("transfers"), true},
+                {"POOLS", pools},
+                {"LAYOUTS", layouts}},
+               "no workers");
+}
+
+std::string transfers_text(const Json& json) {
+  const auto done = [](const Json& row) {
+    return human_bytes(row.at("bytes_done").get<double>()) + " / " +
+           human_bytes(row.at("bytes_total").get<double>());
+  };
+  const auto legs = [](const Json& row) {
+    return row.at("legs_done").dump() + "/" + row.at("legs").dump();
+  };
+  std::string out = table(json.at("transfers"),
+                          {{"HANDLE", plain("handle")},
+                           {"HASH", plain("id_hash")},
+                           {"INSTANCE", plain("instance")},
+                           {"ROLE", plain("role")},
+                           {"RANK", plain("rank"), true},
+                           {"STATE", plain("state")},
+                           {"REASON", plain("reason")},
+                           {"DONE", done, true},
+                           {"LEGS", legs, true},
+                           {"AGE", duration("age_seconds"), true},
+                           {"IN USE", plain("memory_in_use")},
+                           {"PEER", plain("peer")},
+                           {"WORKER", plain("worker")}},
+                          "no transfers");
+  const std::size_t shown = json.at("transfers").size();
+  const auto total = json.at("total").get<uint64_t>();
+  if (total > shown)
+    out += "(" + std::to_string(shown) + " of " + std::to_string(total) + "; --limit shows more)\n";
+  return out;
+}
+
+std::string peers_text(const Json& json) {
+  const auto lanes = [](const Json& row) {
+    return row.at("lanes_up").dump() + "/" + row.at("lanes_total").dump();
+  };
+  return table(json.at("peers"),
+               {{"NODE", plain("node_id")},
+                {"ADDRESS", plain("address")},
+                {"STATE", plain("state")},
+                {"LANES", lanes, true},
+                {"LEGS", plain("legs"), true},
+                {"HEARD", duration("last_heard_seconds"), true},
+                {"RTT", duration("round_trip_seconds"), true},
+                {"UCX", plain("ucx_version")},
+                {"BOOT", plain("boot_id")},
+                {"DETAIL", plain("detail")}},
+               "no peers");
+}
+
+std::string rails_text(const Json& json) {
+  std::string out = table(json.at("rails"),
+                          {{"RAIL", plain("index"), true},
+                           {"TRANSPORT", plain("transport")},
+                           {"DEVICE", plain("device")},
+                           {"ADDRESS", plain("address")},
+                           {"UP", plain("up")},
+                           {"SENT", bytes("sent_bytes"), true},
+                           {"RECEIVED", bytes("received_bytes"), true},
+                           {"ERRORS", plain("errors"), true},
+                           {"RESTARTS", plain("restarts"), true}},
+                          "no rails");
+  for (const Json& rail : json.at("rails")) {
+    if (rail.at("settings").empty()) continue;
+    out += "rail " + rail.at("index").dump() + " settings:\n";
+    for (const auto& [name, value] : rail.at("settings").items())
+      out += "  " + printable(name) + "=" + printable(value.get<std::string>()) + "\n";
+  }
+  return out;
+}
+
+std::string arenas_text(const Json& json) {
+  const auto busy = [](const Json& row) {
+    const auto total = row.at("total_bytes").get<double>();
+    return percent(total - row.at("free_bytes").get<double>(), total);
+  };
+  return table(json.at("arenas"),
+               {{"ARENA", plain("index"), true},
+                {"DEVICE", plain("device")},
+                {"KIND", plain("kind")},
+                {"SIZE", bytes("total_bytes"), true},
+                {"BUSY", busy, true},
+                {"FREE", bytes("free_bytes"), true},
+                {"GRANTED", bytes("granted_bytes"), true},
+                {"LANDING", bytes("landing_bytes"), true},
+                {"LANDED", bytes("landed_bytes"), true},
+                {"SCATTERING", bytes("scattering_bytes"), true},
+                {"STAGING", bytes("staging_bytes"), true},
+                {"QUARANTINED", bytes("quarantined_bytes"), true},
+                {"REGIONS", plain("regions"), true}},
+               "no arenas");
+}
+
+std::string cancel_text(const Json& json) {
+  return table(json.at("transfers"),
+               {{"HANDLE", plain("handle")},
+                {"STATE", plain("state")},
+                {"MEMORY IN USE", plain("memory_in_use")}},
+               "nothing to cancel");
+}
+
+std::string health_text(const Json& json) {
+  std::string out = json.at("healthy").get<bool>() ? "healthy\n" : "unhealthy\n";
+  for (const Json& check : json.at("checks")) {
+    out += check.at("ok").get<bool>() ? "  ok    " : "  FAIL  ";
+    out += printable(check.at("name").get<std::string>());
+    const std::string detail = printable(check.at("detail").get<std::string>());
+    out += detail.empty() ? "\n" : ": " + detail + "\n";
+  }
+  return out;
+}
+
+}  // namespace kvferry::ctl

@@ -1,0 +1,151 @@
+#include "daemon/rpc/lifeline.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/crypto.h"
+#include "daemon/rpc/lifeline_loop.h"
+
+namespace kvferry::rpc {
+
+bool valid_name(std::string_view name) {
+  const auto alphanumeric = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+  };
+  if (name.empty() || name.size() > 63 || !alphanumeric(name.front())) return false;
+  return std::all_of(name.begin(), name.end(), [&](char c) {
+    return alphanumeric(c) || std::string_view("._:+-").find(c) != std::string_view::npos;
+  });
+}
+
+std::string_view name_of(GoneReason reason) {
+  switch (reason) {
+    case GoneReason::kClosed:
+      return "CLOSED";
+    case GoneReason::kProcessExited:
+      return "PROCESS_EXITED";
+    case GoneReason::kProtocol:
+      return "PROTOCOL";
+    case GoneReason::kEvicted:
+      return "EVICTED";
+    case GoneReason::kStopped:
+      return "STOPPED";
+  }
+  return "CLOSED";
+}
+
+Session::Session(Facts facts, Token token, std::unique_ptr<ControlPage> page)
+    : facts_(std::move(facts)), token_(token), page_(std::move(page)) {}
+
+Result<PoolDescriptor> Session::take_pool_fd(std::string_view name) {
+  MutexLock lock(mutex_);
+  const auto it = waiting_.find(name);
+  if (it == waiting_.end())
+    return fail(Code::kNotFound, "POOL_NOT_SENT",
+                "no descriptor has been sent over the lifeline under this name", "name");
+  PoolDescriptor out = std::move(it->second);
+  waiting_.erase(it);
+  ++claimed_;
+  return out;
+}
+
+void Session::release_descriptor() {
+  MutexLock lock(mutex_);
+  if (claimed_ > 0) --claimed_;
+}
+
+uint32_t Session::descriptors() const {
+  MutexLock lock(mutex_);
+  return claimed_ + static_cast<uint32_t>(waiting_.size());
+}
+
+Status Session::add_pool_fd(const std::string& name, PoolDescriptor descriptor) {
+  MutexLock lock(mutex_);
+  const bool replaces = waiting_.contains(name);
+  if (!replaces && claimed_ + waiting_.size() >= facts_.max_descriptors)
+    return fail(Code::kResourceExhausted, "DESCRIPTOR_LIMIT",
+                "a worker may hold " + std::to_string(facts_.max_descriptors) + " descriptors");
+  waiting_[name] = std::move(descriptor);
+  return {};
+}
+
+void Session::end() {
+  alive_.store(false, std::memory_order_release);
+  std::map<std::string, PoolDescriptor, std::less<>> closing;
+  MutexLock lock(mutex_);
+  closing.swap(waiting_);
+}
+
+Lifeline::Lifeline(LifelineConfig config) : config_(std::move(config)) {}
+
+Result<std::unique_ptr<Lifeline>> Lifeline::start(LifelineConfig config, LifelineEvents& events) {
+  for (std::size_t i = 0; i < config.sockets.size(); ++i) {
+    const LifelineSocket& socket = config.sockets[i];
+    const std::string field = "sockets[" + std::to_string(i) + "]";
+    if (socket.path.empty() || socket.path.size() > 107)
+      return invalid(field + ".path", "LIFELINE_CONFIG", "a socket's path has 1 to 107 bytes");
+    if (socket.grpc_path.size() > 107)
+      return invalid(field + ".grpc_path", "LIFELINE_CONFIG", "a socket's path has 1 to 107 bytes");
+    if (!valid_name(socket.tenant))
+      return invalid(field + ".tenant", "LIFELINE_CONFIG", "not a valid name");
+  }
+  std::unique_ptr<Lifeline> lifeline(new Lifeline(std::move(config)));
+  lifeline->loop_ = std::make_unique<Loop>(*lifeline, events);
+  KVFERRY_RETURN_IF_ERROR(lifeline->loop_->start());
+  return lifeline;
+}
+
+Lifeline::~Lifeline() {
+  stop();
+}
+
+void Lifeline::stop() {
+  if (loop_) loop_->stop();
+}
+
+std::shared_ptr<Session> Lifeline::find(std::span<const uint8_t> token) const {
+  std::shared_ptr<Session> found;
+  MutexLock lock(mutex_);
+  // Every token is compared, so the time tells neither whether nor where one matched.
+  for (const auto& [id, session] : sessions_)
+    if (equal_constant_time(session->token_.span(), token)) found = session;
+  return found;
+}
+
+std::shared_ptr<Session> Lifeline::find(WorkerId id) const {
+  MutexLock lock(mutex_);
+  const auto it = sessions_.find(id.value);
+  return it == sessions_.end() ? nullptr : it->second;
+}
+
+std::vector<std::shared_ptr<Session>> Lifeline::sessions() const {
+  std::vector<std::shared_ptr<Session>> out;
+  MutexLock lock(mutex_);
+  for (const auto& [id, session] : sessions_) out.push_back(session);
+  return out;
+}
+
+void Lifeline::close_session(WorkerId id) {
+  {
+    MutexLock lock(mutex_);
+    if (!sessions_.contains(id.value)) return;
+    evicted_.push_back(id);
+  }
+  loop_->wake();
+}
+
+void Lifeline::add(const std::shared_ptr<Session>& session) {
+  MutexLock lock(mutex_);
+  sessions_[session->id().value] = session;
+}
+
+void Lifeline::remove(const Session& session) {
+  std::shared_ptr<Session> last;  // destroyed after the lock
+  MutexLock lock(mutex_);
+  const auto it = sessions_.find(session.id().value);
+  if (it == sessions_.end()) return;
+  last = std::move(it->second);
+  sessions_.erase(it);
+}
+
+}  // namespace kvferry::rpc

@@ -1,0 +1,58 @@
+// The listener for other daemons: gRPC over TCP. Threads of gRPC take a call, turn it into plain
+// structs and hand it to a PeerBackend, which answers later from any thread. Nothing here decides
+// anything; who may speak is the backend's affair.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "daemon/base/result.h"
+#include "daemon/base/units.h"
+#include "daemon/rpc/peer_messages.h"
+
+namespace kvferry::rpc {
+
+// Calls come on threads of gRPC and must not block; `done` is called exactly once, from any thread.
+// `from` is the caller's numeric address and port.
+struct PeerAddress {
+  std::string host;  // numeric, without brackets
+  uint16_t port = 0;
+};
+class PeerBackend {
+ public:
+  virtual ~PeerBackend() = default;
+  virtual void challenge(const PeerAddress& from, std::function<void(Result<Random32>)> done) = 0;
+  virtual void handshake(const PeerAddress& from, SignedHello hello,
+                         std::function<void(Result<SignedHello>)> done) = 0;
+  virtual void call(const PeerAddress& from, LinkMethod method, LinkCall call,
+                    std::function<void(Result<LinkReply>)> done) = 0;
+};
+
+struct PeerServerConfig {
+  std::string listen;          // host:port; port 0: any free one
+  uint32_t max_pending = 256;  // calls at the backend at a time; more are RESOURCE_EXHAUSTED
+};
+
+class PeerServer {
+ public:
+  // Binds and serves. UNAVAILABLE LISTEN_FAILED. The backend must outlive the server.
+  static Result<std::unique_ptr<PeerServer>> start(const PeerServerConfig& config,
+                                                   PeerBackend& backend);
+  ~PeerServer();  // as shutdown with a second
+  PeerServer(const PeerServer&) = delete;
+  PeerServer& operator=(const PeerServer&) = delete;
+
+  uint16_t port() const;  // really bound
+  // Takes no more calls, waits for those at the backend until the deadline, then cancels them.
+  // After it returns no further call reaches the backend.
+  void shutdown(Time deadline);
+
+ private:
+  class Impl;
+  explicit PeerServer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvferry::rpc

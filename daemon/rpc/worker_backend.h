@@ -1,0 +1,102 @@
+// What the worker service asks of the daemon. The service turns messages into these calls and checks
+// what can be checked without state; the node implements them. Called on gRPC threads: nothing here
+// blocks, callbacks come once, from any thread, possibly before the call returns.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/base/ids.h"
+#include "daemon/base/reason.h"
+#include "daemon/base/result.h"
+#include "daemon/base/units.h"
+#include "daemon/engine/commands.h"
+#include "daemon/engine/events.h"
+#include "daemon/mapping/layout.h"
+#include "daemon/rpc/lifeline.h"
+
+namespace kvferry::rpc {
+
+template <typename T>
+using Done = std::function<void(Result<T>)>;
+
+struct PoolRequest {
+  std::string name;
+  uint64_t bytes = 0;
+  uint64_t offset_bytes = 0;
+};
+
+struct LayoutRequest {
+  std::string instance;          // the engine's name, without tenant
+  mapping::RankLayout layout;
+  Incarnation incarnation;       // zero: drawn by the daemon
+  Secret instance_key;           // zero: none
+};
+struct LayoutRegistration {
+  bool existing = false;
+  std::string card;              // serialized, opaque to workers
+  uint64_t generation = 0;
+  Incarnation incarnation;
+  bool complete = false;
+};
+
+struct JoinOutcome {
+  bool existing = false;
+  Incarnation incarnation;
+  bool complete = false;
+  std::vector<uint32_t> missing_ranks;
+};
+
+struct TicketOutcome {
+  std::string ticket;
+  Incarnation incarnation;
+};
+
+// What a ticket says of its instance, before anybody is asked.
+struct TicketFacts {
+  std::string instance;          // "tenant/name"
+  Incarnation incarnation;       // zero: the ticket is of the form by name
+};
+
+// A registered layout as operations use it; `layout` lives as long as `handle`.
+struct LayoutView {
+  std::shared_ptr<const engine::LayoutHandle> handle;
+  const mapping::RankLayout* layout = nullptr;
+};
+
+class WorkerBackend {
+ public:
+  virtual ~WorkerBackend() = default;
+
+  // The live session of this token; null if there is none.
+  virtual std::shared_ptr<Session> find_session(std::string_view token) = 0;
+
+  // All or nothing. True: the same pools were registered before.
+  virtual Result<bool> register_pools(Session& session, std::vector<PoolRequest> pools) = 0;
+  virtual Result<LayoutRegistration> register_layout(const std::shared_ptr<Session>& session,
+                                                     LayoutRequest request) = 0;
+  // `done` says whether there was something; called when nothing touches its memory any more.
+  virtual void unregister_layout(Session& session, std::string instance, uint32_t rank,
+                                 Done<bool> done) = 0;
+  virtual void unregister_pools(Session& session, std::vector<std::string> names,
+                                Done<bool> done) = 0;
+  virtual void join_instance(Session& session, std::string instance,
+                             std::vector<std::string> cards, Secret instance_key, Time deadline,
+                             Done<JoinOutcome> done) = 0;
+  virtual Result<TicketOutcome> get_ticket(Session& session, const std::string& instance) = 0;
+
+  // NOT_FOUND LAYOUT_UNKNOWN unless this worker has registered it.
+  virtual Result<LayoutView> find_layout(const Session& session, const std::string& instance,
+                                         uint32_t rank) = 0;
+  // INVALID_ARGUMENT TICKET_INVALID; PERMISSION_DENIED for another tenant's instance.
+  virtual Result<TicketFacts> parse_ticket(const Session& session, const std::string& ticket) = 0;
+
+  // Hands an operation to the engine; `reply` comes once, on the engine's thread.
+  virtual void call(WorkerId worker, engine::Event op,
+                    std::function<void(const engine::Reply&)> reply) = 0;
+};
+
+}  // namespace kvferry::rpc

@@ -1,0 +1,306 @@
+#include "daemon/rpc/worker_ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <utility>
+
+#include "daemon/mapping/limits.h"
+#include "daemon/mapping/tokens.h"
+
+namespace kvferry::rpc {
+namespace {
+
+// Milliseconds of a request; 0 is the default, longer than the most is cut.
+Duration time_of(uint32_t ms, Duration fallback, Duration most) {
+  if (ms == 0) return fallback;
+  return std::min<Duration>(std::chrono::milliseconds(ms), most);
+}
+
+template <typename Tag, std::size_t N>
+Status take_bytes(const std::string& text, const std::string& field, FixedBytes<Tag, N>& out) {
+  if (text.size() != N)
+    return invalid(field, "WRONG_SIZE", std::to_string(text.size()) + " bytes, not " + std::to_string(N));
+  std::memcpy(out.bytes.data(), text.data(), N);
+  return {};
+}
+
+Status check_id_and_secret(const v1::TransferRef& ref, engine::TransferKey& key) {
+  if (ref.transfer_id().empty() || ref.transfer_id().size() > kMaxTransferIdBytes) {
+    return invalid("transfer.transfer_id", "TRANSFER_ID_SIZE",
+                   std::to_string(ref.transfer_id().size()) + " bytes, not 1 to 64");
+  }
+  key.id = ref.transfer_id();
+  KVFERRY_RETURN_IF_ERROR(take_bytes(ref.secret(), "transfer.secret", key.secret));
+  if (key.secret.is_zero())
+    return invalid("transfer.secret", "SECRET_ZERO", "a secret of zeros is none");
+  return {};
+}
+
+// The part of "tenant/name" behind the slash.
+std::string_view bare_name(std::string_view instance) {
+  return instance.substr(instance.find('/') + 1);
+}
+
+// The instance is the sender's own.
+Result<engine::TransferKey> sender_key(const v1::TransferRef& ref, const LayoutView& layout) {
+  engine::TransferKey key;
+  KVFERRY_RETURN_IF_ERROR(check_id_and_secret(ref, key));
+  if (!ref.instance().empty() && ref.instance() != bare_name(layout.handle->instance))
+    return invalid("transfer.instance", "NOT_OWN_INSTANCE", "a sender names its own instance");
+  key.instance = layout.handle->instance;
+  key.incarnation = layout.handle->incarnation;
+  if (!ref.incarnation().empty()) {
+    Incarnation incarnation;
+    KVFERRY_RETURN_IF_ERROR(take_bytes(ref.incarnation(), "transfer.incarnation", incarnation));
+    if (incarnation != key.incarnation)
+      return invalid("transfer.incarnation", "OTHER_INCARNATION", "not the registered one");
+  }
+  return key;
+}
+
+// The instance is the one that the ticket leads to.
+Result<engine::TransferKey> receiver_key(const v1::TransferRef& ref, const TicketFacts& ticket) {
+  engine::TransferKey key;
+  KVFERRY_RETURN_IF_ERROR(check_id_and_secret(ref, key));
+  if (!ref.instance().empty() && ref.instance() != bare_name(ticket.instance))
+    return invalid("transfer.instance", "OTHER_INSTANCE", "the ticket names another instance");
+  key.instance = ticket.instance;
+  key.incarnation = ticket.incarnation;
+  if (!ref.incarnation().empty()) {
+    Incarnation incarnation;
+    KVFERRY_RETURN_IF_ERROR(take_bytes(ref.incarnation(), "transfer.incarnation", incarnation));
+    if (!ticket.incarnation.is_zero() && incarnation != ticket.incarnation)
+      return invalid("transfer.incarnation", "OTHER_INCARNATION", "the ticket names another one");
+    key.incarnation = incarnation;
+  }
+  return key;
+}
+
+Result<engine::ReadyCondition> ready_of(const v1::ReadyCondition& ready, const OpLimits& limits) {
+  engine::ReadyCondition out;
+  switch (ready.kind_case()) {
+    case v1::ReadyCondition::KIND_NOT_SET:
+    case v1::ReadyCondition::kHostSynced: break;
+    case v1::ReadyCondition::kTimeline:
+      if (ready.timeline().word() >= limits.timeline_words) {
+        return invalid("ready.timeline.word", "WORD_OUT_OF_RANGE",
+                       std::to_string(ready.timeline().word()) + " of " +
+                           std::to_string(limits.timeline_words));
+      }
+      out.kind = engine::ReadyCondition::Kind::kTimeline;
+      out.word = ready.timeline().word();
+      out.value = ready.timeline().value();
+      break;
+    case v1::ReadyCondition::kCudaIpcEvent:
+      return not_served("ready.cuda_ipc_event", "CUDA events");
+  }
+  return out;
+}
+
+Result<uint32_t> receivers_of(uint32_t asked, const OpLimits& limits) {
+  if (asked > limits.max_receivers) {
+    return invalid("max_receivers", "TOO_MANY_RECEIVERS",
+                   std::to_string(asked) + " of at most " + std::to_string(limits.max_receivers));
+  }
+  return std::max<uint32_t>(asked, 1);
+}
+
+Status check_tokens(uint64_t num_tokens) {
+  if (num_tokens == 0 || num_tokens > kMaxTokens)
+    return invalid("num_tokens", "TOKENS_OUT_OF_RANGE", std::to_string(num_tokens));
+  return {};
+}
+
+std::string group_field(int index, std::string_view name) {
+  return "groups[" + std::to_string(index) + "]." + std::string(name);
+}
+
+Result<engine::GroupBlocks> blocks_of(const v1::GroupBlocks& from, int index) {
+  const std::string& bytes = from.block_ids();
+  if (bytes.size() % 4 != 0)
+    return invalid(group_field(index, "block_ids"), "WRONG_SIZE", "not a multiple of 4 bytes");
+  if (bytes.size() / 4 > kMaxBlocks)
+    return invalid(group_field(index, "block_ids"), "TOO_MANY_BLOCKS",
+                   std::to_string(bytes.size() / 4) + " of at most " + std::to_string(kMaxBlocks));
+  engine::GroupBlocks out;
+  out.group = from.group();
+  out.first_block = from.first_block();
+  out.ids.resize(bytes.size() / 4);
+  std::memcpy(out.ids.data(), bytes.data(), bytes.size());
+  return out;
+}
+
+bool is_request_group(const mapping::RankLayout& layout, uint32_t group) {
+  return group < layout.groups.size() && !layout.groups[group].planes.empty() &&
+         layout.groups[group].planes.front().granularity == mapping::Granularity::kRequest;
+}
+
+}  // namespace
+
+tl::unexpected<Error> not_served(std::string field, std::string_view feature) {
+  return fail(Code::kUnimplemented, "FEATURE_NOT_SERVED",
+              std::string(feature) + " are not served by this daemon", std::move(field));
+}
+
+Status check_handle(uint64_t client_handle) {
+  if (client_handle == 0) return invalid("client_handle", "HANDLE_ZERO", "0 names no transfer");
+  return {};
+}
+
+Status check_ticket_text(const std::string& ticket) {
+  const bool printable = std::all_of(ticket.begin(), ticket.end(),
+                                     [](char c) { return c > ' ' && c < '\x7f'; });
+  if (ticket.empty() || ticket.size() > kMaxTicketBytes || !printable)
+    return invalid("ticket", "TICKET_INVALID", "1 to 512 printable characters");
+  return {};
+}
+
+Result<engine::OpenSendOp> to_open_send(const v1::OpenSendRequest& request, const LayoutView& layout,
+                                        const OpLimits& limits) {
+  engine::OpenSendOp op;
+  KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
+  op.client_handle = request.client_handle();
+  auto key = sender_key(request.transfer(), layout);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.layout = layout.handle;
+  op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
+  op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
+  auto receivers = receivers_of(request.max_receivers(), limits);
+  KVFERRY_RETURN_IF_ERROR(receivers);
+  op.max_receivers = *receivers;
+  return op;
+}
+
+Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView& layout,
+                               const OpLimits& limits) {
+  engine::SendOp op;
+  KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
+  op.client_handle = request.client_handle();
+  auto key = sender_key(request.transfer(), layout);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.layout = layout.handle;
+  op.send_index = request.send_index();
+  KVFERRY_RETURN_IF_ERROR(check_tokens(request.num_tokens()));
+  op.num_tokens = request.num_tokens();
+  if (request.packed_copy()) return not_served("packed_copy", "packed copies");
+  if (request.has_done()) return not_served("done", "done words");
+  if (request.has_layers()) {
+    if (request.layers().begin() >= request.layers().end() ||
+        request.layers().end() > mapping::kMaxLayers)
+      return invalid("layers", "LAYERS_OUT_OF_RANGE", "an empty or too large range");
+    op.layers = Range{request.layers().begin(), request.layers().end()};
+  }
+  op.last = request.last();
+  if (request.has_aux()) {
+    if (!request.last()) return invalid("aux", "AUX_NOT_LAST", "aux goes with the last slice");
+    if (request.aux().size() > kMaxAuxBytes)
+      return invalid("aux", "AUX_TOO_LARGE", std::to_string(request.aux().size()) + " bytes");
+    op.aux = request.aux();
+  }
+  auto ready = ready_of(request.ready(), limits);
+  KVFERRY_RETURN_IF_ERROR(ready);
+  op.ready = *ready;
+
+  std::vector<mapping::GroupOffer> offers;
+  for (int i = 0; i < request.groups_size(); ++i) {
+    const v1::GroupBlocks& group = request.groups(i);
+    auto blocks = blocks_of(group, i);
+    KVFERRY_RETURN_IF_ERROR(blocks);
+    if (group.cached_tokens() != 0)
+      return invalid(group_field(i, "cached_tokens"), "RECEIVER_ONLY", "a sender caches nothing");
+    const bool request_group = is_request_group(*layout.layout, group.group());
+    const v1::TokenRange& tokens = group.has_tokens() ? group.tokens() : request.tokens();
+    const uint64_t prompt = request_group ? 1 : request.num_tokens();
+    const Range range = request_group ? Range{0, 1} : Range{tokens.begin(), tokens.end()};
+    if (range.begin > range.end || range.end > prompt) {
+      return invalid(group.has_tokens() ? group_field(i, "tokens") : "tokens",
+                     "TOKENS_OUT_OF_RANGE",
+                     std::to_string(range.begin) + "-" + std::to_string(range.end) + " of " +
+                         std::to_string(prompt));
+    }
+    offers.push_back({prompt, range, *blocks});
+    op.blocks.push_back(std::move(*blocks));
+  }
+  auto rounded = mapping::round_offer(*layout.layout, offers);
+  KVFERRY_RETURN_IF_ERROR(rounded);
+  op.offer = std::move(*rounded);
+  op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
+  op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
+  auto receivers = receivers_of(request.max_receivers(), limits);
+  KVFERRY_RETURN_IF_ERROR(receivers);
+  op.max_receivers = *receivers;
+  return op;
+}
+
+Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const LayoutView& layout,
+                                     const TicketFacts& ticket, const OpLimits& limits) {
+  engine::ReceiveOp op;
+  KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
+  op.client_handle = request.client_handle();
+  auto key = receiver_key(request.transfer(), ticket);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.ticket = request.ticket();
+  op.layout = layout.handle;
+  if (request.has_sender_dp_group()) op.sender_dp_group = request.sender_dp_group();
+  KVFERRY_RETURN_IF_ERROR(check_tokens(request.num_tokens()));
+  op.num_tokens = request.num_tokens();
+  if (request.prompt_hashes_size() > 0) return not_served("prompt_hashes", "reuse look-ups");
+  if (request.has_done()) return not_served("done", "done words");
+  if (request.arena_full() != v1::ARENA_FULL_UNSPECIFIED &&
+      request.arena_full() != v1::ARENA_FULL_WAIT && request.arena_full() != v1::ARENA_FULL_FAIL)
+    return invalid("arena_full", "UNKNOWN_VALUE", "no such choice");
+  op.wait_for_arena = request.arena_full() != v1::ARENA_FULL_FAIL;
+  auto ready = ready_of(request.ready(), limits);
+  KVFERRY_RETURN_IF_ERROR(ready);
+  op.ready = *ready;
+
+  std::vector<mapping::GroupReceive> receives;
+  for (int i = 0; i < request.groups_size(); ++i) {
+    const v1::GroupBlocks& group = request.groups(i);
+    auto blocks = blocks_of(group, i);
+    KVFERRY_RETURN_IF_ERROR(blocks);
+    if (group.has_tokens())
+      return invalid(group_field(i, "tokens"), "SENDER_ONLY", "a receiver states cached_tokens");
+    const uint64_t prompt =
+        is_request_group(*layout.layout, group.group()) ? 1 : request.num_tokens();
+    receives.push_back({prompt, group.cached_tokens(), *blocks});
+    op.blocks.push_back(std::move(*blocks));
+  }
+  auto needs = mapping::compute_needs(*layout.layout, receives);
+  KVFERRY_RETURN_IF_ERROR(needs);
+  op.needs = std::move(*needs);
+  op.wait = time_of(request.wait_ms(), limits.wait, limits.wait_max);
+  op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
+  return op;
+}
+
+Result<engine::ClaimOp> to_claim(const v1::ClaimRequest& request, const LayoutView& layout,
+                                 const TicketFacts& ticket, const OpLimits& limits) {
+  engine::ClaimOp op;
+  KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
+  op.client_handle = request.client_handle();
+  auto key = receiver_key(request.transfer(), ticket);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.ticket = request.ticket();
+  op.layout = layout.handle;
+  op.ttl = time_of(request.ttl_ms(), limits.lease, limits.lease_max);
+  return op;
+}
+
+Result<engine::DeclineOp> to_decline(const v1::DeclineRequest& request, const LayoutView& layout,
+                                     const TicketFacts& ticket) {
+  engine::DeclineOp op;
+  auto key = receiver_key(request.transfer(), ticket);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.ticket = request.ticket();
+  op.layout = layout.handle;
+  return op;
+}
+
+}  // namespace kvferry::rpc
