@@ -11,8 +11,8 @@
 namespace kvferry::ops {
 
 struct AddressRule {
-  std::string host;      // a name, or a numeric address without brackets
-  bool numeric = false;  // `host` is an IPv4 or IPv6 address
+  std::string host;         // a name, or a numeric address without brackets
+  bool numeric = false;     // `host` is an IPv4 or IPv6 address
   uint8_t prefix_bits = 0;  // numeric only: how many leading bits count; 32 or 128 for one address
   uint16_t port = 0;        // 0: any
   bool operator==(const AddressRule&) const = default;

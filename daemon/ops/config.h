@@ -75,7 +75,7 @@ struct AdminConfig {
 
 struct HttpConfig {
   std::string address = "127.0.0.1";
-  uint16_t port = 9487;  // 0: any free one, told in the log
+  uint16_t port = 9464;  // 0: any free one, told in the log
   bool operator==(const HttpConfig&) const = default;
 };
 
@@ -93,8 +93,8 @@ struct PeerListenConfig {
 
 // One node that may be dialled and may dial us.
 struct PeerConfig {
-  std::string identity;                 // the node id it must prove (plain: state)
-  std::vector<AddressRule> addresses;   // where it may be; never empty after load_config
+  std::string identity;                         // the node id it must prove (plain: state)
+  std::vector<AddressRule> addresses;           // where it may be; never empty after load_config
   std::vector<std::string> tenants{"default"};  // the ones it may speak for
   PeerMode mode = PeerMode::kPlain;
   bool operator==(const PeerConfig&) const = default;
@@ -118,7 +118,7 @@ struct RailsConfig {
   std::vector<std::string> devices{"lo"};      // one rail each, per transport
   std::vector<std::string> transports{"tcp"};  // "tcp", "shm"
   PortRange port_range;
-  Duration spin = microseconds(50);  // polling before a rail sleeps on its event descriptor
+  Duration spin = microseconds(50);     // polling before a rail sleeps on its event descriptor
   uint64_t segment_bytes = 256 * kKiB;  // UCX's TCP segment
   std::string binary;  // never empty after load_config unless kvferry-rails is not found beside us
   Duration restart_backoff = milliseconds(100);
@@ -129,20 +129,22 @@ struct RailsConfig {
 struct EngineConfig {
   uint64_t chunk_bytes = 1 * kMiB;  // multiple of 4096; the peers' smaller one counts
   uint32_t leg_credits = 8;
-  uint32_t staged_ahead = 2;       // chunks gathered before a credit is there (E)
-  uint32_t max_receivers = 64;     // the most that one transfer may ask for
-  uint32_t passed_over_limit = 64; // grants that may overtake a waiting transfer
+  uint32_t staged_ahead = 2;        // chunks gathered before a credit is there (E)
+  uint32_t max_receivers = 64;      // the most that one transfer may ask for
+  uint32_t passed_over_limit = 64;  // grants that may overtake a waiting transfer
   Duration lease = seconds(30);
   Duration lease_max = minutes(10);
   Duration wait_deadline = seconds(30);
   Duration wait_deadline_max = minutes(10);
-  Duration transfer_deadline = seconds(60);
-  Duration transfer_deadline_max = minutes(30);
+  Duration transfer_deadline = seconds(30);
+  Duration transfer_deadline_max = minutes(10);
   Duration heartbeat_interval = seconds(1);
   Duration silence_limit = seconds(3);
+  Duration lane_retry = milliseconds(100);  // doubled each time up to the maximum
+  Duration lane_retry_max = seconds(2);
   Duration ready_timeout = seconds(10);
   Duration landing_timeout = seconds(10);
-  uint64_t min_rate = 1 * kMiB;  // bytes a second; a landing may take bytes / min_rate if longer
+  uint64_t min_rate = 8 * kMiB;  // bytes a second; a landing may take bytes / min_rate if longer
   bool operator==(const EngineConfig&) const = default;
 };
 

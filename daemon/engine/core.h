@@ -1,0 +1,78 @@
+// The engine's state and what its parts share: numbers, commands, counters. Each part owns its tables
+// and changes only those; what concerns another part is a call to it.
+//
+//   Workers   attachments, status slots, handles, ids that stay dead
+//   Lanes     links, lanes, sequences, resync
+//   Sender    sends, their legs, staging
+//   Receiver  receives, their legs, landing regions
+//   Claims    a receiver's CLAIMs and DECLINEs
+//   Arena     regions by kind; Timers: all that is timed
+#pragma once
+
+#include "daemon/engine/arena.h"
+#include "daemon/engine/claims.h"
+#include "daemon/engine/commands.h"
+#include "daemon/engine/config.h"
+#include "daemon/engine/events.h"
+#include "daemon/engine/flaws.h"
+#include "daemon/engine/lanes.h"
+#include "daemon/engine/receiver.h"
+#include "daemon/engine/sender.h"
+#include "daemon/engine/snapshot.h"
+#include "daemon/engine/timers.h"
+#include "daemon/engine/workers.h"
+
+namespace kvferry::engine {
+
+class Core {
+ public:
+  explicit Core(EngineConfig configuration);
+  Core(const Core&) = delete;
+  Core& operator=(const Core&) = delete;
+
+  void handle(Event event);
+  void advance();
+  void flush();
+  EngineSnapshot snapshot() const;
+  void check_invariants() const;
+
+  template <typename Any>
+  void emit(Any&& command) {
+    out->push_back(std::forward<Any>(command));
+  }
+  // Numbers of everything the engine makes, but pulls and credits, which have their own.
+  uint64_t next_number() { return ++last_number; }
+  void dropped(DropCause cause) { ++stats.dropped[static_cast<std::size_t>(cause)]; }
+  // `asked` as configured limits allow: 0 is the default, more than the most is the most.
+  Duration limited(Duration asked, Duration otherwise) const;
+  void reply_error(const OpRef& op, Code code, std::string reason, std::string message,
+                   std::string field = {});
+
+  const EngineConfig config;
+  Time now;
+  Commands* out = nullptr;
+  EngineStats stats;
+  uint64_t last_number = 0;
+  bool draining = false;
+  bool drained_told = false;
+
+  Timers timers;
+  Arena arena;
+  Workers workers;
+  Lanes lanes;
+  Sender sender;
+  Receiver receiver;
+  Claims claims;
+
+ private:
+  void timer(TimerKey key);
+  void unregister(UnregisterLayout& event);
+  void worker_gone(WorkerId worker);
+  void tell_quiet_layouts();
+  void tell_drained();
+  bool refused(const OpRef& op, const LayoutHandle* layout);
+
+  std::vector<std::shared_ptr<const LayoutHandle>> leaving_;  // layouts taken back, not yet quiet
+};
+
+}  // namespace kvferry::engine

@@ -1,0 +1,79 @@
+// Links to peer daemons and their lanes: HELLO and PING, which lane carries control messages, numbers
+// and held messages, silence, lane down and its retry, link death, resync. Part of Core.
+//
+// A message is only handed over where a lane is up. Nothing is queued for later: whatever a peer must
+// know is told again by the resync that starts each control lane.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+
+#include "daemon/engine/state.h"
+#include "daemon/engine/timers.h"
+
+namespace kvferry::engine {
+
+class Core;
+
+class Lanes {
+ public:
+  explicit Lanes(Core& core) : core_(core) {}
+
+  // Events.
+  void link_up(const LinkUp& event);
+  void link_ended(const LinkEnded& event);
+  void lane_connected(const LaneRef& lane);
+  void lane_failed(const LaneRef& lane);
+  void lane_reopened(const LaneRef& lane);
+  void lane_reopen_failed(const LaneRef& lane);
+  void peer_lane_down(const LaneRef& lane);
+  void message_in(MessageIn& event);
+  void refuse_in(const RefuseIn& event);
+  void offer_in(const OfferIn& event);
+  void rails_up();
+  void rails_died();
+  void timer(TimerKey key);
+  // Resyncs that are due although the control lane stayed; links that broke the protocol too often.
+  void flush();
+
+  Link* find(LinkId id);
+  const Link* find(LinkId id) const;
+  Link* find_node(const std::string& node);
+  std::map<LinkId, Link>& all() { return links_; }
+  const std::map<LinkId, Link>& all() const { return links_; }
+
+  // On the control lane. False if none is up: the resync will tell it.
+  bool send(Link& link, ControlMessage message);
+  void refuse(const LaneRef& lane, const MsgRefuse& message);
+  // The lane for the next offer, round robin over those that are up.
+  std::optional<uint32_t> offer_lane(Link& link);
+  bool up(const Link& link, uint32_t lane, uint32_t epoch) const;
+  // This side gives the lane up.
+  void give_up(const LaneRef& lane);
+  // A message that breaks the protocol: counted; a link on which it repeats is closed with the next
+  // flush.
+  void protocol_error(LinkId id);
+
+ private:
+  Lane* current(const LaneRef& ref, Link*& link);
+  void connect(Link& link, uint32_t lane);
+  void send_on(Link& link, uint32_t lane, ControlMessage message);
+  void hello_in(Link& link, uint32_t lane, const MsgHello& message);
+  void lane_up(Link& link, uint32_t lane);
+  void lane_down(Link& link, uint32_t lane, bool tell);
+  void choose_control(Link& link);
+  void resync(Link& link);
+  void end_link(LinkId id, Reason reason, bool close);
+  void heard(Link& link, uint32_t lane);
+  void dispatch(LinkId id, uint32_t lane, ControlMessage& message);
+  void retry_later(Link& link, uint32_t lane);
+  void ping(Link& link);
+  void silence(LinkId id, uint32_t lane);
+
+  Core& core_;
+  std::map<LinkId, Link> links_;
+  bool rails_ = true;  // the rails process runs, as far as we know
+};
+
+}  // namespace kvferry::engine

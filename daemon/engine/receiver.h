@@ -1,0 +1,143 @@
+// The receiver's side: receives, the legs they pull, landing regions and credits, chunks on their way
+// in. Implements the tables "receiver leg", "chunk" and "region and credit" of README.md. Part of Core.
+//
+//   receiver_calls.cc    what workers ask; resolution; a receive's end
+//   receiver_legs.cc     SLICE, DROP, END; dp groups; resync
+//   receiver_chunks.cc   offers, landing, scatter
+//   receiver_credits.cc  grants, withdrawal, PULL and UPDATE
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "daemon/engine/state.h"
+#include "daemon/engine/timers.h"
+
+namespace kvferry::engine {
+
+class Core;
+
+class Receiver {
+ public:
+  explicit Receiver(Core& core) : core_(core) {}
+
+  // Calls of workers.
+  void receive(const ReceiveOp& op);
+  void cancel(uint64_t receive, const OpRef& op);
+  void close(uint64_t receive, const OpRef& op);
+  void worker_gone(WorkerId worker);
+  void layout_gone(const LayoutHandle* layout, Reason reason);
+  bool uses(const LayoutHandle* layout) const;
+  void end_all(Reason reason);
+  bool idle() const;
+
+  // Answers.
+  bool resolved(Resolved& event);
+  bool compiled(Compiled& event);
+  bool copy_ended(const CopyEnded& event);
+  bool condition_met(ConditionId condition);
+  void receive_ended(const ReceiveEnded& event);
+
+  // Messages.
+  void slice_in(Link& link, MsgSlice& message);
+  void drop_in(Link& link, const MsgDrop& message);
+  void end_in(Link& link, const MsgEnd& message);
+  void offer_in(Link& link, const OfferIn& event);
+
+  // From Lanes.
+  void lane_down(Link& link, uint32_t lane, uint32_t epoch);
+  void link_dead(Link& link);
+  void resync(Link& link);
+  void rails_died();
+
+  void timer(TimerKey key);
+  // Grants for which there is room; PULLs and UPDATEs of the batch.
+  void flush();
+
+  const Receive* find(uint64_t id) const;
+  const std::map<uint64_t, Receive>& receives() const { return receives_; }
+  const std::map<uint64_t, RxLeg>& legs() const { return legs_; }
+  const std::map<uint64_t, RxRegion>& regions() const { return regions_; }
+  void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
+
+ private:
+  using NameAndRank = std::pair<TransferName, uint32_t>;
+
+  // receiver_calls.cc
+  Receive* find(uint64_t id);
+  void reply(const OpRef& op, const Receive& receive, bool existing);
+  const char* different(const Receive& receive, const ReceiveOp& op) const;
+  void ask_legs(Receive& receive);
+  void make_leg(Receive& receive, Link& link, const ReceiverLeg& of, const Digest16& cards);
+  // Ends the transfer on this side: END to every leg, regions as the table says.
+  void end_receive(Receive& receive, TransferState state, Reason reason);
+  void end_leg(RxLeg& leg, Outcome outcome, Reason reason);
+  void release(Receive& receive);
+  void forget_if_done(uint64_t receive);
+
+  // receiver_legs.cc
+  RxLeg* live_leg(Link& link, const PullId& pull);
+  void answer_end(Link& link, const RxLeg& leg);
+  void close_leg(uint64_t pull);
+  uint64_t oldest(const Link& link) const;
+  bool wait_is_over(Receive& receive, RxLeg& leg);
+  bool cover(RxLeg& leg, uint64_t ordinal, const MsgSlice& message);
+  void uncover(RxLeg& leg, const MsgSlice& message);
+  void release_leg(RxLeg& leg);
+  void drop_group(Receive& receive, uint32_t group);
+  bool complete(const RxLeg& leg) const;
+  void check_complete(uint64_t receive);
+  void resync_leg(Link& link, RxLeg& leg);
+
+  // receiver_chunks.cc
+  void decide(RxLeg& leg, HeldOffer offer);
+  void decide_held(uint64_t pull);
+  void drop_held(RxLeg& leg, uint64_t slice, uint64_t chunk);
+  void drop_offer(const HeldOffer& offer);
+  void accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer);
+  void landed(RxRegion& region);
+  void scatter_landed(Receive& receive);
+  void scattered(RxRegion& region, const CopyEnded& event);
+  void ack(RxLeg& leg, const Ack& ack);
+
+  // receiver_credits.cc
+  uint64_t wanted(const RxLeg& leg) const;
+  void update(RxLeg& leg);
+  void leave_queues(RxLeg& leg);
+  void grant(RxLeg& leg, const memory::Region& region);
+  void grant_all();
+  bool withdraw_for(const RxLeg& leg);
+  void withdraw(RxLeg& leg);
+  void spend(RxLeg& leg, uint64_t credit);
+  void free_region(uint64_t region);
+  void quarantine(RxRegion& region);
+  void send_pull(Link& link, RxLeg& leg, std::vector<CreditGrant> credits);
+  void send_update(Link& link, RxLeg& leg);
+  void changed(RxLeg& leg) { to_update_.insert(leg.pull); }
+
+  Core& core_;
+  std::map<uint64_t, Receive> receives_;
+  std::map<NameAndRank, uint64_t> by_name_;
+  std::map<uint64_t, RxLeg> legs_;                 // by pull, until closed
+  std::map<uint64_t, RxRegion> regions_;
+  std::map<CopyId, uint64_t> scatters_;            // -> region
+  std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;  // -> pull, ordinal
+  std::map<ConditionId, uint64_t> conditions_;     // -> receive
+  std::map<ResolveId, uint64_t> resolves_;         // -> receive
+  FairQueue waiting_;                              // legs with a SLICE that want a region
+  FairQueue idle_;                                 // ... without
+  std::set<FairKey> starving_;
+  std::set<FairKey> starving_idle_;
+  std::set<uint64_t> withdrawable_;                // pulls with LIVE credits
+  std::set<uint64_t> unsent_;                      // pulls whose first PULL is due
+  std::set<uint64_t> to_update_;                   // pulls with news for the peer
+  uint64_t last_pull_ = 0;
+  uint64_t last_order_ = 0;
+};
+
+}  // namespace kvferry::engine

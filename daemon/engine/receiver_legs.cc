@@ -1,0 +1,441 @@
+// A receiver's legs: what senders' daemons say (SLICE, DROP, END), which dp group has the transfer,
+// when all is there, resync.
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/engine/core.h"
+#include "daemon/engine/proofs.h"
+
+namespace kvferry::engine {
+namespace {
+
+constexpr std::size_t kMostAux = 64 * 1024;
+constexpr std::size_t kMostLayerIntervals = 4096;  // of a group's slices on a leg
+constexpr uint32_t kMostResolves = 3;              // attempts with newer cards
+
+}  // namespace
+
+uint64_t Receiver::oldest(const Link& link) const {
+  return link.own_pulls.empty() ? last_pull_ + 1 : *link.own_pulls.begin();
+}
+
+// The leg of a message of this link, if it is live. Else the peer is told that it has ended.
+RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
+  const auto it = pull.receiver == core_.config.boot ? legs_.find(pull.counter) : legs_.end();
+  if (pull.receiver != core_.config.boot || pull.counter == 0 || pull.counter > last_pull_ ||
+      (it != legs_.end() && (it->second.link != link.id ||
+                             it->second.state == RxLegState::kUnsent))) {
+    core_.lanes.protocol_error(link.id);  // it never had such a PULL from us
+    return nullptr;
+  }
+  if (it == legs_.end()) {
+    // We made all pulls: one that we do not know has ended.
+    core_.dropped(DropCause::kUnknownPull);
+    (void)core_.lanes.send(
+        link, MsgEnd{pull, {}, Outcome::kFailed, Reason::kCancelled, std::nullopt});
+    return nullptr;
+  }
+  if (it->second.state == RxLegState::kOpen) return &it->second;
+  core_.dropped(DropCause::kLate);
+  answer_end(link, it->second);
+  return nullptr;
+}
+
+void Receiver::answer_end(Link& link, const RxLeg& leg) {
+  MsgEnd end{PullId{core_.config.boot, leg.pull}, leg.name, leg.outcome, leg.reason, std::nullopt};
+  if (!leg.heard) end.proof = leg.message->proof;
+  (void)core_.lanes.send(link, std::move(end));
+}
+
+void Receiver::close_leg(uint64_t pull) {
+  const auto it = legs_.find(pull);
+  if (Link* link = core_.lanes.find(it->second.link)) link->own_pulls.erase(pull);
+  to_update_.erase(pull);
+  legs_.erase(it);
+}
+
+// ---- SLICE and DROP ----------------------------------------------------------------------------------
+
+// The first SLICE decides which dp group has the transfer and starts its timer. False if this leg's
+// group lost (cannot be: its legs are released then).
+bool Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
+  leg.heard = true;
+  if (!receive.decided) {
+    receive.decided = true;
+    receive.groups = {leg.dp_group};
+    const std::set<uint64_t> legs = receive.legs;
+    for (const uint64_t pull : legs)
+      if (legs_.at(pull).dp_group != leg.dp_group) release_leg(legs_.at(pull));
+    receive.record.bytes_total = 0;
+    for (const uint64_t pull : receive.legs) {
+      receive.record.bytes_total += legs_.at(pull).expected_bytes;
+      update(legs_.at(pull));
+    }
+  }
+  if (!receive.first_slice) {
+    receive.first_slice = true;
+    receive.record.state = TransferState::kActive;
+    receive.must_end = core_.now + receive.deadline;
+    core_.timers.cancel({TimerKind::kWait, receive.id, 0});
+    core_.timers.set({TimerKind::kReceiveDeadline, receive.id, 0}, receive.must_end);
+    core_.workers.changed(receive, Role::kReceiver);
+  }
+  return true;
+}
+
+// Another dp group has the transfer: no failure.
+void Receiver::release_leg(RxLeg& leg) {
+  receives_.at(leg.receive).legs.erase(leg.pull);
+  end_leg(leg, Outcome::kReleased, Reason::kReleased);
+}
+
+void Receiver::slice_in(Link& link, MsgSlice& message) {
+  RxLeg* leg = live_leg(link, message.pull);
+  if (leg == nullptr) return;
+  Receive& receive = receives_.at(leg->receive);
+  if (message.send.sender != link.boot || message.send.counter == 0) {
+    core_.lanes.protocol_error(link.id);
+    return;
+  }
+  if (leg->send.counter != message.send.counter) {
+    ProofFields fields;
+    fields.pull = leg->message->pull;
+    fields.send = message.send;
+    fields.id = leg->name.id;
+    fields.instance = leg->name.instance;
+    fields.incarnation = leg->name.incarnation;
+    fields.sender_rank = leg->sender_rank;
+    fields.receiver_rank = leg->message->receiver_rank;
+    fields.sender_node = link.node;
+    fields.receiver_node = core_.config.node;
+    fields.cards = leg->message->cards;
+    const Proof expected = sender_proof(receive.key.secret, fields);
+    // A leg stays with the first send that proved itself.
+    if (leg->send.counter != 0 || !same_proof(expected, message.proof)) {
+      core_.dropped(leg->send.counter != 0 ? DropCause::kProtocol : DropCause::kProof);
+      return;
+    }
+    leg->send = message.send;
+    leg->expected_proof = expected;
+  } else if (!same_proof(leg->expected_proof, message.proof)) {
+    core_.dropped(DropCause::kProof);
+    return;
+  }
+  if (const auto known = leg->slices.find(message.ordinal); known != leg->slices.end()) {
+    core_.dropped(DropCause::kDuplicate);
+    if (!flawed(Flaw::kSticky) || known->second.state != RxSlice::State::kDropped) return;
+    leg->slices.erase(known);
+  }
+  const bool aux_misplaced = message.aux && (!message.last || !leg->carries_aux);
+  if (aux_misplaced || (message.aux && message.aux->size() > kMostAux) ||
+      leg->slices.size() >= core_.config.max_slices || (message.last && leg->last) ||
+      !cover(*leg, message.ordinal, message)) {
+    core_.dropped(DropCause::kProtocol);
+    end_receive(receive, TransferState::kFailed, Reason::kProtocol);
+    forget_if_done(receive.id);
+    return;
+  }
+  (void)wait_is_over(receive, *leg);
+  RxSlice& slice = leg->slices[message.ordinal];
+  slice.bytes = message.bytes;
+  if (message.last) leg->last = message.ordinal;
+  slice.message = std::make_shared<const MsgSlice>(std::move(message));
+  slice.compile = CompileId{core_.next_number()};
+  compiles_[slice.compile] = {leg->pull, slice.message->ordinal};
+  ++leg->compiling;
+  update(*leg);  // from the queue of those that have heard nothing
+  Compile compile;
+  compile.compile = slice.compile;
+  compile.side = Role::kReceiver;
+  compile.context = leg->context;
+  compile.receive = receive.op;
+  compile.offer = slice.message->ranges;
+  compile.layers = slice.message->layers;
+  core_.emit(std::move(compile));
+}
+
+// Enters the tokens and layers of a slice; false if one of them has come before.
+bool Receiver::cover(RxLeg& leg, uint64_t, const MsgSlice& message) {
+  const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
+  std::set<uint32_t> groups;
+  for (const GroupRanges& group : message.ranges) {
+    if (!groups.insert(group.group).second) return false;
+    uint64_t end = 0;
+    for (const Range& range : group.ranges) {
+      if (range.empty() || range.begin < end) return false;
+      end = range.end;
+    }
+    if (group.ranges.empty() || layers.empty()) continue;
+    auto& intervals = leg.coverage[group.group];
+    for (const auto& [other, tokens] : intervals) {
+      if (intersect(other, layers).empty()) continue;
+      for (const Range& range : group.ranges) {
+        const auto after = tokens.lower_bound(range.end);  // first that begins at or past its end
+        if (after != tokens.begin() && std::prev(after)->second > range.begin) return false;
+      }
+    }
+    if (intervals.size() >= kMostLayerIntervals && !intervals.contains(layers)) return false;
+    auto& tokens = intervals[layers];
+    for (const Range& range : group.ranges) tokens.emplace(range.begin, range.end);
+  }
+  return true;
+}
+
+void Receiver::uncover(RxLeg& leg, const MsgSlice& message) {
+  const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
+  for (const GroupRanges& group : message.ranges) {
+    const auto intervals = leg.coverage.find(group.group);
+    if (intervals == leg.coverage.end()) continue;
+    const auto tokens = intervals->second.find(layers);
+    if (tokens == intervals->second.end()) continue;
+    for (const Range& range : group.ranges) tokens->second.erase(range.begin);
+    if (tokens->second.empty()) intervals->second.erase(tokens);
+  }
+}
+
+bool Receiver::compiled(Compiled& event) {
+  const auto it = compiles_.find(event.compile);
+  if (it == compiles_.end()) return false;
+  const auto [pull, ordinal] = it->second;
+  compiles_.erase(it);
+  RxLeg& leg = legs_.at(pull);
+  Receive& receive = receives_.at(leg.receive);
+  RxSlice& slice = leg.slices.at(ordinal);
+  if (slice.state != RxSlice::State::kCompiling) return true;
+  Reason reason = event.reason;
+  if (reason == Reason::kNone && event.plan == nullptr) reason = Reason::kInternal;
+  if (reason == Reason::kNone &&
+      (event.plan->bytes != slice.bytes || event.plan->digest != slice.message->digest))
+    reason = Reason::kLayoutMismatch;
+  const Link& link = *core_.lanes.find(leg.link);
+  if (reason == Reason::kNone && std::min(link.chunk_bytes, slice.bytes) > leg.credit_bytes)
+    reason = Reason::kLayoutMismatch;  // more than the directory said that this leg brings
+  if (reason != Reason::kNone) {
+    const uint64_t id = receive.id;
+    end_receive(receive, TransferState::kFailed, reason);
+    forget_if_done(id);
+    return true;
+  }
+  --leg.compiling;
+  slice.state = RxSlice::State::kCounts;
+  slice.plan = std::move(event.plan);
+  slice.chunks.assign(ceil_div(slice.bytes, link.chunk_bytes), RxState::kNeeded);
+  leg.known_bytes += slice.bytes;
+  leg.known_chunks += slice.chunks.size();
+  receive.runs += slice.plan->runs;
+  if (slice.chunks.empty()) {
+    ack(leg, {ordinal, 0});
+    ++receive.record.slices;
+    core_.workers.changed(receive, Role::kReceiver);
+  }
+  update(leg);
+  decide_held(pull);
+  check_complete(receive.id);
+  return true;
+}
+
+void Receiver::drop_in(Link& link, const MsgDrop& message) {
+  RxLeg* leg = live_leg(link, message.pull);
+  if (leg == nullptr) return;
+  const auto known = leg->slices.find(message.slice);
+  if (known == leg->slices.end()) {
+    if (leg->slices.size() >= core_.config.max_slices) {
+      core_.lanes.protocol_error(link.id);
+      return;
+    }
+    leg->slices[message.slice].state = RxSlice::State::kDropped;
+    decide_held(leg->pull);
+    return;
+  }
+  RxSlice& slice = known->second;
+  if (slice.state == RxSlice::State::kDropped) {
+    core_.dropped(DropCause::kDuplicate);
+    return;
+  }
+  Receive& receive = receives_.at(leg->receive);
+  if (slice.state == RxSlice::State::kCompiling) {
+    compiles_.erase(slice.compile);
+    --leg->compiling;
+  } else {
+    leg->known_bytes -= slice.bytes;
+    leg->known_chunks -= slice.chunks.size();
+    leg->done_chunks -= slice.done;
+    for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk)
+      if (slice.chunks[chunk] == RxState::kDone)
+        receive.record.bytes_done -=
+            std::min(link.chunk_bytes, slice.bytes - chunk * link.chunk_bytes);
+    if (slice.done == slice.chunks.size()) --receive.record.slices;
+    core_.workers.changed(receive, Role::kReceiver);
+  }
+  slice.state = RxSlice::State::kDropped;
+  slice.plan.reset();
+  uncover(*leg, *slice.message);
+  slice.message.reset();
+  if (leg->last == message.slice) leg->last.reset();
+  for (auto it = regions_.begin(); it != regions_.end();) {
+    RxRegion& region = it->second;
+    ++it;
+    if (region.leg != leg->pull || region.slice != message.slice) continue;
+    if (region.state == RegionState::kLanded) {
+      receive.landed.erase(region.id);
+      free_region(region.id);
+    } else if (region.state == RegionState::kScattering) {
+      // Goes on; nothing new is written over what it still writes.
+      region.of_dropped = true;
+      ++leg->dropped_scatters;
+    }
+  }
+  slice.chunks.clear();
+  update(*leg);
+  decide_held(leg->pull);
+}
+
+// ---- completion --------------------------------------------------------------------------------------
+
+// Every byte that this leg had to bring has been scattered.
+bool Receiver::complete(const RxLeg& leg) const {
+  return leg.last && leg.compiling == 0 && leg.known_bytes == leg.expected_bytes &&
+         leg.done_chunks == leg.known_chunks;
+}
+
+void Receiver::check_complete(uint64_t id) {
+  Receive* receive = find(id);
+  if (receive == nullptr || receive->terminal() || !receive->decided || receive->legs.empty())
+    return;
+  bool all = true;
+  for (const uint64_t pull : receive->legs) {
+    const RxLeg& leg = legs_.at(pull);
+    if (leg.last && leg.compiling == 0 && leg.known_bytes != leg.expected_bytes) {
+      end_receive(*receive, TransferState::kFailed, Reason::kNotOffered);
+      forget_if_done(id);
+      return;
+    }
+    all = all && complete(leg);
+  }
+  if (!all || receive->scatters > 0) return;
+  for (const uint64_t pull : receive->legs) {
+    const RxLeg& leg = legs_.at(pull);
+    const MsgSlice& last = *leg.slices.at(*leg.last).message;
+    if (leg.carries_aux && last.aux)
+      receive->record.aux = std::make_shared<const std::string>(*last.aux);
+  }
+  end_receive(*receive, TransferState::kCompleted, Reason::kNone);
+  forget_if_done(id);
+}
+
+// ---- END ---------------------------------------------------------------------------------------------
+
+// That dp group does not have the transfer, or is out of reach: dropped while another is left.
+void Receiver::drop_group(Receive& receive, uint32_t group) {
+  receive.groups.erase(group);
+  const std::set<uint64_t> legs = receive.legs;
+  for (const uint64_t pull : legs)
+    if (legs_.at(pull).dp_group == group) release_leg(legs_.at(pull));
+  if (receive.groups.size() != 1) return;
+  receive.decided = true;
+  for (const uint64_t pull : receive.legs) {
+    receive.record.bytes_total += legs_.at(pull).expected_bytes;
+    update(legs_.at(pull));
+  }
+  core_.workers.changed(receive, Role::kReceiver);
+}
+
+void Receiver::end_in(Link& link, const MsgEnd& message) {
+  const auto it = legs_.find(message.pull.counter);
+  if (it == legs_.end() || it->second.link != link.id ||
+      it->second.state == RxLegState::kUnsent) {
+    core_.dropped(DropCause::kUnknownPull);
+    return;
+  }
+  RxLeg& leg = it->second;
+  if (leg.peer_ended) {
+    core_.dropped(DropCause::kDuplicate);
+    return;
+  }
+  leg.peer_ended = true;
+  if (leg.state != RxLegState::kOpen) {  // terminal or released: both sides have ended it
+    close_leg(leg.pull);
+    return;
+  }
+  Receive& receive = receives_.at(leg.receive);
+  const uint64_t id = receive.id;
+  Reason reason = message.reason == Reason::kNone ? Reason::kCancelled : message.reason;
+  if (message.outcome == Outcome::kDelivered) {
+    // It has all our acks. Anything else contradicts them.
+    if (complete(leg)) return;
+    core_.dropped(DropCause::kProtocol);
+    reason = Reason::kProtocol;
+  } else if (!receive.decided && reason == Reason::kNoSend && receive.groups.size() > 1) {
+    drop_group(receive, leg.dp_group);
+    return;
+  } else if (reason == Reason::kStaleCards && !receive.first_slice &&
+             receive.resolves < kMostResolves) {
+    // Newer cards, new pulls.
+    const std::set<uint64_t> legs = std::exchange(receive.legs, {});
+    for (const uint64_t pull : legs)
+      end_leg(legs_.at(pull), Outcome::kReleased, Reason::kReleased);
+    receive.groups.clear();
+    receive.decided = false;
+    ask_legs(receive);
+    return;
+  }
+  end_receive(receive, TransferState::kFailed, reason);
+  forget_if_done(id);
+}
+
+void Receiver::link_dead(Link& link) {
+  const std::set<uint64_t> pulls = link.own_pulls;
+  for (const uint64_t pull : pulls) {
+    const auto it = legs_.find(pull);
+    if (it == legs_.end()) continue;
+    RxLeg& leg = it->second;
+    leg.peer_ended = true;  // there is nobody left to hear or say more
+    if (leg.state == RxLegState::kReleased || leg.state == RxLegState::kEnded) {
+      close_leg(pull);
+      continue;
+    }
+    Receive& receive = receives_.at(leg.receive);
+    if (complete(leg)) continue;
+    const uint64_t id = receive.id;
+    if (!receive.decided && receive.groups.size() > 1) {
+      drop_group(receive, leg.dp_group);
+    } else {
+      end_receive(receive, TransferState::kFailed, Reason::kPeerLost);
+      forget_if_done(id);
+    }
+  }
+}
+
+// ---- resync ------------------------------------------------------------------------------------------
+
+void Receiver::resync(Link& link) {
+  const std::set<uint64_t> pulls = link.own_pulls;
+  for (const uint64_t pull : pulls) {
+    RxLeg& leg = legs_.at(pull);
+    if (leg.state != RxLegState::kUnsent) resync_leg(link, leg);
+  }
+}
+
+void Receiver::resync_leg(Link& link, RxLeg& leg) {
+  if (leg.state != RxLegState::kOpen) {
+    // The PULL before it says what has ended, in case that was lost too.
+    if (!leg.heard) send_pull(link, leg, {});
+    answer_end(link, leg);
+    return;
+  }
+  leg.new_credits.clear();
+  leg.new_acks.clear();
+  for (const auto& [credit, region] : leg.credits)
+    leg.new_credits.push_back({CreditId{credit}, regions_.at(region).region.bytes});
+  for (const auto& [ordinal, slice] : leg.slices) {
+    if (slice.state != RxSlice::State::kCounts) continue;
+    if (slice.chunks.empty()) leg.new_acks.push_back({ordinal, 0});
+    for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk)
+      if (slice.chunks[chunk] == RxState::kDone) leg.new_acks.push_back({ordinal, chunk});
+  }
+  send_pull(link, leg, {});
+  send_update(link, leg);
+}
+
+}  // namespace kvferry::engine

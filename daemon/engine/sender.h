@@ -1,0 +1,183 @@
+// The sender's side: sends, the legs that receivers pull, chunks on their way out and the staging
+// regions they hold. Implements the tables "sender leg" and "chunk" of README.md. Part of Core.
+//
+//   sender_calls.cc   what workers ask; a send's end, its receivers, release of its source
+//   sender_pulls.cc   what receivers' daemons say: PULL, END, CLAIM, DECLINE, also before the Send
+//   sender_legs.cc    slices of a leg: compile, announce, ack; resync; revoke
+//   sender_chunks.cc  gather, offer, staging
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "daemon/engine/state.h"
+#include "daemon/engine/timers.h"
+
+namespace kvferry::engine {
+
+class Core;
+
+class Sender {
+ public:
+  explicit Sender(Core& core) : core_(core) {}
+
+  // Calls of workers.
+  void open_send(const OpenSendOp& op);
+  void send(const SendOp& op);
+  void cancel(uint64_t send, const OpRef& op);
+  void close(uint64_t send, const OpRef& op);
+  void revoke(uint64_t send, const RevokeOp& op);
+  void worker_gone(WorkerId worker);
+  void layout_gone(const LayoutHandle* layout, Reason reason);
+  bool uses(const LayoutHandle* layout) const;
+  void end_all(Reason reason);
+  bool idle() const;
+
+  // Answers.
+  void pull_resolved(PullResolved& event);
+  bool compiled(Compiled& event);
+  bool copy_ended(const CopyEnded& event);
+  bool condition_met(ConditionId condition);
+  void offer_send_ended(OfferId offer);
+
+  // Messages.
+  void pull_in(Link& link, MsgPull& message);
+  void update_in(Link& link, const MsgUpdate& message);
+  void end_in(Link& link, const MsgEnd& message);
+  void claim_in(Link& link, const MsgClaim& message);
+  void decline_in(Link& link, const MsgDecline& message);
+  void refuse_in(Link& link, const RefuseIn& event);
+
+  // From Lanes.
+  void lane_down(Link& link, uint32_t lane, uint32_t epoch);
+  void link_dead(Link& link);
+  void resync(Link& link);
+  void rails_died();
+
+  void timer(TimerKey key);
+  // Gathers and offers for which there is room, credit and a lane.
+  void flush();
+
+  const Send* find(uint64_t id) const;
+  const std::map<uint64_t, Send>& sends() const { return sends_; }
+  const std::map<uint64_t, TxLeg>& legs() const { return legs_; }
+  const std::map<uint64_t, Staging>& stagings() const { return stagings_; }
+  void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
+
+ private:
+  using NameAndRank = std::pair<TransferName, uint32_t>;
+
+  // A CLAIM, DECLINE or END that came before its Send; unverified until then.
+  struct Remembered {
+    enum class Kind : uint8_t { kClaim, kDecline, kEnded } kind = Kind::kClaim;
+    LinkId link;
+    std::string node;
+    NameAndRank of;
+    PullId pull;
+    std::string instance;      // the receiver's
+    Incarnation incarnation;
+    uint32_t rank = 0;
+    Digest16 cards;
+    Proof proof;
+    Reason reason = Reason::kNone;
+    Time until;
+  };
+
+  // sender_calls.cc
+  Send* find(uint64_t id);
+  Send* find(const NameAndRank& name);
+  Send* admit(const OpRef& op, uint64_t handle, const TransferKey& key,
+              const std::shared_ptr<const LayoutHandle>& layout, uint32_t max_receivers,
+              Duration lease, Duration deadline, bool& existing);
+  bool same_call(const OpRef& op, const Send& send, const SendOp& call, const SendOp& before);
+  void add_slice(Send& send, const SendOp& op);
+  void reply(const OpRef& op, const Send& send, bool existing);
+  void start(Send& send);
+  void end_send(Send& send, TransferState state, Reason reason);
+  Delivery delivery_of(const Send& send) const;
+  bool all_gathered(const Send& send) const;
+  void evaluate(Send& send);
+  void release(Send& send);
+  void forget_if_done(uint64_t send);
+  void lease_timer(Send& send);
+
+  // sender_pulls.cc
+  void meet(Send& send);
+  void park(Link& link, std::shared_ptr<const MsgPull> pull);
+  std::unique_ptr<ParkedPull> unpark(Link& link, uint64_t pull);
+  void accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> pull,
+                   const std::vector<CreditGrant>& credits, Time expires);
+  void end_pull(Link& link, uint64_t pull, const TransferName& name, Outcome outcome,
+                Reason reason);
+  void answer_end(Link& link, uint64_t pull, const TransferName& name, const PeerPull& ended);
+  void forget_below(Link& link, uint64_t oldest);
+  Place* place_for(Send& send, const TxLeg& leg, const PullResolved& event, Reason& refusal);
+  bool proven(const Send& send, const std::string& node, const PullId& pull, uint32_t receiver_rank,
+              const Digest16& cards, const Proof& proof) const;
+  void remember(Remembered entry);
+  void forget(uint64_t remembered);
+  void apply_claim(Send& send, const Remembered& claim);
+  void apply_decline(Send& send, const Remembered& decline);
+  void lose_place(Send& send, const std::string& instance, const Incarnation& incarnation,
+                  uint32_t rank, Reason reason);
+  bool pulled(const Send& send, const std::string& instance, const Incarnation& incarnation,
+              uint32_t rank) const;
+
+  // sender_legs.cc
+  TxLeg* leg_of(Link& link, const PullId& pull);
+  void pump(TxLeg& leg);
+  void announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice);
+  MsgSlice slice_message(const TxLeg& leg, uint64_t ordinal, const TxSlice& slice) const;
+  bool tell_slice(TxLeg& leg, uint64_t ordinal, const TxSlice& slice);
+  void take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>& credits);
+  void ack(TxLeg& leg, const Ack& ack);
+  bool delivered(const TxLeg& leg) const;
+  // Ends the leg on this side: END to the peer, its staging as soon as nobody touches it.
+  void end_leg(TxLeg& leg, Outcome outcome, Reason reason);
+  // ... and what follows for its receiver and the send.
+  void leg_over(uint64_t leg, LegFate fate, Outcome outcome, Reason reason);
+  void fail_place(Send& send, const ReceiverKey& key, Reason reason);
+  void drop_slice(TxLeg& leg, uint64_t ordinal);
+  void answer_revokes(Send& send);
+
+  // sender_chunks.cc
+  bool next_idle(TxLeg& leg);
+  void update(TxLeg& leg);
+  void leave_queues(TxLeg& leg);
+  void gather(TxLeg& leg, const memory::Region& region);
+  void gathered(Staging& staging, const CopyEnded& event);
+  void offer(TxLeg& leg);
+  void chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk);
+  void lost_offer(Staging& staging, bool credit_usable);
+  void unwant(uint64_t staging);
+  void free_if_done(uint64_t staging);
+
+  Core& core_;
+  std::map<uint64_t, Send> sends_;
+  std::map<NameAndRank, uint64_t> by_name_;
+  std::map<uint64_t, TxLeg> legs_;
+  std::map<uint64_t, Staging> stagings_;
+  std::map<OfferId, uint64_t> newest_;      // offers that are out -> staging
+  std::map<OfferId, uint64_t> sends_out_;   // UCX sends that have not ended -> staging
+  std::map<CopyId, uint64_t> gathers_;      // -> staging
+  std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;    // -> leg, ordinal
+  std::map<ConditionId, std::pair<uint64_t, uint32_t>> conditions_;  // -> send, send index
+  std::map<ResolveId, uint64_t> resolves_;  // -> leg
+  std::map<NameAndRank, std::map<uint64_t, std::pair<LinkId, uint64_t>>> parked_;  // by arrival
+  std::map<uint64_t, Remembered> remembered_;                       // by arrival
+  std::map<NameAndRank, std::set<uint64_t>> remembered_by_name_;
+  std::map<LinkId, std::set<uint64_t>> remembered_by_link_;
+  FairQueue credited_;                      // legs with a chunk to gather and a credit for it
+  FairQueue ahead_;                         // ... without
+  std::set<FairKey> starving_;
+  std::set<uint64_t> ready_;                // legs with something to offer
+  uint64_t ahead_total_ = 0;
+};
+
+}  // namespace kvferry::engine

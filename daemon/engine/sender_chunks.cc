@@ -1,0 +1,303 @@
+// Chunks on their way out: gathered into staging in turn, offered over the lanes that are up, held
+// until acknowledged and until nobody touches the region any more.
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/engine/core.h"
+#include "daemon/engine/grants.h"
+
+namespace kvferry::engine {
+
+// Moves the cursor to the next chunk to gather; false if there is none for now.
+bool Sender::next_idle(TxLeg& leg) {
+  auto& [ordinal, chunk] = leg.cursor;
+  while (ordinal < leg.announced) {
+    const auto it = leg.slices.find(ordinal);
+    if (it != leg.slices.end() && !it->second.dropped && chunk < it->second.chunks.size())
+      return true;
+    ++ordinal;
+    chunk = 0;
+  }
+  return false;
+}
+
+// After any change of credits or chunks: the leg's place in the queues, and whether it can offer.
+void Sender::update(TxLeg& leg) {
+  const uint64_t credits = leg.credits.size() + leg.returned.size();
+  const uint64_t pending = leg.gathering + leg.staged.size();
+  const auto ahead = static_cast<uint32_t>(pending > credits ? pending - credits : 0);
+  ahead_total_ += ahead;
+  ahead_total_ -= leg.ahead;
+  leg.ahead = ahead;
+  if (!leg.staged.empty() && credits > 0)
+    ready_.insert(leg.id);
+  else
+    ready_.erase(leg.id);
+  const bool idle = leg.resolved && next_idle(leg);
+  const bool credited = idle && credits > pending;
+  if (leg.queued && (!idle || leg.queued_ahead == credited)) leave_queues(leg);
+  if (idle && !leg.queued) {
+    leg.queued = true;
+    leg.queued_ahead = !credited;
+    (credited ? credited_ : ahead_).insert(leg.turn);
+  }
+}
+
+void Sender::leave_queues(TxLeg& leg) {
+  if (!leg.queued) return;
+  (leg.queued_ahead ? ahead_ : credited_).erase(leg.turn);
+  starving_.erase(leg.turn);
+  leg.queued = false;
+  leg.passes = 0;
+}
+
+void Sender::flush() {
+  const auto size = [&](const FairKey& key) {
+    TxLeg& leg = legs_.at(key.leg);
+    KVFERRY_CHECK(next_idle(leg), "a leg waits for staging only with a chunk to gather");
+    const TxSlice& slice = leg.slices.at(leg.cursor.first);
+    const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
+    return std::min(chunk_bytes, slice.plan->bytes - leg.cursor.second * chunk_bytes);
+  };
+  const auto grant = [&](const FairKey& key, const memory::Region& region) {
+    TxLeg& leg = legs_.at(key.leg);
+    leg.passes = 0;
+    gather(leg, region);
+  };
+  const auto passed = [&](const FairKey& key) {
+    TxLeg& leg = legs_.at(key.leg);
+    if (++leg.passes >= core_.config.starvation_passes) starving_.insert(key);
+  };
+  serve_in_turn(credited_, core_.arena, RegionKind::kStaging, starving_, [] { return true; }, size,
+                grant, passed);
+  std::set<FairKey> nobody;
+  serve_in_turn(ahead_, core_.arena, RegionKind::kStaging, nobody,
+                [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant,
+                [](const FairKey&) {});
+  const std::set<uint64_t> ready = ready_;
+  for (const uint64_t leg : ready) offer(legs_.at(leg));
+}
+
+void Sender::gather(TxLeg& leg, const memory::Region& region) {
+  Send& send = sends_.at(leg.send);
+  KVFERRY_CHECK(!send.record.released, "no gather starts after the source was released");
+  const auto [ordinal, chunk] = leg.cursor;
+  TxSlice& slice = leg.slices.at(ordinal);
+  const Link& link = *core_.lanes.find(leg.link);
+  Staging staging;
+  staging.id = core_.next_number();
+  staging.region = region;
+  staging.leg = leg.id;
+  staging.send = leg.send;
+  staging.link = leg.link;
+  staging.slice = ordinal;
+  staging.chunk = chunk;
+  staging.bytes = std::min(link.chunk_bytes, slice.plan->bytes - chunk * link.chunk_bytes);
+  staging.since = core_.now;
+  slice.chunks[chunk].state = TxState::kGathering;
+  slice.chunks[chunk].staging = staging.id;
+  ++leg.cursor.second;
+  ++leg.gathering;
+  ++send.gathers;
+  if (!send.moved) {
+    send.moved = true;
+    send.first_move = core_.now;
+  }
+  Gather command;
+  command.copy = CopyId{core_.next_number()};
+  command.plan = slice.plan;
+  command.offset = chunk * link.chunk_bytes;
+  command.bytes = staging.bytes;
+  command.region = region;
+  command.check_kind = link.check;
+  gathers_[command.copy] = staging.id;
+  stagings_.emplace(staging.id, std::move(staging));
+  core_.emit(std::move(command));
+  update(leg);
+  if (!send.record.memory_in_use) release(send);  // which tells that a copy reads the source
+}
+
+bool Sender::copy_ended(const CopyEnded& event) {
+  const auto it = gathers_.find(event.copy);
+  if (it == gathers_.end()) return false;
+  Staging& staging = stagings_.at(it->second);
+  gathers_.erase(it);
+  gathered(staging, event);
+  return true;
+}
+
+void Sender::gathered(Staging& staging, const CopyEnded& event) {
+  Send& send = sends_.at(staging.send);
+  const uint64_t send_id = send.id;
+  staging.gathering = false;
+  staging.check = event.check;
+  --send.gathers;
+  send.gather += core_.now - staging.since;
+  if (staging.wanted) {
+    TxLeg& leg = legs_.at(staging.leg);
+    TxSlice& slice = leg.slices.at(staging.slice);
+    if (event.outcome != CopyOutcome::kOk) {
+      leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kGatherFailed);
+    } else {
+      --leg.gathering;
+      ++core_.stats.chunks_gathered;
+      slice.chunks[staging.chunk].state = TxState::kStaged;
+      leg.staged.insert({staging.slice, staging.chunk});
+      if (++slice.gathered == slice.chunks.size()) {
+        --leg.ungathered;
+        ++send.record.slices;
+      }
+      update(leg);
+      evaluate(send);
+    }
+  } else {
+    free_if_done(staging.id);
+  }
+  if (Send* left = find(send_id)) {
+    answer_revokes(*left);
+    release(*left);
+    forget_if_done(send_id);
+  }
+}
+
+void Sender::offer(TxLeg& leg) {
+  Link& link = *core_.lanes.find(leg.link);
+  while (!leg.staged.empty()) {
+    const auto [ordinal, chunk] = *leg.staged.begin();
+    TxSlice& slice = leg.slices.at(ordinal);
+    Staging& staging = stagings_.at(slice.chunks[chunk].staging);
+    std::deque<CreditGrant>& credits = leg.credits.empty() ? leg.returned : leg.credits;
+    if (credits.empty()) break;
+    if (credits.back().bytes < staging.bytes) {
+      // All credits of a leg are of one size, that of its largest chunk.
+      leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
+      return;
+    }
+    const std::optional<uint32_t> lane = core_.lanes.offer_lane(link);
+    if (!lane) break;
+    staging.credit = credits.back();
+    credits.pop_back();
+    staging.lane = *lane;
+    staging.epoch = link.lanes[*lane].epoch;
+    staging.offer = OfferId{core_.next_number()};
+    staging.offered = true;
+    staging.newest_send_out = true;
+    staging.since = core_.now;
+    ++staging.sends;
+    newest_[staging.offer] = staging.id;
+    sends_out_[staging.offer] = staging.id;
+    leg.staged.erase(leg.staged.begin());
+    slice.chunks[chunk].state = TxState::kOffered;
+    slice.chunks[chunk].offered_once = true;
+    ++core_.stats.offers_sent;
+    SendOffer command;
+    command.lane = {link.id, *lane, staging.epoch};
+    command.offer.pull = leg.pull->pull;
+    command.offer.send = {core_.config.boot, leg.send};
+    command.offer.slice = ordinal;
+    command.offer.chunk = chunk;
+    command.offer.credit = staging.credit.credit;
+    command.offer.offer = staging.offer;
+    command.offer.bytes = staging.bytes;
+    command.offer.check = staging.check;
+    command.region = staging.region;
+    core_.emit(std::move(command));
+  }
+  update(leg);
+}
+
+// The chunk's newest offer came to nothing: it waits for its next one.
+void Sender::lost_offer(Staging& staging, bool credit_usable) {
+  TxLeg& leg = legs_.at(staging.leg);
+  newest_.erase(staging.offer);
+  staging.offered = false;
+  leg.slices.at(staging.slice).chunks[staging.chunk].state = TxState::kStaged;
+  leg.staged.insert({staging.slice, staging.chunk});
+  if (credit_usable && !flawed(Flaw::kFresh)) leg.returned.push_back(staging.credit);
+}
+
+void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk) {
+  Send& send = sends_.at(leg.send);
+  TxChunk& of = slice.chunks[chunk];
+  Staging& staging = stagings_.at(of.staging);
+  if (of.state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
+  of.state = TxState::kAcked;
+  of.staging = 0;
+  core_.stats.bytes_sent += staging.bytes;
+  send.record.bytes_done += staging.bytes;
+  ++send.chunks;
+  send.wire += core_.now - staging.since;
+  core_.workers.changed(send, Role::kSender);
+  unwant(staging.id);
+  if (++slice.acked == slice.chunks.size()) --leg.unacked;
+  update(leg);
+}
+
+// Nobody wants the chunk any more; its region is free once nobody touches it.
+void Sender::unwant(uint64_t id) {
+  Staging& staging = stagings_.at(id);
+  staging.wanted = false;
+  if (staging.offered) newest_.erase(staging.offer);
+  staging.offered = false;
+  free_if_done(id);
+}
+
+void Sender::free_if_done(uint64_t id) {
+  const auto it = stagings_.find(id);
+  if (it == stagings_.end()) return;
+  const Staging& staging = it->second;
+  if (staging.wanted || staging.gathering || staging.sends > 0) return;
+  if (staging.region.bytes > 0) core_.arena.give_back(RegionKind::kStaging, staging.region);
+  stagings_.erase(it);
+}
+
+void Sender::offer_send_ended(OfferId offer) {
+  const auto it = sends_out_.find(offer);
+  if (it == sends_out_.end()) return;
+  const uint64_t id = it->second;
+  sends_out_.erase(it);
+  Staging& staging = stagings_.at(id);
+  --staging.sends;
+  if (staging.offer == offer) staging.newest_send_out = false;
+  if (flawed(Flaw::kStatus) && staging.wanted && staging.offered && staging.offer == offer) {
+    TxLeg& leg = legs_.at(staging.leg);
+    chunk_acked(leg, leg.slices.at(staging.slice), staging.slice, staging.chunk);
+    if (delivered(leg)) leg_over(leg.id, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
+    return;
+  }
+  if (flawed(Flaw::kLocalDone) && staging.sends == 0 && staging.region.bytes > 0)
+    core_.arena.give_back(RegionKind::kStaging, std::exchange(staging.region, {}));
+  free_if_done(id);
+}
+
+void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
+  // A UCX send that ended well says nothing about its chunk: all that went by this lane and is not
+  // acknowledged goes again, with the same credit.
+  std::set<uint64_t> touched;
+  for (auto& [id, staging] : stagings_) {
+    if (!staging.offered || staging.link != link.id || staging.lane != lane ||
+        staging.epoch != epoch)
+      continue;
+    if (flawed(Flaw::kErrorOnly) && !staging.newest_send_out) continue;
+    touched.insert(staging.leg);
+    lost_offer(staging, true);
+  }
+  for (auto& [id, leg] : legs_) {
+    if (leg.link != link.id || leg.dropped_offers.empty()) continue;
+    touched.insert(id);
+    std::erase_if(leg.dropped_offers, [&](const DroppedOffer& offer) {
+      if (offer.lane != lane || offer.epoch != epoch) return false;
+      leg.returned.push_back(offer.credit);
+      return true;
+    });
+  }
+  for (const uint64_t leg : touched) update(legs_.at(leg));
+}
+
+void Sender::rails_died() {
+  const std::map<OfferId, uint64_t> out = sends_out_;
+  for (const auto& [offer, staging] : out) offer_send_ended(offer);
+}
+
+}  // namespace kvferry::engine

@@ -1,0 +1,69 @@
+// Attached workers: their status slots, the handles by which they name transfers, which slots changed,
+// and the transfers that were closed and whose ids stay dead for a while. Part of Core.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <tuple>
+
+#include "daemon/engine/state.h"
+
+namespace kvferry::engine {
+
+class Core;
+
+struct TransferRef {
+  Role role = Role::kSender;
+  uint64_t id = 0;
+};
+
+class Workers {
+ public:
+  explicit Workers(Core& core) : core_(core) {}
+
+  void attached(const WorkerAttached& event);
+  void gone(WorkerId worker);
+  bool known(WorkerId worker) const { return table_.contains(worker); }
+  uint32_t count() const { return static_cast<uint32_t>(table_.size()); }
+
+  // Gives the transfer a slot and enters its handle. False: no slot is free.
+  bool enter(Transfer& transfer, Role role);
+  // The worker has closed the transfer: slot and handle are free.
+  void leave(const Transfer& transfer);
+  std::optional<TransferRef> find(WorkerId worker, uint64_t handle) const;
+
+  // Its status slot is written with the next flush.
+  void changed(const Transfer& transfer, Role role);
+  void publish();
+
+  // The transfer is over for good: calls and pulls that name it learn its end for a while.
+  void bury(Role role, const TransferName& name, uint32_t rank, Reason reason);
+  std::optional<Reason> buried(Role role, const TransferName& name, uint32_t rank);
+
+ private:
+  struct Worker {
+    uint64_t tenant = 0;
+    uint32_t slots = 0;
+    uint32_t next_slot = 0;
+    std::set<uint32_t> free_slots;
+    std::map<uint64_t, TransferRef> handles;
+  };
+  using GraveKey = std::tuple<Role, TransferName, uint32_t>;
+  struct Grave {
+    Reason reason = Reason::kNone;
+    Time until;
+  };
+
+  Core& core_;
+  std::map<WorkerId, Worker> table_;
+  std::map<std::string, uint64_t> tenants_;
+  std::map<std::pair<WorkerId, uint32_t>, TransferRef> changed_;
+  std::map<GraveKey, Grave> graves_;
+  std::deque<std::pair<Time, GraveKey>> grave_order_;
+};
+
+}  // namespace kvferry::engine

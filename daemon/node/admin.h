@@ -1,0 +1,70 @@
+// Answers the operators' questions: snapshots of the engine (taken on its thread), the registry, the
+// links and the rails. Thread-safe; nothing blocks.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "daemon/node/engine_thread.h"
+#include "daemon/node/link_manager.h"
+#include "daemon/node/registry.h"
+#include "daemon/ops/config.h"
+#include "daemon/ops/http.h"
+#include "daemon/ops/watchdog.h"
+#include "daemon/rpc/admin_backend.h"
+
+namespace kvferry::node {
+
+class Admin final : public rpc::AdminBackend {
+ public:
+  struct Facts {
+    std::string version;
+    std::string commit;
+    BootId boot;
+    std::string peer_address;
+    std::string http_address;
+    rpc::MemoryChoice arena;
+  };
+
+  // All outlive it.
+  Admin(Facts facts, const ops::Config& config, EngineThread& engine, LinkManager& links,
+        Registry& registry, ops::Watchdog& watchdog);
+
+  // Once the HTTP listener is bound, before it is asked.
+  void set_http_address(std::string address) { facts_.http_address = std::move(address); }
+  void set_draining() { draining_.store(true, std::memory_order_relaxed); }
+
+  // Also for the HTTP probes: is every thread turning ...
+  ops::HealthReport health_now() const;
+  // ... and is new work taken.
+  ops::HealthReport ready_now() const;
+
+  void status(Time deadline, rpc::Reply<rpc::StatusInfo> done) override;
+  void list_workers(Time deadline, rpc::Reply<std::vector<rpc::WorkerInfo>> done) override;
+  void list_transfers(Time deadline, rpc::Reply<std::vector<rpc::TransferInfo>> done) override;
+  void list_peers(Time deadline, rpc::Reply<std::vector<rpc::PeerInfo>> done) override;
+  void list_rails(Time deadline, rpc::Reply<std::vector<rpc::RailInfo>> done) override;
+  void list_arenas(Time deadline, rpc::Reply<std::vector<rpc::ArenaInfo>> done) override;
+  void cancel_transfer(std::string selector, Time deadline,
+                       rpc::Reply<std::vector<rpc::CancelledTransfer>> done) override;
+  void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
+
+ private:
+  // Runs `answer` on the engine thread with a snapshot.
+  void with_snapshot(std::function<void(const engine::EngineSnapshot&)> answer);
+
+  Facts facts_;
+  const ops::Config& config_;
+  EngineThread& engine_;
+  LinkManager& links_;
+  Registry& registry_;
+  ops::Watchdog& watchdog_;
+  const Time started_ = monotonic_now();
+  std::atomic<bool> draining_{false};
+};
+
+// The handle that tools show and take: "s" or "r", the worker's number and its own for the transfer.
+std::string transfer_handle(const engine::TransferView& view);
+
+}  // namespace kvferry::node

@@ -1,0 +1,398 @@
+#include "daemon/node/daemon.h"
+
+#include <sys/stat.h>
+
+#include <atomic>
+#include <cerrno>
+#include <utility>
+
+#include "daemon/base/crypto.h"
+#include "daemon/base/mutex.h"
+#include "daemon/copy/copy_pool.h"
+#include "daemon/memory/shared_memory.h"
+#include "daemon/node/admin.h"
+#include "daemon/node/directory.h"
+#include "daemon/node/engine_thread.h"
+#include "daemon/node/link_manager.h"
+#include "daemon/node/registry.h"
+#include "daemon/node/task_pool.h"
+#include "daemon/ops/http.h"
+#include "daemon/ops/log.h"
+#include "daemon/ops/metrics.h"
+#include "daemon/ops/version.h"
+#include "daemon/ops/watchdog.h"
+#include "daemon/rpc/admin_service.h"
+#include "daemon/rpc/lifeline.h"
+#include "daemon/rpc/peer_client.h"
+#include "daemon/rpc/peer_service.h"
+#include "daemon/rpc/worker_service.h"
+
+namespace kvferry::node {
+namespace {
+
+// The peers' listener is bound before the link manager exists, as its port goes into tickets.
+class LatePeerBackend final : public rpc::PeerBackend {
+ public:
+  void set(rpc::PeerBackend* backend) { backend_.store(backend, std::memory_order_release); }
+  void challenge(const rpc::PeerAddress& from,
+                 std::function<void(Result<rpc::Random32>)> done) override {
+    if (auto* backend = get())
+      backend->challenge(from, std::move(done));
+    else
+      done(starting());
+  }
+  void handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
+                 std::function<void(Result<rpc::SignedHello>)> done) override {
+    if (auto* backend = get())
+      backend->handshake(from, std::move(hello), std::move(done));
+    else
+      done(starting());
+  }
+  void call(const rpc::PeerAddress& from, rpc::LinkMethod method, rpc::LinkCall call,
+            std::function<void(Result<rpc::LinkReply>)> done) override {
+    if (auto* backend = get())
+      backend->call(from, method, std::move(call), std::move(done));
+    else
+      done(starting());
+  }
+
+ private:
+  rpc::PeerBackend* get() const { return backend_.load(std::memory_order_acquire); }
+  static tl::unexpected<Error> starting() {
+    return fail(Code::kUnavailable, "STARTING", "the daemon starts");
+  }
+  std::atomic<rpc::PeerBackend*> backend_{nullptr};
+};
+
+// "/run/kvferry/kvferry.sock": makes /run/kvferry if that is all that is missing.
+Status make_parent(const std::string& path) {
+  const std::size_t slash = path.rfind('/');
+  if (slash == std::string::npos || slash == 0) return {};
+  const std::string parent = path.substr(0, slash);
+  if (::mkdir(parent.c_str(), 0755) != 0 && errno != EEXIST)
+    return fail_errno("SOCKET_DIRECTORY", "mkdir(" + parent + ")", errno);
+  return {};
+}
+
+engine::CheckKind check_kind(ops::CheckKind kind) {
+  return kind == ops::CheckKind::kXxh3 ? engine::CheckKind::kXxh3 : engine::CheckKind::kNone;
+}
+
+engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot) {
+  engine::EngineConfig out;
+  out.boot = boot;
+  out.node = config.node.id;
+  out.segment_bytes.assign(config.arena.bytes / config.arena.segment_bytes,
+                           config.arena.segment_bytes);
+  out.chunk_bytes = config.engine.chunk_bytes;
+  out.leg_credits = config.engine.leg_credits;
+  out.staged_ahead = config.engine.staged_ahead;
+  out.starvation_passes = config.engine.passed_over_limit;
+  out.default_lease = config.engine.lease;
+  out.default_wait = config.engine.wait_deadline;
+  out.default_deadline = config.engine.transfer_deadline;
+  out.max_deadline = config.engine.transfer_deadline_max;
+  out.ready_timeout = config.engine.ready_timeout;
+  out.ping_interval = config.engine.heartbeat_interval;
+  out.silence_limit = config.engine.silence_limit;
+  out.landing_timeout = config.engine.landing_timeout;
+  out.landing_min_rate = config.engine.min_rate;
+  uint64_t slots = 0;
+  for (const ops::SocketConfig& socket : config.sockets)
+    slots = std::max(slots, socket.limits.max_transfers);
+  out.max_transfers_per_worker = static_cast<uint32_t>(slots);
+  return out;
+}
+
+rails::RailsConfig rails_config(const ops::Config& config) {
+  rails::RailsConfig out;
+  out.executable = config.rails.binary;
+  for (const std::string& transport : config.rails.transports) {
+    if (transport == "shm") {
+      out.rails.push_back({transport, ""});  // has no device
+      continue;
+    }
+    for (const std::string& device : config.rails.devices) out.rails.push_back({transport, device});
+  }
+  out.ucx.port_first = config.rails.port_range.first;
+  out.ucx.port_last = config.rails.port_range.last;
+  out.ucx.tcp_segment_bytes = config.rails.segment_bytes;
+  out.ucx.overrides = config.ucx;
+  out.spin = config.rails.spin;
+  out.backoff_first = config.rails.restart_backoff;
+  out.backoff_limit = config.rails.restart_backoff_max;
+  return out;
+}
+
+// host of "host:port" or "[v6]:port", with its brackets.
+std::string host_part(const std::string& address) { return address.substr(0, address.rfind(':')); }
+
+}  // namespace
+
+// Members are destroyed from the last to the first: who is used stands above who uses it.
+struct Daemon::Impl {
+  ops::Config config;
+  BootId boot;
+  memory::HostArena arena;
+  std::unique_ptr<ops::Metrics> metrics;
+  ops::Watchdog watchdog;
+  std::unique_ptr<copy::CopyPool> copies;
+  std::unique_ptr<TaskPool> look_ups;
+  std::unique_ptr<TaskPool> compiles;
+  std::unique_ptr<rpc::PeerDialer> dialer;
+  LatePeerBackend late_peers;
+  std::unique_ptr<LinkManager> links;
+  std::unique_ptr<Directory> directory;
+  std::unique_ptr<EngineThread> engine;
+  std::unique_ptr<Registry> registry;
+  std::unique_ptr<Admin> admin;
+  std::unique_ptr<rpc::PeerServer> peer_server;
+  std::unique_ptr<rpc::Lifeline> lifeline;
+  std::unique_ptr<rpc::WorkerServer> worker_server;
+  std::unique_ptr<rpc::AdminServer> admin_server;
+  std::unique_ptr<ops::HttpServer> http;
+
+  Mutex mutex;
+  CondVar drained_changed;
+  bool drained KVFERRY_GUARDED_BY(mutex) = false;
+  std::atomic<bool> served{false};
+  bool stopped = false;
+
+  Status make_core();
+  Status make_engine(std::unique_ptr<rails::RailsClient> rails, const std::string& advertise);
+  Status make_listeners();
+};
+
+// Memory, threads and the rails; the peers' listener for its port.
+Status Daemon::Impl::make_core() {
+  random_bytes(boot.bytes);
+  const engine::EngineConfig engine_settings = engine_config(config, boot);
+  memory::SharedMemoryOptions memory_options;
+  memory_options.huge_pages = true;
+  memory_options.populate = true;
+  auto made = memory::HostArena::create("kvferry-arena", engine_settings.segment_bytes,
+                                        memory_options);
+  KVFERRY_RETURN_IF_ERROR(made);
+  arena = std::move(*made);
+
+  const rails::RailsConfig rails_settings = rails_config(config);
+  std::vector<ops::RailLabels> rail_labels;
+  for (const rails::RailSpec& rail : rails_settings.rails)
+    rail_labels.push_back({rail.transport, rail.device});
+  metrics = std::make_unique<ops::Metrics>(
+      ops::BuildLabels{std::string(ops::version()), std::string(ops::commit()), ""},
+      std::vector<ops::ArenaLabels>{{"host", "shared_host"}}, rail_labels);
+
+  std::vector<rails::Segment> segments;
+  for (uint32_t i = 0; i < arena.segment_count(); ++i)
+    segments.push_back({arena.segment(i).fd(), arena.segment(i).bytes()});
+  auto rails = rails::RailsClient::make(rails_settings, segments);
+  KVFERRY_RETURN_IF_ERROR(rails);
+
+  copy::Options copy_options;
+  copy_options.threads = config.copy.threads;
+  copies = std::make_unique<copy::CopyPool>(copy_options);
+  look_ups = std::make_unique<TaskPool>("kvf-lookup", 2, 1 << 16);
+  compiles = std::make_unique<TaskPool>("kvf-compile", 1, 1 << 17);
+  dialer = rpc::grpc_peer_dialer();
+
+  auto listener = rpc::PeerServer::start({config.peer.listen, 256}, late_peers);
+  KVFERRY_RETURN_IF_ERROR(listener);
+  peer_server = std::move(*listener);
+  const std::string advertise =
+      !config.peer.advertise.empty()
+          ? config.peer.advertise
+          : host_part(config.peer.listen) + ":" + std::to_string(peer_server->port());
+  return make_engine(std::move(*rails), advertise);
+}
+
+Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
+                                 const std::string& advertise) {
+  const auto sink = [this](engine::Event event) { engine->post(std::move(event)); };
+  LinkManagerConfig link_config;
+  link_config.node = config.node.id;
+  link_config.boot = boot;
+  link_config.advertise = advertise;
+  link_config.peers = config.peers;
+  if (!config.peer.cluster_secret_file.empty()) {
+    auto secret = ops::read_secret_file(config.peer.cluster_secret_file);
+    KVFERRY_RETURN_IF_ERROR(secret);
+    link_config.cluster_secret.assign(secret->begin(), secret->end());
+  }
+  link_config.chunk_bytes = config.engine.chunk_bytes;
+  link_config.check = check_kind(config.checks.kind);
+  link_config.min_check = check_kind(config.checks.min_check);
+  links = std::make_unique<LinkManager>(std::move(link_config), *dialer, *look_ups, sink);
+
+  DirectoryConfig directory_config;
+  directory_config.node = config.node.id;
+  directory_config.advertise = advertise;
+  directory = std::make_unique<Directory>(directory_config, *links, *look_ups, *compiles, sink);
+  links->set_questions(directory.get());
+
+  EngineThread::Parts parts;
+  parts.engine = engine_config(config, boot);
+  parts.arena = &arena;
+  parts.rails = std::move(rails);
+  parts.copies = copies.get();
+  parts.directory = directory.get();
+  parts.links = links.get();
+  parts.metrics = metrics.get();
+  parts.ticker = &watchdog.add("engine", config.watchdog.limit, monotonic_now());
+  parts.on_drained = [this] {
+    MutexLock lock(mutex);
+    drained = true;
+    drained_changed.notify_all();
+  };
+  if (auto lines = rails::make_rails_environment(rails_config(config).ucx)) {
+    for (const std::string& line : *lines) {
+      const std::size_t equals = line.find('=');
+      if (line.starts_with("UCX_"))
+        parts.rails_settings.emplace_back(line.substr(0, equals), line.substr(equals + 1));
+    }
+  }
+  engine = std::make_unique<EngineThread>(std::move(parts));
+  registry = std::make_unique<Registry>(*engine, *directory, *metrics);
+  Admin::Facts facts;
+  facts.version = ops::version();
+  facts.commit = ops::commit();
+  facts.boot = boot;
+  facts.peer_address = advertise;
+  facts.arena = {"host", "shared_host",
+                 config.arena.kind == ops::ArenaKind::kAuto ? "no GPU arena is served by this build"
+                                                            : "configured"};
+  admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
+  late_peers.set(links.get());
+  return engine->start();
+}
+
+Status Daemon::Impl::make_listeners() {
+  rpc::LifelineConfig lifeline_config;
+  lifeline_config.boot = boot;
+  rpc::WorkerServerConfig worker_config;
+  for (const ops::SocketConfig& socket : config.sockets) {
+    KVFERRY_RETURN_IF_ERROR(make_parent(socket.path));
+    rpc::LifelineSocket& line = lifeline_config.sockets.emplace_back();
+    line.path = socket.path;
+    line.mode = socket.mode;
+    line.uids = socket.uids;
+    line.tenant = socket.tenant;
+    line.grpc_path = socket.grpc_path;
+    line.max_pool_bytes = socket.limits.max_pool_bytes;
+    line.max_transfers = static_cast<uint32_t>(socket.limits.max_transfers);
+    line.max_descriptors = static_cast<uint32_t>(socket.limits.max_descriptors);
+    worker_config.sockets.push_back(
+        {socket.grpc_path, socket.mode, lifeline_config.sockets.size() - 1});
+  }
+  worker_config.limits.lease = config.engine.lease;
+  worker_config.limits.lease_max = config.engine.lease_max;
+  worker_config.limits.wait = config.engine.wait_deadline;
+  worker_config.limits.wait_max = config.engine.wait_deadline_max;
+  worker_config.limits.deadline = config.engine.transfer_deadline;
+  worker_config.limits.deadline_max = config.engine.transfer_deadline_max;
+  worker_config.limits.max_receivers = config.engine.max_receivers;
+  worker_config.limits.timeline_words = lifeline_config.page.timeline_words;
+  worker_config.on_answer = [this](Code code) { metrics->rpc_ended(code); };
+
+  // The gRPC socket first: a worker that has attached may call at once.
+  auto server = rpc::WorkerServer::start(worker_config, *registry);
+  KVFERRY_RETURN_IF_ERROR(server);
+  worker_server = std::move(*server);
+  auto line = rpc::Lifeline::start(lifeline_config, *registry);
+  KVFERRY_RETURN_IF_ERROR(line);
+  lifeline = std::move(*line);
+  registry->set_lifeline(lifeline.get());
+
+  KVFERRY_RETURN_IF_ERROR(make_parent(config.admin.socket));
+  auto admin_listener = rpc::AdminServer::start(
+      {config.admin.socket, config.admin.mode(), config.admin.group}, *admin, *metrics);
+  KVFERRY_RETURN_IF_ERROR(admin_listener);
+  admin_server = std::move(*admin_listener);
+
+  ops::HttpHandlers handlers;
+  handlers.metrics = [this] {
+    metrics->healthy.set(admin->health_now().ok() ? 1 : 0);
+    metrics->ready.set(admin->ready_now().ok() ? 1 : 0);
+    return metrics->text();
+  };
+  handlers.healthy = [this] { return admin->health_now(); };
+  handlers.ready = [this] { return admin->ready_now(); };
+  auto web = ops::HttpServer::start(config.http.address, config.http.port, std::move(handlers));
+  KVFERRY_RETURN_IF_ERROR(web);
+  http = std::move(*web);
+  const std::string http_address = config.http.address + ":" + std::to_string(http->port());
+  admin->set_http_address(http_address);
+  ops::log_info("listening", {ops::field("workers", config.sockets.front().path),
+                              ops::field("admin", config.admin.socket),
+                              ops::field("http", http_address),
+                              ops::field("peers", peer_server->port())});
+  return {};
+}
+
+Daemon::Daemon(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Daemon::~Daemon() { stop(); }
+
+Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
+  auto impl = std::make_unique<Impl>();
+  impl->config = config;
+  std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
+  KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_core());
+  KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_listeners());
+  ops::log_info("started", {ops::field("version", ops::version()),
+                            ops::field("commit", ops::commit()),
+                            ops::field("node", config.node.id),
+                            ops::field("boot", daemon->impl_->boot),
+                            ops::field("arena_bytes", config.arena.bytes),
+                            ops::field("arena", "shared_host")});
+  return daemon;
+}
+
+Daemon::Phase Daemon::phase() const {
+  const EngineThread::RailsView rails = impl_->engine->rails_view();
+  if (rails.ready) impl_->served.store(true);
+  if (impl_->served.load()) return Phase::kServing;
+  return rails.last_status == 78 ? Phase::kRefused : Phase::kStarting;
+}
+
+std::string Daemon::refusal() const { return impl_->engine->rails_view().last_exit; }
+
+bool Daemon::healthy() const { return impl_->admin->health_now().ok(); }
+
+std::string Daemon::status_line() const {
+  const ops::HealthReport ready = impl_->admin->ready_now();
+  return ready.ok() ? "serving" : ready.reason();
+}
+
+void Daemon::drain() {
+  const Time limit = monotonic_now() + impl_->config.drain.limit;
+  impl_->admin->set_draining();
+  impl_->registry->drain();
+  if (impl_->worker_server) impl_->worker_server->set_serving(false);
+  impl_->engine->post(engine::Drain{limit});
+  // The engine fails what is left at the limit; a second more, in case it does not turn at all.
+  const Time patience = limit + std::chrono::seconds(1);
+  MutexLock lock(impl_->mutex);
+  while (!impl_->drained && impl_->drained_changed.wait_until(impl_->mutex, patience)) {
+  }
+}
+
+void Daemon::stop() {
+  Impl& d = *impl_;
+  if (std::exchange(d.stopped, true)) return;
+  const Time soon = monotonic_now() + std::chrono::seconds(1);
+  if (d.http) d.http->stop_async();
+  if (d.links) d.links->stop();
+  // Calls that wait for the engine are answered when it stops, so it goes before the servers.
+  if (d.engine) d.engine->stop();
+  if (d.copies) (void)d.copies->close(soon);
+  if (d.lifeline) d.lifeline->stop();
+  if (d.worker_server) d.worker_server->shutdown(soon);
+  if (d.admin_server) d.admin_server->shutdown(soon);
+  if (d.peer_server) d.peer_server->shutdown(soon);
+  if (d.look_ups) d.look_ups->stop();
+  if (d.compiles) d.compiles->stop();
+  if (d.http) d.http->join();
+}
+
+}  // namespace kvferry::node

@@ -1,0 +1,42 @@
+// The whole daemon put together: every part is made, started, drained and stopped here, in the order
+// that their dependencies ask for. Used by main() on the main thread.
+#pragma once
+
+#include <memory>
+
+#include "daemon/base/result.h"
+#include "daemon/base/units.h"
+#include "daemon/ops/config.h"
+
+namespace kvferry::node {
+
+class Daemon {
+ public:
+  // Makes and starts everything but waits for nothing. An error names what could not be had;
+  // reasons CONFIGURATION_* and those of the arena and listeners are the machine's or the file's
+  // fault (exit status 78).
+  static Result<std::unique_ptr<Daemon>> start(const ops::Config& config);
+  ~Daemon();
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+
+  // The rails are up for the first time, or the reason why they never will be.
+  enum class Phase { kStarting, kServing, kRefused };
+  Phase phase() const;
+  std::string refusal() const;
+  // Sound enough to tell the service manager so.
+  bool healthy() const;
+  std::string status_line() const;
+
+  // Stops admission; transfers under way go on until the limit. Returns when all have ended or the
+  // limit has passed.
+  void drain();
+  void stop();
+
+ private:
+  struct Impl;
+  explicit Daemon(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace kvferry::node

@@ -1,0 +1,490 @@
+#include "daemon/node/engine_thread.h"
+
+#include <poll.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/node/directory.h"
+#include "daemon/node/link_manager.h"
+#include "daemon/node/registered_layout.h"
+#include "daemon/ops/log.h"
+#include "kernels/host_copy.h"
+
+namespace kvferry::node {
+namespace {
+
+constexpr std::size_t kBatch = 512;
+constexpr Duration kLongestSleep = std::chrono::milliseconds(100);
+constexpr Duration kConditionPoll = std::chrono::microseconds(50);
+constexpr Duration kRefresh = std::chrono::milliseconds(100);
+
+// The first byte of each pool that the plan's layout names.
+std::vector<std::byte*> pool_bases(const CompiledPlan& plan) {
+  std::vector<std::byte*> bases;
+  bases.reserve(plan.layout->pools.size());
+  for (const auto& pool : plan.layout->pools) bases.push_back(pool->base());
+  return bases;
+}
+
+engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t bytes) {
+  engine::Check check;
+  if (kind != engine::CheckKind::kXxh3) return check;
+  check.kind = kind;
+  XXH128_canonical_t canonical;
+  XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, bytes));
+  std::copy(std::begin(canonical.digest), std::end(canonical.digest), check.value.begin());
+  return check;
+}
+
+}  // namespace
+
+EngineThread::EngineThread(Parts parts)
+    : parts_(std::move(parts)), inbox_(parts_.inbox_limit), engine_(parts_.engine) {
+  MutexLock lock(view_mutex_);
+  view_.settings = std::move(parts_.rails_settings);
+}
+
+EngineThread::~EngineThread() { stop(); }
+
+Status EngineThread::start() {
+  KVFERRY_CHECK(!thread_.joinable(), "the engine thread starts once");
+  // The rails process dies with the thread that starts it, so the loop's thread does that.
+  thread_ = std::thread([this] { run(); });
+  return {};
+}
+
+void EngineThread::stop() {
+  if (!thread_.joinable()) return;
+  stop_.store(true, std::memory_order_release);
+  inbox_.wake();
+  thread_.join();
+  answer_all_waiting();
+}
+
+void EngineThread::answer_all_waiting() {
+  batch_.clear();
+  while (inbox_.waiting() > 0) inbox_.drain(kBatch, batch_);
+  inbox_.close();
+  engine::Reply stopped;
+  stopped.error = Error{Code::kUnavailable, "SHUTDOWN", "the daemon stops", {}};
+  for (const Posted& posted : batch_)
+    if (posted.reply) posted.reply(stopped);
+  for (const auto& [op_id, reply] : std::exchange(replies_, {})) reply(stopped);
+  // Nothing copies any more once the copy threads have ended, which the owner sees to.
+  for (const auto& [layout, waiting] : std::exchange(quiet_, {}))
+    for (const auto& quiet : waiting) quiet();
+  batch_.clear();
+  sessions_.clear();
+}
+
+// ---- other threads -----------------------------------------------------------------------------
+
+void EngineThread::call(WorkerId worker, engine::Event op, ReplyFn reply) {
+  ReplyFn refused = reply;
+  if (inbox_.post(worker.value, Posted{std::move(op), std::move(reply), {}})) return;
+  engine::Reply answer;
+  answer.op.worker = worker;
+  answer.error = Error{Code::kResourceExhausted, "TOO_MANY_CALLS",
+                       "the worker has too many calls waiting", {}};
+  refused(answer);
+}
+
+void EngineThread::post(engine::Event event) {
+  (void)inbox_.post(Inbox::kInternal, Posted{std::move(event), {}, {}});
+}
+
+void EngineThread::ask(QuestionFn question) {
+  (void)inbox_.post(Inbox::kInternal, Posted{engine::RailsUp{}, {}, std::move(question)});
+}
+
+void EngineThread::attach(std::shared_ptr<rpc::Session> session) {
+  ask([this, session = std::move(session)](const engine::Engine&, Time) {
+    const rpc::Session::Facts& facts = session->facts();
+    sessions_[facts.id] = session;
+    follow_up_.push_back(
+        engine::WorkerAttached{facts.id, facts.tenant, session->page().config().slots});
+  });
+}
+
+void EngineThread::detach(WorkerId worker) {
+  ask([this, worker](const engine::Engine&, Time) {
+    follow_up_.push_back(engine::WorkerGone{worker});
+    sessions_.erase(worker);
+    std::erase_if(conditions_, [&](const auto& entry) { return entry.second.worker == worker; });
+  });
+}
+
+void EngineThread::unregister(std::shared_ptr<const engine::LayoutHandle> layout, Reason reason,
+                              std::function<void()> quiet) {
+  ask([this, layout = std::move(layout), reason, quiet = std::move(quiet)](const engine::Engine&,
+                                                                           Time) {
+    quiet_[layout].push_back(quiet);
+    follow_up_.push_back(engine::UnregisterLayout{layout, reason});
+  });
+}
+
+EngineThread::RailsView EngineThread::rails_view() const {
+  MutexLock lock(view_mutex_);
+  return view_;
+}
+
+// ---- the loop ----------------------------------------------------------------------------------
+
+void EngineThread::run() {
+  if (Status started = parts_.rails->start(monotonic_now()); !started) {
+    ops::log_error("rails not started", {ops::field("error", started.error())});
+    MutexLock lock(view_mutex_);
+    view_.last_exit = started.error().to_string();
+  }
+  while (!stop_.load(std::memory_order_acquire)) {
+    if (parts_.ticker != nullptr) parts_.ticker->tick(monotonic_now());
+    inbox_.acknowledge();
+    batch_.clear();
+    inbox_.drain(kBatch, batch_);
+    const Time now = monotonic_now();
+    for (Posted& posted : batch_) take(std::move(posted), now);
+    parts_.rails->poll(monotonic_now(), *this, kBatch);
+    poll_conditions();
+    parts_.metrics->engine_events.add(batch_.size());
+
+    engine_.advance(monotonic_now(), commands_);
+    do {
+      std::vector<engine::Event> events = std::exchange(follow_up_, {});
+      for (engine::Event& event : events) handle(std::move(event));
+      engine_.flush(monotonic_now(), commands_);
+      execute_all();
+    } while (!follow_up_.empty());
+
+    refresh_views(monotonic_now());
+    wait();
+  }
+  parts_.rails->stop();
+}
+
+void EngineThread::wait() {
+  if (inbox_.waiting() > 0 || stop_.load(std::memory_order_acquire)) return;
+  if (!parts_.rails->prepare_wait()) return;
+  Time until = std::min(engine_.next_timer(), parts_.rails->next_wakeup());
+  const Time now = monotonic_now();
+  Duration sleep = until <= now ? Duration{} : std::min(until - now, kLongestSleep);
+  if (!conditions_.empty()) sleep = std::min(sleep, kConditionPoll);
+  std::vector<pollfd> fds = parts_.rails->pollfds();
+  fds.push_back({inbox_.fd(), POLLIN, 0});
+  timespec timeout{};
+  timeout.tv_sec = static_cast<time_t>(sleep.count() / 1'000'000'000);
+  timeout.tv_nsec = static_cast<long>(sleep.count() % 1'000'000'000);
+  // An error here is EINTR; the loop looks again anyway.
+  (void)ppoll(fds.data(), fds.size(), &timeout, nullptr);
+}
+
+void EngineThread::take(Posted posted, Time now) {
+  if (posted.question) {
+    posted.question(engine_, now);
+    return;
+  }
+  if (posted.reply) {
+    const uint64_t op_id = next_op_id_++;
+    std::visit(
+        [&](auto& event) {
+          if constexpr (requires { event.op.op_id; }) event.op.op_id = op_id;
+        },
+        posted.event);
+    replies_.emplace(op_id, std::move(posted.reply));
+  }
+  // Questions of this batch may have put events before this one.
+  follow_up_.push_back(std::move(posted.event));
+}
+
+void EngineThread::handle(engine::Event event) {
+  if (const auto* up = std::get_if<engine::LinkUp>(&event)) {
+    // Its keys come first: the engine's first message needs them. A link that has ended meanwhile
+    // has none, and its LinkEnded is on the way; the engine never hears of it.
+    const std::optional<link::LinkKeys> keys = parts_.links->keys(up->link);
+    if (!keys || links_.contains(up->link)) return;
+    links_.add(up->link, *keys);
+  }
+  engine_.handle(std::move(event), monotonic_now(), commands_);
+}
+
+void EngineThread::execute_all() {
+  engine::Commands commands = std::exchange(commands_, {});
+  for (engine::Command& command : commands)
+    std::visit([this](auto& one) { execute(one); }, command);
+  commands.clear();
+  if (commands_.empty()) commands_ = std::move(commands);  // keep the capacity
+}
+
+void EngineThread::poll_conditions() {
+  for (auto it = conditions_.begin(); it != conditions_.end();) {
+    const auto session = sessions_.find(it->second.worker);
+    const std::optional<uint64_t> value =
+        session == sessions_.end() ? std::nullopt
+                                   : session->second->page().load_timeline(it->second.word);
+    if (value && *value >= it->second.value) {
+      follow_up_.push_back(engine::ConditionMet{it->first});
+      it = conditions_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+// ---- workers -----------------------------------------------------------------------------------
+
+void EngineThread::execute(engine::Reply& command) {
+  const auto it = replies_.find(command.op.op_id);
+  if (it == replies_.end()) return;
+  ReplyFn reply = std::move(it->second);
+  replies_.erase(it);
+  reply(command);
+}
+
+void EngineThread::execute(engine::Publish& command) {
+  const engine::TransferRecord& from = command.record;
+  const bool sender = from.role == engine::Role::kSender;
+  if (shown_.insert({command.worker, command.slot}).second) {
+    parts_.metrics->transfer_opened(sender ? ops::TransferRole::kSend
+                                           : ops::TransferRole::kReceive);
+  }
+  const auto session = sessions_.find(command.worker);
+  if (session == sessions_.end()) return;
+  control_page::Record record;
+  record.client_handle = from.client_handle;
+  record.state = static_cast<uint8_t>(from.state);
+  record.role = sender ? 1 : 2;
+  record.delivery = static_cast<uint8_t>(static_cast<uint8_t>(from.delivery) + 1);
+  record.reason = static_cast<uint16_t>(from.reason);
+  record.released_reason = static_cast<uint16_t>(from.released_reason);
+  record.slices = from.slices;
+  record.bytes_done = from.bytes_done;
+  record.bytes_total = from.bytes_total;
+  if (from.released)
+    record.flags |= sender ? control_page::kSourceReleased : control_page::kDestReleased;
+  if (from.state == engine::TransferState::kCompleted) record.flags |= control_page::kCompleted;
+  if (from.receiver_ready) record.flags |= control_page::kReceiverReady;
+  if (from.memory_in_use) record.flags |= control_page::kMemoryInUse;
+  session->second->page().publish(command.slot, record, from.aux);
+}
+
+void EngineThread::execute(engine::FreeSlot& command) {
+  shown_.erase({command.worker, command.slot});
+  const auto session = sessions_.find(command.worker);
+  if (session != sessions_.end()) session->second->page().free_slot(command.slot);
+}
+
+void EngineThread::execute(engine::LayoutQuiet& command) {
+  const auto it = quiet_.find(command.layout);
+  if (it == quiet_.end()) return;
+  std::vector<std::function<void()>> waiting = std::move(it->second);
+  quiet_.erase(it);
+  for (auto& quiet : waiting) quiet();
+}
+
+void EngineThread::execute(engine::WatchCondition& command) {
+  conditions_[command.condition] = {command.worker, command.ready.word, command.ready.value};
+}
+
+void EngineThread::execute(engine::UnwatchCondition& command) {
+  conditions_.erase(command.condition);
+}
+
+// ---- directory and copies ----------------------------------------------------------------------
+
+void EngineThread::execute(engine::Resolve& command) { parts_.directory->resolve(command); }
+void EngineThread::execute(engine::ResolvePull& command) {
+  parts_.directory->resolve_pull(command);
+}
+void EngineThread::execute(engine::CancelResolve& command) {
+  parts_.directory->cancel_resolve(command);
+}
+void EngineThread::execute(engine::Compile& command) { parts_.directory->compile(command); }
+
+void EngineThread::copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check) {
+  post(engine::CopyEnded{copy, outcome, check});
+}
+
+void EngineThread::execute(engine::Gather& command) {
+  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  std::byte* const to = parts_.arena->address_of(command.region);
+  KVFERRY_CHECK(to != nullptr && command.bytes <= command.region.bytes, "a gather fits its region");
+  copy::Job job;
+  job.bytes = command.bytes;
+  job.pools = plan->layout->pools;
+  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset,
+              to](uint64_t begin, uint64_t end) {
+    return kernels::gather(*form, bases, offset + begin, end - begin, to + begin);
+  };
+  job.done = [this, plan, copy = command.copy, to, bytes = command.bytes,
+              kind = command.check_kind](copy::Outcome outcome) {
+    const bool ok = outcome == copy::Outcome::kOk;
+    parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
+    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed,
+               ok ? check_of(kind, to, bytes) : engine::Check{});
+  };
+  if (!parts_.copies->submit(std::move(job)))
+    follow_up_.push_back(engine::CopyEnded{command.copy, engine::CopyOutcome::kFailed, {}});
+}
+
+void EngineThread::execute(engine::Scatter& command) {
+  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  const std::byte* const from = parts_.arena->address_of(command.region);
+  KVFERRY_CHECK(from != nullptr && command.bytes <= command.region.bytes,
+                "a scatter fits its region");
+  copy::Job job;
+  job.bytes = command.bytes;
+  job.pools = plan->layout->pools;
+  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset,
+              from](uint64_t begin, uint64_t end) {
+    return kernels::scatter(*form, bases, offset + begin, end - begin, from + begin);
+  };
+  job.done = [this, plan, copy = command.copy, bytes = command.bytes](copy::Outcome outcome) {
+    const bool ok = outcome == copy::Outcome::kOk;
+    parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
+    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed);
+  };
+  const auto submit = [this, copy = command.copy](copy::Job ready) {
+    if (!parts_.copies->submit(std::move(ready))) copy_ended(copy, engine::CopyOutcome::kFailed);
+  };
+  if (command.check.kind == engine::CheckKind::kNone) {
+    submit(std::move(job));
+    return;
+  }
+  // Nothing is scattered before the whole chunk has been checked.
+  copy::Job verify;
+  verify.bytes = 1;
+  verify.copy = [from, bytes = command.bytes, check = command.check](uint64_t, uint64_t) {
+    return check_of(check.kind, from, bytes) == check;
+  };
+  verify.done = [this, submit, copy = command.copy,
+                 shared = std::make_shared<copy::Job>(std::move(job))](copy::Outcome outcome) {
+    if (outcome == copy::Outcome::kOk)
+      submit(std::move(*shared));
+    else
+      copy_ended(copy, engine::CopyOutcome::kCheckMismatch);
+  };
+  submit(std::move(verify));
+}
+
+void EngineThread::execute(engine::TransferEnded& command) {
+  using engine::TransferState;
+  const bool done = command.state == TransferState::kDelivered ||
+                    command.state == TransferState::kCompleted;
+  const auto outcome = done ? ops::TransferOutcome::kDone
+                       : command.state == TransferState::kCancelled
+                           ? ops::TransferOutcome::kCancelled
+                           : ops::TransferOutcome::kFailed;
+  const auto role = command.role == engine::Role::kSender ? ops::TransferRole::kSend
+                                                          : ops::TransferRole::kReceive;
+  parts_.metrics->transfer_ended(role, outcome, command.reason, command.total, command.bytes);
+  parts_.metrics->stage(ops::Stage::kWait, command.wait);
+  if (command.chunks > 0) {
+    const auto chunks = static_cast<int64_t>(command.chunks);
+    if (role == ops::TransferRole::kSend)
+      parts_.metrics->stage(ops::Stage::kGather, command.gather / chunks);
+    else
+      parts_.metrics->stage(ops::Stage::kScatter, command.scatter / chunks);
+    parts_.metrics->stage(ops::Stage::kWire, command.wire / chunks);
+  }
+  if (outcome == ops::TransferOutcome::kFailed) {
+    ops::log_warning("transfer failed",
+                     {ops::field("transfer", command.label),
+                      ops::field("reason", name_of(command.reason))});
+  }
+}
+
+void EngineThread::execute(engine::Drained&) {
+  if (parts_.on_drained) parts_.on_drained();
+}
+
+// ---- views -------------------------------------------------------------------------------------
+
+void EngineThread::refresh_views(Time now) {
+  if (now < next_refresh_) return;
+  next_refresh_ = now + kRefresh;
+  for (auto& [worker, session] : sessions_) session->page().tick(now);
+  RailsView view;
+  view.ready = parts_.rails->phase() == rails::RailsClient::Phase::kReady;
+  view.restarts = parts_.rails->restarts();
+  view.pid = parts_.rails->pid();
+  for (uint32_t rail = 0; rail < parts_.rails->rail_count(); ++rail) {
+    view.stats.push_back(parts_.rails->stats(rail));
+    if (rail >= parts_.metrics->rail_count()) continue;
+    ops::RailMetrics& metrics = parts_.metrics->rail(rail);
+    metrics.up.set(view.ready ? 1 : 0);
+    metrics.sent_bytes.store(view.stats.back().bytes_sent);
+    metrics.received_bytes.store(view.stats.back().bytes_received);
+  }
+  parts_.metrics->rails_process_up.set(view.ready ? 1 : 0);
+  parts_.metrics->rails_process_restarts.store(view.restarts);
+  parts_.metrics->engine_queue.set(static_cast<int64_t>(inbox_.waiting()));
+
+  const engine::EngineSnapshot snapshot = engine_.snapshot(now);
+  // A worker that is gone frees no slots; its last transfer has ended when the engine shows none.
+  std::erase_if(shown_, [&](const auto& slot) {
+    return !sessions_.contains(slot.first) &&
+           std::none_of(snapshot.transfers.begin(), snapshot.transfers.end(),
+                        [&](const auto& view) { return view.worker == slot.first; });
+  });
+  using ops::RegionState;
+  ops::ArenaMetrics& arena = parts_.metrics->arena(0);
+  arena.of(RegionState::kFree).set_bytes(snapshot.arena.free_bytes);
+  arena.of(RegionState::kGranted).set_bytes(snapshot.arena.granted_bytes);
+  arena.of(RegionState::kLanding).set_bytes(snapshot.arena.landing_bytes);
+  arena.of(RegionState::kLanded).set_bytes(snapshot.arena.landed_bytes);
+  arena.of(RegionState::kScattering).set_bytes(snapshot.arena.scattering_bytes);
+  arena.of(RegionState::kQuarantined).set_bytes(snapshot.arena.quarantined_bytes);
+  arena.of(RegionState::kStaging).set_bytes(snapshot.arena.staging_bytes);
+  parts_.metrics->links.set(static_cast<int64_t>(snapshot.links.size()));
+  int64_t up = 0;
+  int64_t down = 0;
+  for (const engine::LinkView& link : snapshot.links)
+    for (const engine::LaneView& lane : link.lanes) ++(lane.up ? up : down);
+  parts_.metrics->of(ops::LaneState::kUp).set(up);
+  parts_.metrics->of(ops::LaneState::kDown).set(down);
+  parts_.metrics->draining.set(snapshot.draining ? 1 : 0);
+
+  export_stats();
+  MutexLock lock(view_mutex_);
+  view.info = std::move(view_.info);
+  view.last_exit = std::move(view_.last_exit);
+  view.last_status = view_.last_status;
+  view.settings = std::move(view_.settings);
+  view_ = std::move(view);
+}
+
+// The engine counts, the metrics show its totals.
+void EngineThread::export_stats() {
+  const engine::EngineStats& stats = engine_.stats();
+  ops::Metrics& metrics = *parts_.metrics;
+  metrics.of(ops::ByteDirection::kSent).store(stats.bytes_sent);
+  metrics.of(ops::ByteDirection::kReceived).store(stats.bytes_received);
+  metrics.of(ops::ChunkEvent::kGathered).store(stats.chunks_gathered);
+  metrics.of(ops::ChunkEvent::kOffered).store(stats.offers_sent);
+  metrics.of(ops::ChunkEvent::kAccepted).store(stats.offers_accepted);
+  metrics.of(ops::ChunkEvent::kRefused).store(stats.offers_refused);
+  metrics.of(ops::ChunkEvent::kScattered).store(stats.chunks_scattered);
+  metrics.of(ops::CreditEvent::kGranted).store(stats.credits_granted);
+  metrics.of(ops::CreditEvent::kWithdrawn).store(stats.credits_withdrawn);
+  metrics.control_resyncs.store(stats.resyncs);
+  metrics.lane_downs.store(stats.lane_downs);
+  metrics.links_lost.store(stats.links_lost);
+  metrics.quarantines.store(stats.quarantines);
+  using engine::DropCause;
+  const auto dropped = [&](DropCause cause) {
+    return stats.dropped[static_cast<std::size_t>(cause)];
+  };
+  metrics.of(ops::DropCause::kOldEpoch).store(dropped(DropCause::kOldEpoch));
+  metrics.of(ops::DropCause::kUnknownLink)
+      .store(dropped(DropCause::kUnknownLink) + unknown_links_);
+  metrics.of(ops::DropCause::kUnknownPull).store(dropped(DropCause::kUnknownPull));
+  metrics.of(ops::DropCause::kDuplicate).store(dropped(DropCause::kDuplicate));
+  metrics.of(ops::DropCause::kProtocol).store(dropped(DropCause::kProtocol));
+  metrics.of(ops::DropCause::kProof).store(dropped(DropCause::kProof));
+  metrics.of(ops::DropCause::kLimit).store(dropped(DropCause::kLimit));
+  metrics.of(ops::DropCause::kLate).store(dropped(DropCause::kLate));
+}
+
+}  // namespace kvferry::node

@@ -1,0 +1,184 @@
+// The thread that owns the engine and carries out its commands: it drains the inbox and the rails'
+// rings, feeds the engine, and turns commands into rails records, copies, compilations, status slots
+// and replies. Nothing else touches the engine, the rails client or the keys of links.
+//
+// It never blocks but in ppoll(), whose wait is bounded by the engine's next timer and 100 ms.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "daemon/base/mutex.h"
+#include "daemon/copy/copy_pool.h"
+#include "daemon/engine/engine.h"
+#include "daemon/link/envelope.h"
+#include "daemon/memory/shared_memory.h"
+#include "daemon/node/inbox.h"
+#include "daemon/ops/metrics.h"
+#include "daemon/ops/watchdog.h"
+#include "daemon/rails/rails_client.h"
+#include "daemon/rpc/lifeline.h"
+
+namespace kvferry::node {
+
+class Directory;
+class LinkManager;
+
+class EngineThread final : private rails::RailsEvents {
+ public:
+  struct Parts {
+    engine::EngineConfig engine;
+    memory::HostArena* arena = nullptr;           // outlives the thread, as do all below
+    std::unique_ptr<rails::RailsClient> rails;
+    copy::CopyPool* copies = nullptr;
+    Directory* directory = nullptr;
+    LinkManager* links = nullptr;
+    ops::Metrics* metrics = nullptr;
+    ops::Ticker* ticker = nullptr;                // may be null
+    std::function<void()> on_drained;             // called on the engine thread
+    std::size_t inbox_limit = 8192;               // entries of one source
+    std::vector<std::pair<std::string, std::string>> rails_settings;  // for operators
+  };
+
+  explicit EngineThread(Parts parts);
+  ~EngineThread() override;
+  EngineThread(const EngineThread&) = delete;
+  EngineThread& operator=(const EngineThread&) = delete;
+
+  // Starts the rails process and the thread.
+  Status start();
+  // Ends the thread and the rails process. Idempotent; waits for at most one loop and a second.
+  void stop();
+
+  // --- any thread -------------------------------------------------------------------------------
+
+  // A worker's call. `reply` is called once on the engine thread, at once (on this one) with
+  // RESOURCE_EXHAUSTED if the worker has too much waiting.
+  void call(WorkerId worker, engine::Event op, ReplyFn reply);
+  // An answer of another part of the daemon, or news of links. Never refused.
+  void post(engine::Event event);
+  // The session's control page shows its transfers from now on.
+  void attach(std::shared_ptr<rpc::Session> session);
+  // Its transfers end; the page is forgotten.
+  void detach(WorkerId worker);
+  // Runs `question` on the engine thread.
+  void ask(QuestionFn question);
+  // Called on the engine thread when no transfer uses the layout any more.
+  void unregister(std::shared_ptr<const engine::LayoutHandle> layout, Reason reason,
+                  std::function<void()> quiet);
+
+  struct RailsView {
+    bool ready = false;
+    rails::RailsReady info;
+    std::vector<rails::RailStats> stats;
+    uint64_t restarts = 0;
+    int pid = -1;
+    std::string last_exit;
+    int last_status = 0;                          // exit status of the last end; 78: configuration
+    std::vector<std::pair<std::string, std::string>> settings;
+  };
+  // A copy, at most 100 ms old.
+  RailsView rails_view() const KVFERRY_EXCLUDES(view_mutex_);
+
+ private:
+  struct Lane {
+    rails::LaneKey key;
+    bool closing = false;
+  };
+  struct Condition {
+    WorkerId worker;
+    uint32_t word = 0;
+    uint64_t value = 0;
+  };
+
+  void run();
+  void wait();
+  void take(Posted posted, Time now);
+  void handle(engine::Event event);
+  void execute_all();
+  void poll_conditions();
+  void refresh_views(Time now);
+  void export_stats();
+  // What still waits is answered UNAVAILABLE, so that no caller is left without an answer.
+  void answer_all_waiting();
+
+  // One for each command.
+  void execute(engine::Reply& command);
+  void execute(engine::Publish& command);
+  void execute(engine::FreeSlot& command);
+  void execute(engine::LayoutQuiet& command);
+  void execute(engine::Resolve& command);
+  void execute(engine::ResolvePull& command);
+  void execute(engine::CancelResolve& command);
+  void execute(engine::Compile& command);
+  void execute(engine::Gather& command);
+  void execute(engine::Scatter& command);
+  void execute(engine::WatchCondition& command);
+  void execute(engine::UnwatchCondition& command);
+  void execute(engine::ConnectLane& command);
+  void execute(engine::ReopenLane& command);
+  void execute(engine::CloseLane& command);
+  void execute(engine::TellLaneDown& command);
+  void execute(engine::CloseLink& command);
+  void execute(engine::SendMessage& command);
+  void execute(engine::SendRefuse& command);
+  void execute(engine::SendOffer& command);
+  void execute(engine::AcceptOffer& command);
+  void execute(engine::DropOffer& command);
+  void execute(engine::TransferEnded& command);
+  void execute(engine::Drained& command);
+
+  void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
+  void send_sealed(const engine::LaneRef& lane);
+  void lane_failed(const engine::LaneRef& lane);
+  Lane* find_lane(const engine::LaneRef& lane);
+  const engine::LaneRef* find_ref(rails::LaneKey key) const;
+  void forget_lane(rails::LaneKey key);
+
+  // rails::RailsEvents
+  void on_ready(const rails::RailsReady& ready) override;
+  void on_connected(rails::LaneKey lane) override;
+  void on_connect_failed(rails::LaneKey lane, int status) override;
+  void on_lane_error(rails::LaneKey lane, int status) override;
+  void on_closed(rails::LaneKey lane) override;
+  void on_control(uint32_t rail, std::span<const uint8_t> message) override;
+  void on_offer(const rails::OfferIn& offer) override;
+  void on_send_ended(rails::SendToken token, bool ok) override;
+  void on_receive_ended(LandingId landing, bool ok, uint64_t bytes) override;
+  void on_died(const rails::RailsExit& exit) override;
+
+  Parts parts_;
+  Inbox inbox_;
+  engine::Engine engine_;
+  engine::Commands commands_;
+  std::vector<Posted> batch_;
+  std::vector<engine::Event> follow_up_;  // events born of executing commands
+  link::LinkTable links_;
+  std::vector<uint8_t> sealed_;
+  std::map<engine::LaneRef, Lane> lanes_;
+  std::unordered_map<uint64_t, engine::LaneRef> refs_;  // by lane key
+  uint64_t next_lane_key_ = 1;
+  uint64_t next_control_token_ = 1;
+  std::unordered_map<uint64_t, ReplyFn> replies_;        // by op id
+  uint64_t next_op_id_ = 1;
+  std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;
+  std::map<ConditionId, Condition> conditions_;
+  std::map<std::shared_ptr<const engine::LayoutHandle>, std::vector<std::function<void()>>> quiet_;
+  std::set<std::pair<WorkerId, uint32_t>> shown_;        // slots that hold a transfer
+  uint64_t unknown_links_ = 0;
+  Time next_refresh_{};
+
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+  mutable Mutex view_mutex_;
+  RailsView view_ KVFERRY_GUARDED_BY(view_mutex_);
+};
+
+}  // namespace kvferry::node

@@ -1,0 +1,263 @@
+// The part of the engine thread that talks to the rails: commands about links, lanes and chunks on
+// one side, the rails' records on the other.
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/node/engine_thread.h"
+#include "daemon/node/link_manager.h"
+#include "daemon/ops/log.h"
+
+namespace kvferry::node {
+namespace {
+
+// Tokens of control messages and of offers share one space; this bit tells them apart.
+constexpr uint64_t kControlToken = uint64_t{1} << 63;
+
+rails::Region piece_of(const memory::Region& region, uint64_t bytes) {
+  return {region.segment, region.offset, bytes};
+}
+
+}  // namespace
+
+EngineThread::Lane* EngineThread::find_lane(const engine::LaneRef& lane) {
+  const auto it = lanes_.find(lane);
+  return it == lanes_.end() || it->second.closing ? nullptr : &it->second;
+}
+
+const engine::LaneRef* EngineThread::find_ref(rails::LaneKey key) const {
+  const auto it = refs_.find(key.value);
+  return it == refs_.end() ? nullptr : &it->second;
+}
+
+void EngineThread::forget_lane(rails::LaneKey key) {
+  const auto it = refs_.find(key.value);
+  if (it == refs_.end()) return;
+  lanes_.erase(it->second);
+  refs_.erase(it);
+}
+
+void EngineThread::lane_failed(const engine::LaneRef& lane) {
+  follow_up_.push_back(engine::LaneFailed{lane});
+}
+
+// ---- commands ----------------------------------------------------------------------------------
+
+void EngineThread::execute(engine::ConnectLane& command) {
+  const Result<LanePath> path = parts_.links->lane_path(command.lane);
+  if (!path || lanes_.contains(command.lane)) {
+    lane_failed(command.lane);
+    return;
+  }
+  const rails::LaneKey key{next_lane_key_++};
+  if (Status status = parts_.rails->connect(key, path->rail, path->address); !status) {
+    ops::log_info("lane not connected", {ops::field("error", status.error())});
+    lane_failed(command.lane);
+    return;
+  }
+  lanes_[command.lane] = Lane{key, false};
+  refs_[key.value] = command.lane;
+}
+
+void EngineThread::execute(engine::ReopenLane& command) { parts_.links->reopen_lane(command); }
+void EngineThread::execute(engine::TellLaneDown& command) {
+  parts_.links->tell_lane_down(command);
+}
+
+void EngineThread::execute(engine::CloseLane& command) {
+  Lane* lane = find_lane(command.lane);
+  if (lane == nullptr) return;
+  const rails::LaneKey key = lane->key;
+  // Told RAILS_DOWN, it is gone already.
+  if (parts_.rails->close(key))
+    lane->closing = true;
+  else
+    forget_lane(key);
+}
+
+void EngineThread::execute(engine::CloseLink& command) {
+  ops::log_info("link closed", {ops::field("link", command.link.value),
+                                ops::field("reason", name_of(command.reason))});
+  for (auto it = lanes_.begin(); it != lanes_.end();) {
+    const auto next = std::next(it);
+    if (it->first.link == command.link && !it->second.closing) {
+      const rails::LaneKey key = it->second.key;
+      if (parts_.rails->close(key))
+        it->second.closing = true;
+      else
+        forget_lane(key);
+    }
+    it = next;
+  }
+  links_.remove(command.link);
+  parts_.links->close_link(command);
+}
+
+void EngineThread::send_sealed(const engine::LaneRef& ref) {
+  const Lane* lane = find_lane(ref);
+  if (lane == nullptr) {
+    lane_failed(ref);
+    return;
+  }
+  const rails::SendToken token{kControlToken | next_control_token_++};
+  if (Status sent = parts_.rails->send_control(lane->key, sealed_, token); !sent) {
+    ops::log_info("lane given up: message not sent", {ops::field("error", sent.error())});
+    lane_failed(ref);
+    return;
+  }
+  parts_.metrics->messages_sent.add();
+}
+
+void EngineThread::execute(engine::SendMessage& command) {
+  if (links_.seal(command.lane, command.sequence, command.message, sealed_))
+    send_sealed(command.lane);
+  else
+    lane_failed(command.lane);
+}
+
+void EngineThread::execute(engine::SendRefuse& command) {
+  if (links_.seal(command.lane, command.message, sealed_)) send_sealed(command.lane);
+}
+
+void EngineThread::execute(engine::SendOffer& command) {
+  const Lane* lane = find_lane(command.lane);
+  Status sent = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
+  if (lane != nullptr && links_.seal(command.lane, command.offer, sealed_)) {
+    sent = parts_.rails->send_offer(lane->key, sealed_, piece_of(command.region, command.offer.bytes),
+                                    rails::SendToken{command.offer.offer.value});
+  }
+  if (sent) return;
+  // Nothing was handed over, so nothing reads the region.
+  follow_up_.push_back(engine::OfferSendEnded{command.offer.offer});
+  lane_failed(command.lane);
+}
+
+void EngineThread::execute(engine::AcceptOffer& command) {
+  const Lane* lane = find_lane(command.lane);
+  Status accepted = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
+  if (lane != nullptr) {
+    accepted = parts_.rails->accept(command.descriptor, lane->key,
+                                    piece_of(command.region, command.bytes), command.landing);
+  }
+  if (accepted) return;
+  (void)parts_.rails->drop(command.descriptor);
+  follow_up_.push_back(engine::ReceiveEnded{command.landing, false});
+  lane_failed(command.lane);
+}
+
+void EngineThread::execute(engine::DropOffer& command) {
+  // OFFER_UNKNOWN: the rails process died in between and holds nothing.
+  (void)parts_.rails->drop(command.descriptor);
+}
+
+// ---- records -----------------------------------------------------------------------------------
+
+void EngineThread::on_ready(const rails::RailsReady& ready) {
+  std::string release = std::to_string(ready.ucx_major) + "." + std::to_string(ready.ucx_minor) +
+                        "." + std::to_string(ready.ucx_release);
+  ops::log_info("rails ready", {ops::field("ucx", release), ops::field("rails", ready.rails.size())});
+  parts_.metrics->set_ucx_version(release);
+  {
+    MutexLock lock(view_mutex_);
+    view_.info = ready;
+    view_.ready = true;
+  }
+  std::vector<rpc::PeerRail> rails;
+  for (const rails::RailInfo& rail : ready.rails)
+    rails.push_back({rail.transport, rail.device, rail.address});
+  parts_.links->set_rails(release, std::move(rails));
+  follow_up_.push_back(engine::RailsUp{});
+}
+
+void EngineThread::on_connected(rails::LaneKey lane) {
+  if (const engine::LaneRef* ref = find_ref(lane))
+    follow_up_.push_back(engine::LaneConnected{*ref});
+}
+
+void EngineThread::on_connect_failed(rails::LaneKey lane, int) {
+  const engine::LaneRef* ref = find_ref(lane);
+  if (ref == nullptr) return;
+  lane_failed(*ref);
+  forget_lane(lane);
+}
+
+void EngineThread::on_lane_error(rails::LaneKey lane, int status) {
+  const engine::LaneRef* ref = find_ref(lane);
+  if (ref == nullptr) return;
+  ops::log_info("lane error", {ops::field("link", ref->link.value),
+                               ops::field("lane", ref->lane),
+                               ops::field("ucx_status", status)});
+  lane_failed(*ref);
+}
+
+void EngineThread::on_closed(rails::LaneKey lane) { forget_lane(lane); }
+
+void EngineThread::on_control(uint32_t, std::span<const uint8_t> message) {
+  parts_.metrics->messages_received.add();
+  Result<link::Opened> opened = links_.open(message);
+  if (!opened) {
+    const std::string& reason = opened.error().reason;
+    if (reason == "UNKNOWN_LINK")
+      ++unknown_links_;
+    else
+      parts_.metrics->of(reason == "BAD_TAG" ? ops::DropCause::kBadTag : ops::DropCause::kMalformed)
+          .add();
+    // A body that its sender tagged and nobody can read: that lane cannot be kept in sequence.
+    if (reason == "BAD_MESSAGE" && links_.opened_lane()) lane_failed(*links_.opened_lane());
+    return;
+  }
+  std::visit(
+      [&](auto& body) {
+        using Body = std::decay_t<decltype(body)>;
+        if constexpr (std::is_same_v<Body, engine::MsgRefuse>) {
+          follow_up_.push_back(engine::RefuseIn{opened->lane, std::move(body)});
+        } else if constexpr (std::is_same_v<Body, engine::MsgOffer>) {
+          parts_.metrics->of(ops::DropCause::kMalformed).add();  // offers come as offers
+        } else {
+          follow_up_.push_back(
+              engine::MessageIn{opened->lane, opened->sequence, std::move(body)});
+        }
+      },
+      opened->message);
+}
+
+void EngineThread::on_offer(const rails::OfferIn& offer) {
+  Result<link::Opened> opened = links_.open(offer.header);
+  engine::MsgOffer* body = opened ? std::get_if<engine::MsgOffer>(&opened->message) : nullptr;
+  if (body == nullptr || !offer.descriptor) {
+    parts_.metrics->of(opened ? ops::DropCause::kMalformed : ops::DropCause::kBadTag).add();
+    if (offer.descriptor) (void)parts_.rails->drop(offer.descriptor);
+    // Eager arrival of an offer breaks the protocol.
+    if (body != nullptr) lane_failed(opened->lane);
+    return;
+  }
+  follow_up_.push_back(
+      engine::OfferIn{opened->lane, *body, offer.descriptor, offer.data_bytes});
+}
+
+void EngineThread::on_send_ended(rails::SendToken token, bool) {
+  if ((token.value & kControlToken) == 0)
+    follow_up_.push_back(engine::OfferSendEnded{OfferId{token.value}});
+}
+
+void EngineThread::on_receive_ended(LandingId landing, bool ok, uint64_t) {
+  follow_up_.push_back(engine::ReceiveEnded{landing, ok});
+}
+
+void EngineThread::on_died(const rails::RailsExit& exit) {
+  ops::log_error("rails process ended", {ops::field("why", exit.why),
+                                ops::field("status", exit.status),
+                                ops::field("signal", exit.signal)});
+  lanes_.clear();
+  refs_.clear();
+  {
+    MutexLock lock(view_mutex_);
+    view_.ready = false;
+    view_.last_exit = exit.why;
+    view_.last_status = exit.exited ? exit.status : 0;
+  }
+  parts_.links->set_rails({}, {});
+  follow_up_.push_back(engine::RailsDied{});
+}
+
+}  // namespace kvferry::node

@@ -1,0 +1,47 @@
+// The rules of a handshake between two daemons, apart from who may shake hands and from how the
+// messages travel. Pure functions except random numbers; any thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "daemon/base/result.h"
+#include "daemon/engine/messages.h"
+#include "daemon/link/keys.h"
+#include "daemon/rpc/peer_messages.h"
+
+namespace kvferry::node {
+
+// What both sides work out alike from the two hellos.
+struct Agreed {
+  uint32_t protocol = 0;
+  uint64_t chunk_bytes = 0;
+  uint32_t max_credits = 0;
+  engine::CheckKind check = engine::CheckKind::kNone;
+  uint32_t lanes = 0;
+};
+
+// FAILED_PRECONDITION PROTOCOL_MISMATCH, UCX_MISMATCH, CHECK_TOO_WEAK.
+Result<Agreed> agree(const rpc::PeerHello& mine, const rpc::PeerHello& theirs, uint32_t max_lanes);
+
+// Equal in major and minor number; two daemons of different ones may crash each other.
+Status check_ucx(std::string_view mine, std::string_view theirs);
+
+// What proves the cluster secret in a handshake; without one a key that everybody knows.
+Sha256 handshake_key(const std::vector<uint8_t>& cluster_secret);
+rpc::Tag16 request_tag(const Sha256& key, std::string_view request);
+rpc::Tag16 reply_tag(const Sha256& key, std::string_view request, std::string_view reply);
+
+// The link's keys from the two hellos as they were sent.
+link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request_bytes,
+                       const rpc::PeerHello& reply, const std::string& reply_bytes,
+                       const std::vector<uint8_t>& cluster_secret, bool initiator);
+
+// Tags of calls about a link that is up.
+rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc::LinkCall& call);
+rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& call_tag,
+                          std::string_view body);
+
+}  // namespace kvferry::node

@@ -1,0 +1,234 @@
+// Answering: handshakes that peers begin, and their calls about links.
+#include <algorithm>
+#include <utility>
+
+#include "daemon/node/link_manager_impl.h"
+
+namespace kvferry::node {
+namespace {
+
+constexpr std::size_t kMaxChallenges = 256;
+constexpr Duration kChallengeLife = std::chrono::seconds(10);
+
+tl::unexpected<Error> busy() {
+  return fail(Code::kUnavailable, "BUSY", "too much work is waiting");
+}
+tl::unexpected<Error> unknown_link() {
+  return fail(Code::kNotFound, "UNKNOWN_LINK", "there is no such link");
+}
+bool is_any_address(const std::string& host) { return host == "0.0.0.0" || host == "::"; }
+
+}  // namespace
+
+Result<rpc::Random32> LinkManager::Impl::new_challenge() {
+  rpc::Random32 challenge{};
+  random_bytes(challenge);
+  MutexLock lock(mutex);
+  if (stopped) return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
+  // The oldest goes: a flood of strangers costs honest peers a second try, not memory.
+  if (challenges.size() >= kMaxChallenges) challenges.pop_front();
+  challenges.emplace_back(challenge, monotonic_now() + kChallengeLife);
+  return challenge;
+}
+
+bool LinkManager::Impl::use_challenge(const rpc::Random32& challenge) {
+  const Time now = monotonic_now();
+  MutexLock lock(mutex);
+  while (!challenges.empty() && challenges.front().second < now) challenges.pop_front();
+  const auto it = std::find_if(challenges.begin(), challenges.end(),
+                               [&](const auto& entry) { return entry.first == challenge; });
+  if (it == challenges.end()) return false;
+  challenges.erase(it);
+  return true;
+}
+
+std::shared_ptr<rpc::PeerStub> LinkManager::Impl::stub_back(
+    const std::vector<ops::PeerConfig>& allowed, const std::string& node, const std::string& host,
+    const std::string& address) {
+  const Result<ops::HostPort> told = ops::parse_host_port(address);
+  if (!told || told->port == 0) return nullptr;
+  const std::string target =
+      is_any_address(told->host) ? ops::format_host_port(host, told->port) : address;
+  const Result<Endpoint> endpoint = choose_endpoint(allowed, node, target, has_secret());
+  return endpoint ? dialer.dial(endpoint->host, endpoint->port) : nullptr;
+}
+
+Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
+  if (stopped) return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
+  if (rails.empty()) return fail(Code::kUnavailable, "RAILS_DOWN", "the peer's rails are not up");
+  if (const auto node = by_node.find(theirs.node); node != by_node.end()) {
+    const Link* link = find(node->second);
+    if (link != nullptr && link->boot == theirs.boot)
+      return fail(Code::kAlreadyExists, "ALREADY_LINKED", "the two daemons have a link");
+  }
+  // Both dial: the dial of the smaller node id stays.
+  const auto dial = dials.find(theirs.node);
+  if (config.node < theirs.node && dial != dials.end() && dial->second.under_way)
+    return fail(Code::kAlreadyExists, "ALREADY_LINKED", "this daemon is dialling already");
+  if (links.size() >= config.max_links && !by_node.contains(theirs.node))
+    return fail(Code::kResourceExhausted, "TOO_MANY_LINKS", "the daemon has no room for a link");
+  return {};
+}
+
+Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress& from,
+                                                         const rpc::SignedHello& request) {
+  auto wrong_secret = fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
+                           "the cluster secret is not the same on both nodes");
+  if (!equal_constant_time(request_tag(secret_key, request.bytes), request.tag))
+    return wrong_secret;
+  Result<rpc::PeerHello> theirs = rpc::decode_hello(request.bytes);
+  if (!theirs) return tl::unexpected<Error>(std::move(theirs).error());
+  if (!use_challenge(theirs->challenge))
+    return fail(Code::kUnavailable, "CHALLENGE_UNKNOWN", "the challenge is too old: try again");
+  std::vector<ops::PeerConfig> allowed;
+  {
+    MutexLock lock(mutex);
+    allowed = peers;
+  }
+  KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, has_secret()));
+  if (theirs->node == config.node || theirs->boot == config.boot)
+    return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
+                "two daemons have the same node id: set node.id");
+  // May resolve a name, so before the lock.
+  std::shared_ptr<rpc::PeerStub> stub =
+      stub_back(allowed, theirs->node, from.host, theirs->address);
+
+  rpc::SignedHello reply;
+  std::vector<EnsureDone> waiters;
+  PeerRef ref;
+  {
+    MutexLock lock(mutex);
+    KVFERRY_RETURN_IF_ERROR(may_link_now(*theirs));
+    const rpc::PeerHello mine = make_hello({});
+    Result<Agreed> agreed = agree(mine, *theirs, config.max_lanes);
+    if (!agreed) return tl::unexpected<Error>(std::move(agreed).error());
+    reply.bytes = rpc::encode_hello(mine);
+    reply.tag = reply_tag(secret_key, request.bytes, reply.bytes);
+    Link link;
+    link.node = theirs->node;
+    link.boot = theirs->boot;
+    link.host = from.host;
+    link.address = theirs->address;
+    link.ucx_version = theirs->ucx_version;
+    link.keys =
+        keys_of(*theirs, request.bytes, mine, reply.bytes, config.cluster_secret, false);
+    link.stub = std::move(stub);
+    for (uint32_t i = 0; i < agreed->lanes; ++i)
+      link.lanes.push_back({0, theirs->rails[i % theirs->rails.size()]});
+    // Before the reply leaves: the peer's first message must find the link.
+    ref = open_link(std::move(link), *agreed, waiters);
+  }
+  for (EnsureDone& waiter : waiters) waiter(ref);
+  return reply;
+}
+
+Result<std::string> LinkManager::Impl::answer_reopen(LinkId id, const std::string& body) {
+  Result<rpc::ReopenLaneRequest> request = rpc::decode_reopen_request(body);
+  if (!request) return tl::unexpected<Error>(std::move(request).error());
+  MutexLock lock(mutex);
+  Link* link = find(id);
+  if (link == nullptr) return unknown_link();
+  if (link->initiator || request->lane >= link->lanes.size())
+    return invalid("lane", "BAD_MESSAGE", "only the side that dialled reopens lanes");
+  if (rails.empty()) return fail(Code::kUnavailable, "RAILS_DOWN", "the peer's rails are not up");
+  KVFERRY_RETURN_IF_ERROR(check_ucx(ucx_version, request->ucx_version));
+  Lane& lane = link->lanes[request->lane];
+  if (request->epoch <= lane.epoch)
+    return fail(Code::kFailedPrecondition, "OLD_EPOCH", "the lane has been reopened since");
+  lane = {request->epoch, std::move(request->rail)};
+  sink(engine::LaneReopened{{id, request->lane, request->epoch}});
+  return rpc::encode(rpc::ReopenLaneReply{rails[request->lane % rails.size()]});
+}
+
+Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& peer,
+                                                   rpc::LinkMethod method,
+                                                   const std::string& body) {
+  PeerQuestions* answers = nullptr;
+  {
+    MutexLock lock(mutex);
+    if (stopped || questions == nullptr)
+      return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
+    answers = questions;
+  }
+  switch (method) {
+    case rpc::LinkMethod::kGetCards: {
+      Result<rpc::CardQuery> query = rpc::decode_card_query(body);
+      if (!query) return tl::unexpected<Error>(std::move(query).error());
+      Result<rpc::CardPage> page = answers->answer_cards(peer, *query);
+      if (!page) return tl::unexpected<Error>(std::move(page).error());
+      return rpc::encode(*page);
+    }
+    case rpc::LinkMethod::kJoinForward: {
+      Result<rpc::JoinForward> forward = rpc::decode_join_forward(body);
+      if (!forward) return tl::unexpected<Error>(std::move(forward).error());
+      KVFERRY_RETURN_IF_ERROR(answers->answer_join(peer, *forward));
+      return std::string();
+    }
+    case rpc::LinkMethod::kReopenLane: return answer_reopen(id, body);
+    case rpc::LinkMethod::kLaneDown: {
+      Result<rpc::LaneDownNotice> notice = rpc::decode_lane_down(body);
+      if (!notice) return tl::unexpected<Error>(std::move(notice).error());
+      MutexLock lock(mutex);
+      const Link* link = find(id);
+      if (link == nullptr || notice->lane >= link->lanes.size()) return unknown_link();
+      sink(engine::PeerLaneDown{{id, notice->lane, notice->epoch}});
+      return std::string();
+    }
+    case rpc::LinkMethod::kCloseLink: {
+      Result<rpc::CloseLinkNotice> notice = rpc::decode_close_link(body);
+      if (!notice) return tl::unexpected<Error>(std::move(notice).error());
+      MutexLock lock(mutex);
+      end_link(id, notice->reason);
+      return std::string();
+    }
+  }
+  return fail(Code::kUnimplemented, "UNKNOWN_METHOD", "no such call");
+}
+
+void LinkManager::challenge(const rpc::PeerAddress&,
+                            std::function<void(Result<rpc::Random32>)> done) {
+  done(impl_->new_challenge());
+}
+
+void LinkManager::handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
+                            std::function<void(Result<rpc::SignedHello>)> done) {
+  auto work = std::make_shared<std::pair<rpc::SignedHello, decltype(done)>>(std::move(hello),
+                                                                           std::move(done));
+  if (!impl_->post_at(Time{}, [impl = impl_, from, work] {
+        work->second(impl->answer_hello(from, work->first));
+      }))
+    work->second(busy());
+}
+
+void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::LinkCall call,
+                       std::function<void(Result<rpc::LinkReply>)> done) {
+  PeerRef peer;
+  link::KeyBytes in_key{};
+  link::KeyBytes out_key{};
+  {
+    MutexLock lock(impl_->mutex);
+    const auto name = impl_->by_name.find(call.link);
+    const Impl::Link* link =
+        name == impl_->by_name.end() ? nullptr : impl_->find(name->second);
+    if (link != nullptr) {
+      peer = impl_->ref_of(*link);
+      in_key = link->keys.in.call;
+      out_key = link->keys.out.call;
+    }
+  }
+  // An unknown link and a wrong tag are one answer.
+  if (!peer.link || !equal_constant_time(call_tag(in_key, method, call), call.tag))
+    return done(unknown_link());
+  auto work = std::make_shared<std::pair<rpc::LinkCall, decltype(done)>>(std::move(call),
+                                                                        std::move(done));
+  if (!impl_->post_at(Time{}, [impl = impl_, peer, out_key, method, work] {
+        Result<std::string> body = impl->answer_call(peer.link, peer, method, work->first.body);
+        if (!body) return work->second(tl::unexpected<Error>(std::move(body).error()));
+        rpc::LinkReply reply{std::move(*body), {}};
+        reply.tag = call_reply_tag(out_key, work->first.tag, reply.body);
+        work->second(std::move(reply));
+      }))
+    work->second(busy());
+}
+
+}  // namespace kvferry::node

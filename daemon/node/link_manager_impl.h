@@ -1,0 +1,134 @@
+// The insides of the link manager, shared by the three files that implement it: state and commands
+// (link_manager.cc), dialling (link_dial.cc), answering (link_answer.cc).
+#pragma once
+
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "daemon/base/mutex.h"
+#include "daemon/node/handshake.h"
+#include "daemon/node/link_manager.h"
+#include "daemon/node/peer_rules.h"
+
+namespace kvferry::node {
+
+struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
+  using EnsureDone = std::function<void(Result<PeerRef>)>;
+
+  struct Lane {
+    uint32_t epoch = 0;
+    rpc::PeerRail peer_rail;  // where it leads, as last told
+  };
+  struct Link {
+    LinkId id;
+    std::string node;
+    BootId boot;
+    std::string host;      // numeric, where the peer was when it shook hands
+    std::string address;   // where it takes handshakes
+    std::string ucx_version;
+    bool initiator = false;
+    link::LinkKeys keys;
+    std::vector<Lane> lanes;
+    std::shared_ptr<rpc::PeerStub> stub;  // null where the peer cannot be called
+    uint64_t calls = 0;
+    LinkId twin;           // looped link: the other end
+  };
+  // A dial of a node, or of whoever is at an address: waiting, under way, or in back-off.
+  struct Dial {
+    PeerTarget target;
+    bool under_way = false;
+    std::vector<EnsureDone> waiters;
+    uint64_t attempt = 0;
+    Time not_before;
+    Duration backoff{};
+    Error last_error;
+  };
+  // A handshake that this side began.
+  struct Attempt {
+    std::string key;  // of its Dial
+    uint64_t number = 0;
+    Endpoint endpoint;
+    Time deadline;
+    std::shared_ptr<rpc::PeerStub> stub;
+    rpc::PeerHello hello;
+    std::string hello_bytes;
+  };
+
+  Impl(LinkManagerConfig config_in, rpc::PeerDialer& dialer_in, TaskPool& pool_in,
+       EventSink sink_in);
+
+  const LinkManagerConfig config;
+  const Sha256 secret_key;  // handshake_key()
+  rpc::PeerDialer& dialer;
+  TaskPool& pool;
+  const EventSink sink;
+
+  mutable Mutex mutex;
+  PeerQuestions* questions KVFERRY_GUARDED_BY(mutex) = nullptr;
+  bool stopped KVFERRY_GUARDED_BY(mutex) = false;
+  std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
+  std::string ucx_version KVFERRY_GUARDED_BY(mutex);
+  std::vector<rpc::PeerRail> rails KVFERRY_GUARDED_BY(mutex);
+  uint64_t next_link KVFERRY_GUARDED_BY(mutex) = 1;
+  uint64_t next_attempt KVFERRY_GUARDED_BY(mutex) = 1;
+  std::unordered_map<LinkId, Link, IdHash> links KVFERRY_GUARDED_BY(mutex);
+  std::map<rpc::LinkName, LinkId> by_name KVFERRY_GUARDED_BY(mutex);
+  std::map<std::string, LinkId> by_node KVFERRY_GUARDED_BY(mutex);
+  std::map<std::string, Dial> dials KVFERRY_GUARDED_BY(mutex);
+  std::list<std::pair<rpc::Random32, Time>> challenges KVFERRY_GUARDED_BY(mutex);
+
+  bool has_secret() const { return !config.cluster_secret.empty(); }
+  static std::string dial_key(const PeerTarget& target) {
+    return target.node.empty() ? "@" + target.address : target.node;
+  }
+  PeerRef ref_of(const Link& link) const { return {link.id, link.node, link.boot}; }
+  Link* find(LinkId id) KVFERRY_REQUIRES(mutex);
+  const Link* find(LinkId id) const KVFERRY_REQUIRES(mutex);
+  Link* find_target(const PeerTarget& target) KVFERRY_REQUIRES(mutex);
+
+  // --- link_manager.cc
+  // To the pool, unless stop() was called: callbacks of transports may come later than that.
+  bool post_at(Time when, std::function<void()> task) KVFERRY_EXCLUDES(mutex);
+  rpc::PeerHello make_hello(const rpc::Random32& challenge) KVFERRY_REQUIRES(mutex);
+  // Ends an older link of the node, tells the engine of both, and hands back who waited for it.
+  PeerRef open_link(Link link, const Agreed& agreed, std::vector<EnsureDone>& waiters)
+      KVFERRY_REQUIRES(mutex);
+  PeerRef open_loop() KVFERRY_REQUIRES(mutex);
+  void end_link(LinkId id, Reason reason) KVFERRY_REQUIRES(mutex);
+  void forget_link(LinkId id) KVFERRY_REQUIRES(mutex);
+  // A tagged call to the peer; `done` gets the body of a reply whose tag is right.
+  void send_call(LinkId link, rpc::LinkMethod method, std::string body, Time deadline,
+                 std::function<void(Result<std::string>)> done) KVFERRY_EXCLUDES(mutex);
+
+  // --- link_dial.cc
+  void ensure(PeerTarget target, EnsureDone done) KVFERRY_EXCLUDES(mutex);
+  void begin_dial(const std::string& key, uint64_t number) KVFERRY_EXCLUDES(mutex);
+  void send_hello(const std::shared_ptr<Attempt>& attempt, const rpc::Random32& challenge)
+      KVFERRY_EXCLUDES(mutex);
+  void take_reply(const std::shared_ptr<Attempt>& attempt, const rpc::SignedHello& reply)
+      KVFERRY_EXCLUDES(mutex);
+  Status check_reply(const Attempt& attempt, const std::string& wanted_node,
+                     const rpc::PeerHello& theirs, const std::vector<ops::PeerConfig>& allowed);
+  void dial_failed(const std::string& key, uint64_t number, Error error) KVFERRY_EXCLUDES(mutex);
+  void await_inbound(const std::string& key, uint64_t number) KVFERRY_EXCLUDES(mutex);
+
+  // --- link_answer.cc
+  Result<rpc::Random32> new_challenge() KVFERRY_EXCLUDES(mutex);
+  bool use_challenge(const rpc::Random32& challenge) KVFERRY_EXCLUDES(mutex);
+  Result<rpc::SignedHello> answer_hello(const rpc::PeerAddress& from,
+                                        const rpc::SignedHello& hello) KVFERRY_EXCLUDES(mutex);
+  Status may_link_now(const rpc::PeerHello& theirs) KVFERRY_REQUIRES(mutex);
+  // How to call a peer that dialled us; null if it is nowhere that [peers] allows.
+  std::shared_ptr<rpc::PeerStub> stub_back(const std::vector<ops::PeerConfig>& allowed,
+                                           const std::string& node, const std::string& host,
+                                           const std::string& address);
+  Result<std::string> answer_call(LinkId link, const PeerRef& peer, rpc::LinkMethod method,
+                                  const std::string& body) KVFERRY_EXCLUDES(mutex);
+  Result<std::string> answer_reopen(LinkId link, const std::string& body) KVFERRY_EXCLUDES(mutex);
+};
+
+}  // namespace kvferry::node

@@ -1,0 +1,109 @@
+// kvferryd: reads the configuration, starts the daemon, waits for signals, drains and stops.
+#include <csignal>
+#include <cstdio>
+#include <ctime>
+#include <exception>
+#include <variant>
+
+#include "daemon/node/daemon.h"
+#include "daemon/ops/config.h"
+#include "daemon/ops/log.h"
+#include "daemon/ops/options.h"
+#include "daemon/ops/service_manager.h"
+
+namespace kvferry {
+namespace {
+
+sigset_t handled_signals() {
+  sigset_t set;
+  sigemptyset(&set);
+  for (int signal : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&set, signal);
+  return set;
+}
+
+// The next signal, or 0 after the time is over.
+int next_signal(const sigset_t& set, Duration wait) {
+  timespec time{};
+  time.tv_sec = static_cast<time_t>(wait.count() / 1'000'000'000);
+  time.tv_nsec = static_cast<long>(wait.count() % 1'000'000'000);
+  const int signal = sigtimedwait(&set, nullptr, &time);
+  return signal > 0 ? signal : 0;
+}
+
+int serve(const ops::Config& config, const sigset_t& signals) {
+  ops::ServiceManager manager;
+  auto started = node::Daemon::start(config);
+  if (!started) {
+    ops::log_error("not started", {ops::field("error", started.error())});
+    return ops::kExitConfiguration;
+  }
+  node::Daemon& daemon = **started;
+  bool told = false;
+  const Duration turn = std::min<Duration>(std::chrono::milliseconds(200),
+                                           manager.watchdog_interval().value_or(
+                                               std::chrono::milliseconds(200)));
+  while (true) {
+    const int signal = next_signal(signals, turn);
+    if (signal == SIGTERM || signal == SIGINT) break;
+    if (signal == SIGHUP)
+      ops::log_warning("reload is not served by this build: restart to read the configuration");
+    const node::Daemon::Phase phase = daemon.phase();
+    if (phase == node::Daemon::Phase::kRefused) {
+      ops::log_error("the rails refuse this configuration", {ops::field("why", daemon.refusal())});
+      daemon.stop();
+      return ops::kExitConfiguration;
+    }
+    if (!told && phase == node::Daemon::Phase::kServing) {
+      told = true;
+      manager.ready(daemon.status_line());
+      ops::log_info("serving");
+    }
+    if (daemon.healthy()) manager.watchdog_ping();
+  }
+  ops::log_info("draining", {ops::field("limit", config.drain.limit)});
+  manager.stopping("draining");
+  manager.extend_timeout(config.drain.limit + std::chrono::seconds(5));
+  daemon.drain();
+  daemon.stop();
+  ops::log_info("stopped");
+  return ops::kExitOk;
+}
+
+int run(int argc, const char* const* argv) {
+  const std::variant<ops::Options, int> parsed = ops::parse_options(argc, argv);
+  if (const int* exit = std::get_if<int>(&parsed)) return *exit;
+  const auto& options = std::get<ops::Options>(parsed);
+  if (options.action == ops::Action::kCheckConfig) return ops::check_config(options);
+  if (options.action == ops::Action::kPrintDefaultConfig) {
+    std::fputs(ops::default_config_text().c_str(), stdout);
+    return ops::kExitOk;
+  }
+  const ops::LoadedConfig loaded =
+      ops::load_config({options.config_file, options.sets, ops::current_environment()});
+  for (const ops::ConfigProblem& problem : loaded.problems)
+    std::fprintf(stderr, "%s\n", problem.to_string().c_str());
+  if (!loaded.ok()) return ops::kExitConfiguration;
+
+  // Before any thread exists, so that all of them leave these signals to this one.
+  const sigset_t signals = handled_signals();
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+  ops::log_start(loaded.config.log.level, loaded.config.log.format);
+  for (const ops::ConfigProblem& warning : loaded.warnings)
+    ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
+  const int status = serve(loaded.config, signals);
+  ops::log_stop();
+  return status;
+}
+
+}  // namespace
+}  // namespace kvferry
+
+int main(int argc, char** argv) {
+  try {
+    return kvferry::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kvferryd: %s\n", error.what());
+    return kvferry::ops::kExitInternal;
+  }
+}

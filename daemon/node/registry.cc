@@ -1,0 +1,429 @@
+#include "daemon/node/registry.h"
+
+#include <algorithm>
+#include <set>
+
+#include "daemon/base/crypto.h"
+#include "daemon/mapping/validate.h"
+#include "daemon/node/tickets.h"
+#include "daemon/ops/log.h"
+
+namespace kvferry::node {
+namespace {
+
+constexpr std::size_t kMaxPools = 4096;      // of a worker
+constexpr std::size_t kMaxLayouts = 64;      // of a worker
+constexpr std::size_t kMaxGenerations = 1 << 20;
+
+std::string full_name(const rpc::Session& session, const std::string& instance) {
+  return session.facts().tenant + "/" + instance;
+}
+
+tl::unexpected<Error> differs(std::string field) {
+  return fail(Code::kAlreadyExists, "REGISTERED_OTHERWISE",
+              "registered before with another value", std::move(field));
+}
+
+bool same_pool(const rpc::PoolRequest& a, const rpc::PoolRequest& b) {
+  return a.name == b.name && a.bytes == b.bytes && a.offset_bytes == b.offset_bytes;
+}
+
+tl::unexpected<Error> gone() {
+  return fail(Code::kUnavailable, "WORKER_GONE", "the worker's lifeline has closed");
+}
+
+tl::unexpected<Error> unknown_layout() {
+  return fail(Code::kNotFound, "LAYOUT_UNKNOWN",
+              "this worker has registered no such instance and rank", "layout");
+}
+
+}  // namespace
+
+Registry::Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics)
+    : engine_(engine), directory_(directory), metrics_(metrics) {}
+
+// ---- attachments -------------------------------------------------------------------------------
+
+void Registry::on_attached(const std::shared_ptr<rpc::Session>& session) {
+  {
+    MutexLock lock(mutex_);
+    Worker& worker = workers_[session->id()];
+    worker.session = session;
+    worker.since = monotonic_now();
+    export_gauges();
+  }
+  metrics_.workers_attached.add();
+  engine_.attach(session);
+  ops::log_info("worker attached", {ops::field("worker", session->facts().name),
+                                    ops::field("tenant", session->facts().tenant),
+                                    ops::field("uid", session->facts().uid),
+                                    ops::field("pid", session->facts().pid)});
+}
+
+void Registry::on_gone(const std::shared_ptr<rpc::Session>& session, rpc::GoneReason reason) {
+  Worker worker;
+  {
+    MutexLock lock(mutex_);
+    const auto it = workers_.find(session->id());
+    if (it == workers_.end()) return;
+    worker = std::move(it->second);
+    workers_.erase(it);
+    export_gauges();
+  }
+  metrics_.workers_lost.add();
+  // The directory first: no new transfer finds the layouts. Pools go with their last user.
+  for (const auto& [key, layout] : worker.layouts) directory_.remove_local(layout.registered);
+  engine_.detach(session->id());
+  ops::log_info("worker gone", {ops::field("worker", session->facts().name),
+                                ops::field("why", rpc::name_of(reason))});
+}
+
+// Words are polled while somebody waits on them; the ring only shortens the engine's sleep.
+void Registry::on_doorbell(const std::shared_ptr<rpc::Session>&) {
+  engine_.ask([](const engine::Engine&, Time) {});
+}
+
+void Registry::on_refused(std::size_t, const Error& error) {
+  ops::log_warning("attachment refused", {ops::field("error", error)});
+}
+
+void Registry::export_gauges() {
+  int64_t bytes = 0;
+  int64_t pools = 0;
+  int64_t layouts = 0;
+  for (const auto& [id, worker] : workers_) {
+    bytes += static_cast<int64_t>(worker.pool_bytes);
+    pools += static_cast<int64_t>(worker.pools.size());
+    layouts += static_cast<int64_t>(worker.layouts.size());
+  }
+  metrics_.workers.set(static_cast<int64_t>(workers_.size()));
+  metrics_.pool_bytes.set(bytes);
+  metrics_.pools.set(pools);
+  metrics_.layouts.set(layouts);
+}
+
+std::shared_ptr<rpc::Session> Registry::find_session(std::string_view token) {
+  if (lifeline_ == nullptr) return nullptr;
+  return lifeline_->find(bytes_of(token));
+}
+
+std::string Registry::worker_name(WorkerId id) const {
+  MutexLock lock(mutex_);
+  const auto it = workers_.find(id);
+  return it == workers_.end() ? std::string() : it->second.session->facts().name;
+}
+
+std::vector<rpc::WorkerInfo> Registry::workers() const {
+  const Time now = monotonic_now();
+  MutexLock lock(mutex_);
+  std::vector<rpc::WorkerInfo> out;
+  for (const auto& [id, worker] : workers_) {
+    const rpc::Session::Facts& facts = worker.session->facts();
+    rpc::WorkerInfo info;
+    info.id = id.value;
+    info.name = facts.name;
+    info.tenant = facts.tenant;
+    info.role = facts.role == lifeline::Role::kController ? "controller" : "rank";
+    info.uid = facts.uid;
+    info.pid = facts.pid;
+    info.age = now - worker.since;
+    for (const auto& [name, pool] : worker.pools)
+      info.pools.push_back({name, "host_shm", pool.request.bytes});
+    for (const auto& [key, layout] : worker.layouts) {
+      rpc::LayoutInfo& row = info.layouts.emplace_back();
+      row.instance = key.first;
+      row.rank = key.second;
+      row.generation = layout.registered->generation;
+      row.groups = static_cast<uint32_t>(layout.registered->layout.groups.size());
+      for (const auto& group : layout.registered->layout.groups)
+        row.planes += static_cast<uint32_t>(group.planes.size());
+    }
+    out.push_back(std::move(info));
+  }
+  return out;
+}
+
+// ---- pools -------------------------------------------------------------------------------------
+
+Result<bool> Registry::register_pools(rpc::Session& session, std::vector<rpc::PoolRequest> pools) {
+  MutexLock lock(mutex_);
+  const auto it = workers_.find(session.id());
+  if (it == workers_.end()) return gone();
+  Worker& worker = it->second;
+  const auto field = [](std::size_t i, std::string_view name) {
+    return "pools[" + std::to_string(i) + "]." + std::string(name);
+  };
+  std::size_t known = 0;
+  for (std::size_t i = 0; i < pools.size(); ++i) {
+    const auto old = worker.pools.find(pools[i].name);
+    if (old == worker.pools.end()) continue;
+    if (!same_pool(old->second.request, pools[i])) return differs(field(i, "bytes"));
+    ++known;
+  }
+  if (known == pools.size()) return true;
+  if (known > 0) return differs("pools");
+  if (worker.pools.size() + pools.size() > kMaxPools)
+    return fail(Code::kResourceExhausted, "TOO_MANY_POOLS", "4096 a worker", "pools");
+
+  // All or none: what was imported before an error goes with `fresh`. The claimed descriptors are
+  // used up by the attempt.
+  std::vector<Pool> fresh;
+  uint64_t bytes = worker.pool_bytes;
+  for (std::size_t i = 0; i < pools.size(); ++i) {
+    Result<rpc::PoolDescriptor> descriptor = session.take_pool_fd(pools[i].name);
+    if (!descriptor) {
+      for (std::size_t n = 0; n < fresh.size(); ++n) session.release_descriptor();
+      Error error = descriptor.error();
+      error.field = field(i, "name");
+      return tl::unexpected(std::move(error));
+    }
+    memory::HostPoolLimits limits;
+    limits.max_bytes = session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
+    auto memory = memory::HostPool::import(std::move(descriptor->fd), pools[i].bytes, limits,
+                                           field(i, "bytes"));
+    if (!memory) {
+      for (std::size_t n = 0; n < fresh.size() + 1; ++n) session.release_descriptor();
+      return tl::unexpected(memory.error());
+    }
+    bytes += pools[i].bytes;
+    fresh.push_back({std::move(*memory), pools[i]});
+  }
+  for (Pool& pool : fresh) {
+    const std::string name = pool.request.name;
+    worker.pools.emplace(name, std::move(pool));
+  }
+  worker.pool_bytes = bytes;
+  export_gauges();
+  return false;
+}
+
+void Registry::unregister_pools(rpc::Session& session, std::vector<std::string> names,
+                                rpc::Done<bool> done) {
+  std::vector<std::shared_ptr<const RegisteredLayout>> users;
+  bool existed = false;
+  {
+    MutexLock lock(mutex_);
+    const auto it = workers_.find(session.id());
+    if (it == workers_.end()) {
+      done(gone());
+      return;
+    }
+    Worker& worker = it->second;
+    for (auto layout = worker.layouts.begin(); layout != worker.layouts.end();) {
+      const auto& used = layout->second.registered->layout.pools;
+      const bool uses = std::any_of(used.begin(), used.end(), [&](const mapping::PoolSpan& span) {
+        return std::find(names.begin(), names.end(), span.name) != names.end();
+      });
+      if (uses) users.push_back(layout->second.registered);
+      layout = uses ? worker.layouts.erase(layout) : std::next(layout);
+    }
+    for (const std::string& name : names) {
+      const auto pool = worker.pools.find(name);
+      if (pool == worker.pools.end()) continue;
+      existed = true;
+      worker.pool_bytes -= pool->second.request.bytes;
+      worker.pools.erase(pool);
+      session.release_descriptor();
+    }
+    export_gauges();
+  }
+  release_layouts(std::move(users), [done, existed] { done(existed); });
+}
+
+// ---- layouts -----------------------------------------------------------------------------------
+
+Incarnation Registry::drawn_incarnation(const std::string& instance) {
+  Incarnation& incarnation = drawn_[instance];
+  bool in_use = false;
+  for (const auto& [id, worker] : workers_)
+    for (const auto& [key, layout] : worker.layouts) in_use |= key.first == instance;
+  // A new life once the last rank of the old one is gone.
+  if (!in_use || incarnation.is_zero()) random_bytes(incarnation.bytes);
+  return incarnation;
+}
+
+Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
+    Worker& worker, const rpc::LayoutRequest& request) {
+  const auto prefixed = [](Error error) {
+    error.field = error.field.empty() ? "layout" : "layout." + error.field;
+    return tl::unexpected<Error>(std::move(error));
+  };
+  auto registered = std::make_shared<RegisteredLayout>();
+  for (std::size_t i = 0; i < request.layout.pools.size(); ++i) {
+    const mapping::PoolSpan& span = request.layout.pools[i];
+    const std::string field = "layout.pools[" + std::to_string(i) + "]";
+    const auto pool = worker.pools.find(span.name);
+    if (pool == worker.pools.end())
+      return invalid(field + ".name", "POOL_UNKNOWN", "not registered by this worker");
+    if (span.bytes > pool->second.request.bytes) {
+      return invalid(field + ".bytes", "POOL_TOO_SMALL",
+                     std::to_string(pool->second.request.bytes) + " bytes are registered");
+    }
+    registered->pools.push_back(pool->second.memory);
+  }
+  if (Status valid = mapping::validate_layout(request.layout); !valid)
+    return prefixed(valid.error());
+  for (std::size_t i = 0; i < request.layout.groups.size(); ++i) {
+    if (request.layout.groups[i].tail != mapping::Tail::kLeave) {
+      return fail(Code::kUnimplemented, "FEATURE_NOT_SERVED",
+                  "cleared tails are not served by this daemon",
+                  "layout.groups[" + std::to_string(i) + "].tail");
+    }
+  }
+  registered->worker = worker.session->id();
+  registered->instance = full_name(*worker.session, request.instance);
+  registered->rank = request.layout.topology.rank;
+  registered->dp_group = request.layout.topology.dp_group;
+  registered->layout = request.layout;
+  registered->holding = mapping::holding_of(request.layout);
+  if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key.bytes;
+  return registered;
+}
+
+Result<rpc::LayoutRegistration> Registry::register_layout(
+    const std::shared_ptr<rpc::Session>& session, rpc::LayoutRequest request) {
+  if (draining_.load(std::memory_order_relaxed))
+    return fail(Code::kUnavailable, "DRAINING", "the daemon takes no new registrations");
+  if (!rpc::valid_name(request.instance))
+    return invalid("instance", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+  MutexLock lock(mutex_);
+  const auto it = workers_.find(session->id());
+  if (it == workers_.end()) return gone();
+  Worker& worker = it->second;
+  const std::string instance = full_name(*session, request.instance);
+  const LayoutKey key{instance, request.layout.topology.rank};
+
+  if (const auto old = worker.layouts.find(key); old != worker.layouts.end()) {
+    rpc::LayoutRegistration answer = old->second.answer;
+    answer.existing = true;
+    if (!request.incarnation.is_zero() && request.incarnation != answer.incarnation)
+      return differs("incarnation");
+    if (request.instance_key != old->second.request.instance_key) return differs("instance_key");
+    if (request.layout != old->second.request.layout) return differs("layout");
+    return answer;
+  }
+  for (const auto& [id, other] : workers_) {
+    if (other.layouts.contains(key)) {
+      return fail(Code::kAlreadyExists, "RANK_IN_USE",
+                  "rank " + std::to_string(key.second) + " is registered by another live worker",
+                  "layout.topology.rank");
+    }
+  }
+  if (worker.layouts.size() >= kMaxLayouts)
+    return fail(Code::kResourceExhausted, "TOO_MANY_LAYOUTS", "64 a worker");
+  if (generations_.size() >= kMaxGenerations && !generations_.contains(key))
+    return fail(Code::kResourceExhausted, "TOO_MANY_RANKS", "ranks ever registered here");
+
+  auto built = build_layout(worker, request);
+  if (!built) return tl::unexpected(built.error());
+  std::shared_ptr<RegisteredLayout> registered = std::move(*built);
+  registered->incarnation =
+      request.incarnation.is_zero() ? drawn_incarnation(instance) : request.incarnation;
+  registered->generation = generations_[key] + 1;
+  auto added = directory_.add_local(registered);
+  if (!added) return tl::unexpected(added.error());
+  generations_[key] = registered->generation;
+
+  Layout& layout = worker.layouts[key];
+  layout.registered = registered;
+  layout.answer.card = added->card;
+  layout.answer.complete = added->complete;
+  layout.answer.generation = registered->generation;
+  layout.answer.incarnation = registered->incarnation;
+  layout.request = std::move(request);
+  export_gauges();
+  return layout.answer;
+}
+
+void Registry::release_layouts(std::vector<std::shared_ptr<const RegisteredLayout>> layouts,
+                               std::function<void()> quiet) {
+  if (layouts.empty()) {
+    quiet();
+    return;
+  }
+  auto left = std::make_shared<std::atomic<std::size_t>>(layouts.size());
+  for (const auto& layout : layouts) {
+    directory_.remove_local(layout);
+    engine_.unregister(layout, Reason::kUnregistered, [left, quiet] {
+      if (left->fetch_sub(1) == 1) quiet();
+    });
+  }
+}
+
+void Registry::unregister_layout(rpc::Session& session, std::string instance, uint32_t rank,
+                                 rpc::Done<bool> done) {
+  std::shared_ptr<const RegisteredLayout> layout;
+  {
+    MutexLock lock(mutex_);
+    const auto it = workers_.find(session.id());
+    if (it != workers_.end()) {
+      const auto found = it->second.layouts.find({full_name(session, instance), rank});
+      if (found != it->second.layouts.end()) {
+        layout = found->second.registered;
+        it->second.layouts.erase(found);
+        export_gauges();
+      }
+    }
+  }
+  if (!layout) {
+    done(false);
+    return;
+  }
+  release_layouts({layout}, [done] { done(true); });
+}
+
+Result<rpc::LayoutView> Registry::find_layout(const rpc::Session& session,
+                                              const std::string& instance, uint32_t rank) {
+  MutexLock lock(mutex_);
+  const auto it = workers_.find(session.id());
+  if (it == workers_.end()) return gone();
+  const auto found = it->second.layouts.find({full_name(session, instance), rank});
+  if (found == it->second.layouts.end()) return unknown_layout();
+  return rpc::LayoutView{found->second.registered, &found->second.registered->layout};
+}
+
+// ---- instances ---------------------------------------------------------------------------------
+
+void Registry::join_instance(rpc::Session& session, std::string instance,
+                             std::vector<std::string> cards, Secret instance_key, Time deadline,
+                             rpc::Done<rpc::JoinOutcome> done) {
+  std::optional<InstanceKey> key;
+  if (!instance_key.is_zero()) key = instance_key.bytes;
+  directory_.join(full_name(session, instance), cards, key, deadline,
+                  [done = std::move(done)](Result<JoinOutcome> outcome) {
+                    if (!outcome) {
+                      done(tl::unexpected(outcome.error()));
+                      return;
+                    }
+                    done(rpc::JoinOutcome{false, outcome->incarnation, outcome->complete,
+                                          std::move(outcome->missing_ranks)});
+                  });
+}
+
+Result<rpc::TicketOutcome> Registry::get_ticket(rpc::Session& session,
+                                                const std::string& instance) {
+  Result<std::string> text = directory_.ticket(full_name(session, instance));
+  if (!text) return tl::unexpected(text.error());
+  Result<Ticket> ticket = node::parse_ticket(*text);
+  if (!ticket) return tl::unexpected(ticket.error());
+  return rpc::TicketOutcome{std::move(*text), incarnation_of(*ticket)};
+}
+
+Result<rpc::TicketFacts> Registry::parse_ticket(const rpc::Session& session,
+                                                const std::string& text) {
+  Result<Ticket> ticket = node::parse_ticket(text);
+  if (!ticket) return tl::unexpected(ticket.error());
+  rpc::TicketFacts facts{instance_of(*ticket), incarnation_of(*ticket)};
+  if (!facts.instance.starts_with(session.facts().tenant + "/")) {
+    return fail(Code::kPermissionDenied, "OTHER_TENANT",
+                "the ticket names an instance of another tenant", "ticket");
+  }
+  return facts;
+}
+
+void Registry::call(WorkerId worker, engine::Event op,
+                    std::function<void(const engine::Reply&)> reply) {
+  engine_.call(worker, std::move(op), std::move(reply));
+}
+
+}  // namespace kvferry::node

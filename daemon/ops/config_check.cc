@@ -1,0 +1,283 @@
+// What one key alone cannot tell: keys that do not go together, and what this machine lacks.
+#include <grp.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <filesystem>
+#include <set>
+
+#include "daemon/ops/config_values.h"
+
+namespace kvferry::ops {
+namespace {
+
+constexpr uint32_t kNobodyUid = 65534;
+constexpr std::size_t kMaxSocketPath = sizeof(sockaddr_un{}.sun_path) - 1;
+
+class Checker {
+ public:
+  Checker(LoadedConfig& loaded, const Places& places, const std::string& file)
+      : loaded_(loaded), config_(loaded.config), places_(places), file_(file) {}
+
+  void run() {
+    check_node();
+    check_sockets();
+    check_admin_and_http();
+    check_peer_listener();
+    check_peers();
+    check_arena();
+    check_rails();
+    check_engine();
+    check_rest();
+  }
+
+ private:
+  std::string place_of(const std::string& key) const {
+    if (const auto found = places_.find(key); found != places_.end()) return found->second;
+    // A key that was not given: where its list entry begins, else the file.
+    const std::string entry = key.substr(0, key.find("]") + 1);
+    if (const auto found = places_.find(entry); found != places_.end()) return found->second;
+    return file_.empty() ? "default" : file_;
+  }
+  void problem(const std::string& key, std::string message) {
+    loaded_.problems.push_back({place_of(key), key, std::move(message)});
+  }
+  void warning(const std::string& key, std::string message) {
+    loaded_.warnings.push_back({place_of(key), key, std::move(message)});
+  }
+
+  static bool is_word(std::string_view text, std::string_view also, std::size_t max_bytes) {
+    if (text.empty() || text.size() > max_bytes) return false;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+      const char c = text[i];
+      const bool plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+      if (!plain && (i == 0 || also.find(c) == std::string_view::npos)) return false;
+    }
+    return true;
+  }
+  static bool is_name(std::string_view text) { return is_word(text, "._:+-", 63); }
+  static bool is_node_id(std::string_view text) { return is_word(text, "._:+-/", 253); }
+
+  void check_node() {
+    if (config_.node.id.empty()) {
+      std::array<char, 256> name{};
+      if (::gethostname(name.data(), name.size() - 1) == 0) config_.node.id = name.data();
+    }
+    if (!is_node_id(config_.node.id))
+      problem("node.id", "must be a name of letters, digits and ._:+-/ (it is " +
+                             toml_quote(config_.node.id) + ")");
+  }
+
+  void check_socket_path(const std::string& key, const std::string& path) {
+    if (path.empty() || path.front() != '/')
+      problem(key, "must be an absolute path");
+    else if (path.size() > kMaxSocketPath)
+      problem(key, "is longer than " + std::to_string(kMaxSocketPath) + " bytes");
+    else if (!socket_paths_.insert(path).second)
+      problem(key, toml_quote(path) + " is used twice");
+  }
+
+  void check_sockets() {
+    if (config_.sockets.empty()) problem("socket", "at least one [[socket]] is needed");
+    for (std::size_t i = 0; i < config_.sockets.size(); ++i) {
+      SocketConfig& socket = config_.sockets[i];
+      const std::string at = "socket[" + std::to_string(i) + "].";
+      if (socket.grpc_path.empty()) socket.grpc_path = derived_grpc_path(socket.path);
+      check_socket_path(at + "path", socket.path);
+      check_socket_path(at + "grpc_path", socket.grpc_path);
+      if (!is_name(socket.tenant))
+        problem(at + "tenant", "must be at most 63 letters, digits and ._:+-");
+      if (std::find(socket.uids.begin(), socket.uids.end(), kNobodyUid) != socket.uids.end())
+        problem(at + "uids", "65534 is whoever the kernel cannot name and never matches");
+      if ((socket.mode & 06U) != 0 && socket.uids.empty())
+        warning(at + "mode", "lets every local process attach");
+    }
+  }
+
+  void check_admin_and_http() {
+    check_socket_path("admin.socket", config_.admin.socket);
+    if (!config_.admin.group.empty() && ::getgrnam(config_.admin.group.c_str()) == nullptr)
+      problem("admin.group", "there is no group " + toml_quote(config_.admin.group));
+    if (!is_numeric_address(config_.http.address))
+      problem("http.address", "must be a numeric address");
+    else if (!is_loopback(config_.http.address))
+      warning("http.address", "shows metrics to everybody who reaches it");
+  }
+
+  void check_peer_listener() {
+    const PeerListenConfig& peer = config_.peer;
+    if (!peer.cluster_secret_file.empty()) {
+      const auto secret = read_secret_file(peer.cluster_secret_file);
+      if (!secret) problem("peer.cluster_secret_file", secret.error().message);
+    }
+    const std::array<std::pair<const char*, const std::string*>, 3> tls{
+        {{"peer.certificate_file", &peer.certificate_file},
+         {"peer.key_file", &peer.key_file},
+         {"peer.ca_file", &peer.ca_file}}};
+    for (const auto& [key, file] : tls)
+      if (!file->empty()) problem(key, "mode mtls is not served by this release");
+
+    const auto listen = parse_host_port(peer.listen);
+    if (!listen) {
+      problem("peer.listen", listen.error().message);
+      return;
+    }
+    if (!is_numeric_address(listen->host) && listen->host != "localhost")
+      problem("peer.listen", "must be a numeric address with a port");
+    if (!is_loopback(listen->host) && peer.cluster_secret_file.empty())
+      problem("peer.listen", "mode plain off loopback needs peer.cluster_secret_file");
+    check_advertise(*listen);
+  }
+
+  void check_advertise(const HostPort& listen) {
+    const auto is_wildcard = [](std::string_view host) {
+      return same_address(host, "0.0.0.0") || same_address(host, "::");
+    };
+    const std::string& text = config_.peer.advertise;
+    if (text.empty()) {
+      if (is_wildcard(listen.host))
+        problem("peer.advertise", "must be given when peer.listen is a wildcard");
+      return;
+    }
+    const auto advertise = parse_host_port(text);
+    if (!advertise)
+      problem("peer.advertise", advertise.error().message);
+    else if (is_wildcard(advertise->host))
+      problem("peer.advertise", "must not be a wildcard");
+  }
+
+  void check_peers() {
+    std::set<std::string> identities;
+    for (std::size_t i = 0; i < config_.peers.size(); ++i) {
+      const PeerConfig& peer = config_.peers[i];
+      const std::string at = "peers[" + std::to_string(i) + "].";
+      if (!is_node_id(peer.identity))
+        problem(at + "identity", "must be a node's id: letters, digits and ._:+-/");
+      else if (!identities.insert(peer.identity).second)
+        problem(at + "identity", toml_quote(peer.identity) + " stands twice");
+      // A bad list has been told already.
+      if (peer.addresses.empty() && places_.count(at + "addresses") == 0)
+        problem(at + "addresses", "must name at least one address, network or host");
+      if (peer.tenants.empty()) problem(at + "tenants", "must name at least one tenant");
+      for (const std::string& tenant : peer.tenants)
+        if (!is_name(tenant))
+          problem(at + "tenants", toml_quote(tenant) + " is not a tenant's name");
+      const bool local =
+          std::all_of(peer.addresses.begin(), peer.addresses.end(), [](const AddressRule& rule) {
+            return is_loopback(rule.host) && (!rule.numeric || rule.prefix_bits >= 8);
+          });
+      if (!local && config_.peer.cluster_secret_file.empty())
+        problem(at + "addresses", "mode plain off loopback needs peer.cluster_secret_file");
+    }
+  }
+
+  void check_arena() {
+    const ArenaConfig& arena = config_.arena;
+    const uint64_t region = std::bit_ceil(config_.engine.chunk_bytes);
+    if (!std::has_single_bit(arena.segment_bytes))
+      problem("arena.segment_bytes", "must be a power of two");
+    else if (arena.bytes % arena.segment_bytes != 0)
+      problem("arena.bytes", "must be a multiple of arena.segment_bytes (" +
+                                 format_size(arena.segment_bytes) + ")");
+    if (region > arena.segment_bytes)
+      problem("engine.chunk_bytes",
+              "does not fit into arena.segment_bytes (" + format_size(arena.segment_bytes) + ")");
+    // Fewer would let landing and staging wait for each other for ever.
+    const uint64_t least = (config_.engine.staged_ahead + uint64_t{2}) * region;
+    if (arena.bytes < least)
+      problem("arena.bytes", "must hold engine.staged_ahead + 2 pieces: " + format_size(least));
+  }
+
+  void check_rails() {
+    RailsConfig& rails = config_.rails;
+    if (rails.devices.empty()) problem("rails.devices", "must name at least one device");
+    if (rails.transports.empty()) problem("rails.transports", "must name at least one transport");
+    for (const std::string& device : rails.devices)
+      if (!is_word(device, "._:-@", 63))
+        problem("rails.devices", toml_quote(device) + " is no device");
+    bool tcp = false;
+    for (const std::string& transport : rails.transports) {
+      tcp = tcp || transport == "tcp";
+      if (transport != "tcp" && transport != "shm")
+        problem("rails.transports",
+                toml_quote(transport) + " is not served by this release (served: tcp, shm)");
+    }
+    const bool off_loopback = std::any_of(rails.devices.begin(), rails.devices.end(),
+                                          [](const std::string& device) { return device != "lo"; });
+    if (tcp && off_loopback && rails.port_range.any())
+      problem("rails.port_range", "must be given for devices other than lo");
+    const std::size_t ports =
+        rails.port_range.any()
+            ? 65535U
+            : static_cast<std::size_t>(rails.port_range.last) + 1U - rails.port_range.first;
+    if (tcp && ports < rails.devices.size())
+      problem("rails.port_range", "has fewer ports than there are devices");
+    if (rails.restart_backoff > rails.restart_backoff_max)
+      problem("rails.restart_backoff", "is longer than rails.restart_backoff_max");
+    check_rails_binary();
+  }
+
+  void check_rails_binary() {
+    std::string& binary = config_.rails.binary;
+    std::error_code error;
+    if (!binary.empty()) {
+      if (::access(binary.c_str(), X_OK) != 0)
+        problem("rails.binary", toml_quote(binary) + " cannot be executed");
+      return;
+    }
+    const std::filesystem::path self = std::filesystem::read_symlink("/proc/self/exe", error);
+    if (error) return;
+    const std::filesystem::path here = self.parent_path();
+    for (const auto& candidate :
+         {here / "kvferry-rails", here.parent_path() / "libexec/kvferry/kvferry-rails",
+          here.parent_path() / "lib/kvferry/kvferry-rails"}) {
+      if (::access(candidate.c_str(), X_OK) != 0) continue;
+      binary = candidate.string();
+      return;
+    }
+  }
+
+  void check_engine() {
+    const EngineConfig& engine = config_.engine;
+    if (engine.chunk_bytes % (4 * kKiB) != 0)
+      problem("engine.chunk_bytes", "must be a multiple of 4KiB");
+    const auto ordered = [&](const char* key, Duration value, const char* max_key, Duration max) {
+      if (value > max) problem(key, std::string("is longer than ") + max_key);
+    };
+    ordered("engine.lease", engine.lease, "engine.lease_max", engine.lease_max);
+    ordered("engine.wait_deadline", engine.wait_deadline, "engine.wait_deadline_max",
+            engine.wait_deadline_max);
+    ordered("engine.transfer_deadline", engine.transfer_deadline, "engine.transfer_deadline_max",
+            engine.transfer_deadline_max);
+    ordered("engine.lane_retry", engine.lane_retry, "engine.lane_retry_max", engine.lane_retry_max);
+    if (engine.silence_limit < 2 * engine.heartbeat_interval)
+      problem("engine.silence_limit", "must be at least twice engine.heartbeat_interval");
+  }
+
+  void check_rest() {
+    if (config_.checks.kind < config_.checks.min_check)
+      problem("checks.kind", "is less than checks.min_check asks of peers");
+    if (config_.pools.kinds.empty()) problem("pools.kinds", "must name at least one kind");
+    for (const std::string& kind : config_.pools.kinds)
+      if (kind != "host_shm")
+        problem("pools.kinds",
+                toml_quote(kind) + " is not served by this release (served: host_shm)");
+  }
+
+  LoadedConfig& loaded_;
+  Config& config_;
+  const Places& places_;
+  const std::string& file_;
+  std::set<std::string> socket_paths_;
+};
+
+}  // namespace
+
+void check_config(LoadedConfig& loaded, const Places& places, const std::string& file) {
+  Checker(loaded, places, file).run();
+}
+
+}  // namespace kvferry::ops

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Installs what building and testing kvferry needs on Debian 12. Does nothing where all is there.
+#   deploy/install-packages.sh [--tests]   --tests: also what only the tests need
+set -euo pipefail
+
+packages=(
+  g++ cmake ninja-build pkg-config git ca-certificates
+  libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
+  libucx-dev libspdlog-dev libcli11-dev prometheus-cpp-dev libcivetweb-dev
+  libtomlplusplus-dev libxxhash-dev libsystemd-dev libssl-dev libexpected-dev
+  nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev
+)
+tests=(catch2 librapidcheck-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)
+
+[ "${1:-}" != --tests ] || packages+=("${tests[@]}")
+
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if [ "${#missing[@]}" -eq 0 ]; then
+  echo "packages: all ${#packages[@]} are installed"
+  exit 0
+fi
+if [ "$(id -u)" -ne 0 ]; then
+  echo "packages missing; run as root: apt-get install ${missing[*]}" >&2
+  exit 1
+fi
+echo "packages: installing ${#missing[@]}: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -q
+apt-get install -q -y --no-install-recommends "${missing[@]}"

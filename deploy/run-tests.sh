@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds kvferry and runs every test that this machine can run. Options:
+#   --quick   only the dev build and its tests (no sanitizers, no second UCX release)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. deploy/lib.sh
+
+quick=0
+[ "${1:-}" != --quick ] || quick=1
+logs=build/tests
+mkdir -p "$logs"
+
+step "installing packages" "$logs/packages.log" deploy/install-packages.sh --tests
+
+echo "== formatting"
+git ls-files '*.cc' '*.h' | xargs clang-format-14 --dry-run --Werror
+
+step "configuring dev" "$logs/dev-configure.log" cmake --preset dev
+step "building dev" "$logs/dev-build.log" cmake --build --preset dev
+echo "== tests: unit, model, simulator and process rings"
+ctest --preset dev --no-tests=error
+
+if [ "$quick" -eq 0 ]; then
+  for sanitizer in asan tsan; do
+    step "configuring $sanitizer" "$logs/$sanitizer-configure.log" cmake --preset "$sanitizer"
+    step "building $sanitizer" "$logs/$sanitizer-build.log" cmake --build --preset "$sanitizer"
+    echo "== tests under $sanitizer"
+    ctest --preset "$sanitizer" --no-tests=error
+  done
+  deploy/test-ucx-wheel.sh
+  if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then
+    step "configuring with CUDA" "$logs/cuda-configure.log" \
+      cmake -S . -B build/cuda -G Ninja -DKVFERRY_CUDA=ON -DKVFERRY_TESTS=OFF
+  fi
+fi
+echo "kvferry tests: OK"

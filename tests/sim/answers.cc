@@ -1,0 +1,171 @@
+// Workload: what daemons tell their workers, and what goes wrong from the workers' point of view.
+#include "tests/sim/node.h"
+#include "tests/sim/workload.h"
+
+namespace kvferry::sim {
+
+using namespace engine;
+
+void Workload::on_reply(uint32_t node, const Reply& reply) {
+  Worker* worker = worker_of(node, reply.op.worker);
+  if (worker == nullptr) return;  // its lifeline is closed
+  const auto found = worker->ops.find(reply.op.op_id);
+  if (found == worker->ops.end())
+    throw Violation("replies", "a second answer to op " + std::to_string(reply.op.op_id) +
+                                   ", or one to a call that was not made");
+  const PendingOp pending = found->second;
+  worker->ops.erase(found);
+  Side& side = *pending.side;
+  --side.open_calls;
+  const bool ok = reply.error.code == Code::kOk;
+  const uint32_t causes = side.transfer->causes;
+  const auto unexpected = [&](const char* call) {
+    throw Violation("replies", std::string(call) + " of " + label(side) + " is answered " +
+                                   reply.error.to_string());
+  };
+  switch (pending.kind) {
+    case PendingOp::Kind::kFirst:
+      if (ok) {
+        side.accepted = true;
+        require(!side.slot || *side.slot == reply.slot, "slots", "a side's slot has changed");
+        side.slot = reply.slot;
+      } else {
+        constexpr uint32_t kMay = kCauseDrain | kCauseExhausted | kCauseUnregister | kCauseDecline |
+                                  kCauseWorker | kCauseDaemon;
+        if ((causes & kMay) == 0) unexpected("the first call");
+        require(!side.record, "replies", "a refused call has a status record");
+        side.refused = side.done_calling = true;
+        side.to_send.clear();
+        give_blocks(side, true);
+      }
+      break;
+    case PendingOp::Kind::kMore:
+      if (!ok && causes == 0 && !side.terminal()) unexpected("a later Send");
+      break;
+    case PendingOp::Kind::kRepeat:
+      if (ok && !side.refused)
+        require(reply.existing, "replies", "a repeated call has started something");
+      if (!ok && side.accepted && !side.closing && !side.terminal() && causes == 0)
+        unexpected("a repeated call");
+      break;
+    case PendingOp::Kind::kCancel:
+      if (!ok && side.accepted && !side.closing) unexpected("Cancel");
+      break;
+    case PendingOp::Kind::kRevoke:
+      if (!ok && side.accepted && !side.terminal() && !side.released()) unexpected("Revoke");
+      revoked(side, reply.dropped_sends);
+      break;
+    case PendingOp::Kind::kClose:
+      if (!ok) unexpected("Close");
+      side.closed = true;
+      break;
+    case PendingOp::Kind::kClaim:
+    case PendingOp::Kind::kDecline:
+      if (!ok && causes == 0) unexpected("Claim or Decline");
+      break;
+  }
+  settle(side);
+}
+
+void Workload::on_publish(uint32_t node, const Publish& publish) {
+  Worker* worker = worker_of(node, publish.worker);
+  if (worker == nullptr) return;
+  const auto found = worker->sides.find(publish.record.client_handle);
+  require(found != worker->sides.end(), "records", "a record of a handle that was never given");
+  Side& side = *found->second;
+  require(!side.slot_freed, "records", "a record after its slot was freed");
+  require(!side.slot || *side.slot == publish.slot, "slots", "a side's slot has changed");
+  for (const auto& [handle, another] : worker->sides)
+    require(
+        another == &side || another->slot_freed || !another->slot || *another->slot != publish.slot,
+        "slots", "two sides have one slot");
+  side.slot = publish.slot;
+  check_record(side, publish.record);
+  const bool was_terminal = side.terminal();
+  const bool was_released = side.released();
+  side.record = publish.record;
+  if (side.terminal() && !was_terminal) {
+    if (world_.now().ns > side.limit.ns + Duration(std::chrono::milliseconds(1500)).count())
+      throw Violation("limits", label(side) + " ended after its limits");
+    check_reason(side);
+    if (side.in(TransferState::kCompleted)) check_pages(side);
+  }
+  if (side.released() && !was_released) {
+    if (world_.nodes[node]->copying(side.uid))
+      throw Violation("released",
+                      "the pages of " + label(side) + " are released while a copy runs");
+    give_blocks(side, true);
+  }
+  settle(side);
+}
+
+void Workload::on_free_slot(uint32_t node, const FreeSlot& free) {
+  Worker* worker = worker_of(node, free.worker);
+  if (worker == nullptr) return;
+  for (auto& [handle, side] : worker->sides)
+    if (side->slot == free.slot && !side->slot_freed) {
+      require(side->closing, "slots", "a slot is freed that its worker has not closed");
+      side->slot_freed = true;
+      return;
+    }
+  throw Violation("slots", "a slot is freed that nobody has");
+}
+
+void Workload::copy_failed(uint64_t side) {
+  blame(*side_by_uid(side)->transfer, kCauseCopy);
+}
+
+void Workload::link_lost(uint32_t a, uint32_t b) {
+  for (auto& transfer : transfers_) {
+    bool over = true;
+    bool there = false;
+    for (const auto& side : sides_) {
+      if (side->transfer != transfer.get()) continue;
+      over = over && (side->terminal() || side->lost || side->refused);
+      there = there || side->worker->node == a || side->worker->node == b;
+    }
+    if (there && !over) blame(*transfer, kCauseLink);
+  }
+}
+
+void Workload::unreachable(const TransferKey& key, uint32_t cause) {
+  for (auto& transfer : transfers_)
+    if (transfer->id == key.id) blame(*transfer, cause);
+}
+
+void Workload::data_corrupted() {
+  for (auto& transfer : transfers_) blame(*transfer, kCauseCorrupt);
+}
+
+bool Workload::finished() const {
+  if (to_begin_ != 0 || planned_ != 0) return false;
+  for (const auto& side : sides_) {
+    if (side->lost || side->refused) continue;
+    if (side->open_calls != 0) return false;
+    if (side->called && !(side->closed && side->slot_freed)) return false;
+  }
+  for (const auto& worker : workers_)
+    if (worker->quiet_due) return false;
+  return true;
+}
+
+std::string Workload::open_things() const {
+  std::string out;
+  if (to_begin_ != 0) out += " transfers to begin: " + std::to_string(to_begin_);
+  if (planned_ != 0) out += " planned: " + std::to_string(planned_);
+  for (const auto& side : sides_) {
+    if (side->lost || side->refused) continue;
+    const bool open =
+        side->open_calls != 0 || (side->called && !(side->closed && side->slot_freed));
+    if (!open) continue;
+    out += "\n  " + label(*side) + " open calls " + std::to_string(side->open_calls) + " " +
+           (side->record ? describe(*side->record) : std::string("no record")) + " causes " +
+           std::to_string(side->transfer->causes);
+  }
+  for (const auto& worker : workers_)
+    if (worker->quiet_due)
+      out += "\n  a layout of node" + std::to_string(worker->node) + " is not quiet";
+  return out;
+}
+
+}  // namespace kvferry::sim

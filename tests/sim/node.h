@@ -1,0 +1,122 @@
+// A daemon of the simulated world: an engine, its arena, and the executor of its commands. It dies
+// and comes back as another life with another boot id and an empty engine.
+//
+// The arena is real memory. Who may be writing or reading which bytes of it right now (posted
+// receives, sends, copies) is kept beside it, and every command that would collide with that throws
+// Violation.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "daemon/engine/engine.h"
+#include "tests/sim/mapping.h"
+#include "tests/sim/world.h"
+
+namespace kvferry::sim {
+
+// What is going on with a stretch of the arena.
+enum class Use : uint8_t { kReceive, kSend, kGather, kScatter };
+
+class Node {
+ public:
+  Node(World& world, uint32_t index);
+
+  void start();  // a new life
+  void die();
+  void rails_die(Duration back_after);
+  bool alive() const { return engine_ != nullptr; }
+  bool rails_up() const { return rails_up_; }
+  uint64_t life() const { return life_; }
+  uint64_t rails_life() const { return rails_life_; }
+  uint32_t index() const { return index_; }
+  BootId boot() const { return boot_; }
+  const std::string& name() const { return name_; }
+  engine::EngineSnapshot snapshot() const;
+  const engine::Engine& engine() const { return *engine_; }
+
+  // Something for the engine; handled soon, in order.
+  void post(engine::Event event);
+  void stall(Duration length);
+  void drain(Duration limit);
+  bool draining() const { return draining_; }
+  LinkId new_link_id() { return {++last_link_}; }
+
+  // Arena bytes for the network.
+  uint8_t* arena(const memory::Region& region, uint64_t offset, uint64_t bytes);
+  uint64_t begin_use(Use use, const memory::Region& region, const char* command);
+  void end_use(uint64_t use);
+
+  // No copy of this side of a transfer runs (checked where its pages are said to be released).
+  bool copying(uint64_t side) const;
+  bool copying_layout(const engine::LayoutHandle* layout) const;
+  std::size_t uses() const { return uses_.size(); }
+  std::size_t watches() const { return watches_.size(); }
+  // A worker's word has moved, or a worker is gone.
+  void words_changed();
+
+ private:
+  struct Occupied {
+    Use use;
+    memory::Region region;
+  };
+  struct Copy {
+    CopyId id;
+    std::shared_ptr<const SimPlan> plan;
+    uint64_t offset = 0;
+    uint64_t bytes = 0;
+    memory::Region region;
+    engine::CheckKind kind = engine::CheckKind::kNone;
+    bool gather = true;
+    uint64_t use = 0;
+    uint64_t done = 0;
+  };
+
+  void schedule(Duration delay);
+  void tick();
+  void arm_timer();
+  void check_now() const;
+  void carry_out(engine::Command& command);
+  void compile(const engine::Compile& command);
+  void resolve_pull(const engine::ResolvePull& command);
+  void start_gather(const engine::Gather& command);
+  void start_scatter(const engine::Scatter& command);
+  void check_copy(const Copy& copy) const;
+  void continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool fails);
+  void end_copy(uint64_t key, engine::CopyOutcome outcome, engine::Check check);
+  void resolve(const engine::Resolve& command);
+  void try_resolve(ResolveId id, std::shared_ptr<const engine::ReceiveOp> receive, uint32_t tries);
+  engine::Check checksum(const memory::Region& region, uint64_t bytes, engine::CheckKind kind);
+
+  World& world_;
+  uint32_t index_;
+  std::string name_;
+  Rng rng_;
+  uint64_t life_ = 0;
+  uint64_t rails_life_ = 0;
+  uint64_t last_link_ = 0;
+  bool rails_up_ = false;
+  bool draining_ = false;
+  BootId boot_;
+  std::unique_ptr<engine::Engine> engine_;
+  std::deque<engine::Event> inbox_;
+  bool scheduled_ = false;
+  Time stalled_until_{};
+  Time timer_at_ = Time::never();
+  std::vector<std::vector<uint8_t>> arena_;
+  std::map<uint64_t, Occupied> uses_;
+  uint64_t next_use_ = 1;
+  std::map<uint64_t, Copy> copies_;
+  std::set<CopyId> copy_ids_;
+  std::map<ConditionId, engine::WatchCondition> watches_;
+  std::set<ResolveId> cancelled_resolves_;
+  uint64_t next_plan_ = 1;
+  std::set<std::pair<uint64_t, uint64_t>> scattered_;  // plan, offset
+};
+
+}  // namespace kvferry::sim

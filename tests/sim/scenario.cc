@@ -1,0 +1,161 @@
+#include "tests/sim/scenario.h"
+
+#include <array>
+#include <bit>
+
+#include "tests/sim/rng.h"
+
+namespace kvferry::sim {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr std::array<std::string_view, kProfileCount> kNames = {"clean",  "lossy", "tiny",
+                                                                "revoke", "ends",  "chaos"};
+
+// `regions` chunks as a few segments whose sizes are powers of two times the chunk.
+std::vector<uint64_t> segments_of(uint64_t regions, uint64_t chunk_bytes) {
+  std::vector<uint64_t> segments;
+  while (regions != 0) {
+    const uint64_t part = std::bit_floor(regions);
+    segments.push_back(part * chunk_bytes);
+    regions -= part;
+  }
+  return segments;
+}
+
+void lossy(Faults& faults, Rng& rng) {
+  faults.lane_breaks = rng.pick(0, 8);
+  faults.silent = rng.pick(0, 500);
+  faults.vanish = rng.chance(500) ? rng.pick(0, 15) : 0;
+  faults.duplicate = rng.pick(0, 40);
+  faults.slow_message = rng.pick(0, 60);
+  faults.slow_copy = rng.pick(0, 150);
+  faults.lost_in_break = rng.pick(200, 1000);
+  faults.stalls = rng.pick(0, 3);
+  faults.rails_deaths = rng.chance(200) ? 1 : 0;
+}
+
+void ends(Habits& habits, Rng& rng) {
+  habits.cancel = rng.pick(0, 250);
+  habits.open_first = rng.pick(0, 300);
+  habits.claim = rng.pick(0, 300);
+  habits.decline = rng.pick(0, 150);
+  habits.missing_receiver = rng.pick(0, 100);
+  habits.missing_sender = rng.pick(0, 100);
+  habits.unfinished = rng.pick(0, 60);
+  habits.short_deadline = rng.pick(0, 150);
+  habits.two_receivers = rng.pick(0, 250);
+  habits.crowd = rng.pick(0, 100);
+  habits.unknown_group = rng.pick(0, 400);
+  habits.wrong_secret = rng.pick(0, 60);
+  habits.skewed = rng.pick(0, 60);
+  habits.not_offered = rng.pick(0, 60);
+  habits.late_condition = rng.pick(0, 300);
+  habits.never_ready = rng.pick(0, 40);
+  habits.repeat_call = rng.pick(0, 100);
+  habits.impatient = rng.pick(0, 60);
+}
+
+void chaos(Faults& faults, Rng& rng) {
+  faults.rails_deaths = rng.pick(0, 2);
+  faults.worker_deaths = rng.pick(0, 2);
+  faults.daemon_deaths = rng.pick(0, 2);
+  faults.unregisters = rng.chance(200) ? 1 : 0;
+  faults.drains = rng.chance(150) ? 1 : 0;
+  faults.partitions = rng.chance(300) ? 1 : 0;
+  faults.copy_failure = rng.chance(300) ? rng.pick(1, 10) : 0;
+  faults.corruption = rng.chance(200) ? rng.pick(1, 10) : 0;
+  faults.stale_cards = rng.chance(100) ? 20 : 0;
+}
+
+Profile profile_of(Rng& rng) {
+  const uint64_t roll = rng.below(100);
+  if (roll < 8) return Profile::kClean;
+  if (roll < 28) return Profile::kLossy;
+  if (roll < 45) return Profile::kTiny;
+  if (roll < 58) return Profile::kRevoke;
+  if (roll < 75) return Profile::kEnds;
+  return Profile::kChaos;
+}
+
+}  // namespace
+
+std::string_view name_of(Profile profile) {
+  return kNames[static_cast<size_t>(profile)];
+}
+
+std::optional<Profile> profile_named(std::string_view name) {
+  for (size_t i = 0; i < kNames.size(); ++i)
+    if (kNames[i] == name) return static_cast<Profile>(i);
+  return std::nullopt;
+}
+
+Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
+  Rng rng(seed);
+  Scenario s;
+  s.seed = seed;
+  const Profile by_seed = profile_of(rng);
+  s.profile = wanted.value_or(by_seed);
+
+  s.nodes = rng.chance(300) ? 3 : 2;
+  s.lanes = rng.pick(1, 3);
+  s.chunk_bytes = uint64_t{128} << rng.below(3);
+  s.staged_ahead = rng.pick(0, 3);
+  s.leg_credits = rng.pick(1, 8);
+  s.max_credits = rng.chance(200) ? rng.pick(1, 4) : 64;
+  const uint64_t kind = rng.below(3);
+  s.check = kind == 0 ? engine::CheckKind::kNone : engine::CheckKind::kXxh3;
+  const bool tiny =
+      s.profile == Profile::kTiny || (s.profile != Profile::kClean && rng.chance(250));
+  if (tiny) s.staged_ahead = rng.pick(0, 2);
+  for (uint32_t n = 0; n < s.nodes; ++n) {
+    const uint64_t least = uint64_t{s.staged_ahead} + 2;
+    const uint64_t regions =
+        tiny ? least + (rng.chance(600) ? 0 : rng.below(3)) : rng.between(8, 64);
+    s.segments.push_back(segments_of(regions > least ? regions : least, s.chunk_bytes));
+  }
+
+  s.groups = rng.pick(1, 2);
+  s.layers_per_group = rng.pick(1, 2);
+  s.replicated = rng.chance(250);
+  s.data_parallel = rng.chance(250);
+  s.spread = s.nodes == 3 && rng.chance(400);
+  s.transfers = tiny ? rng.pick(4, 12) : rng.pick(3, 16);
+  s.window = milliseconds(rng.between(20, 800));
+  s.max_tokens = rng.pick(4, 40);
+
+  s.habits.unknown_group = rng.pick(0, 300);
+  s.habits.late_condition = rng.pick(0, 200);
+  s.habits.open_first = rng.pick(0, 300);
+  s.habits.repeat_call = rng.pick(0, 60);
+  s.habits.claim = rng.pick(0, 100);
+  s.faults.until = s.window + milliseconds(rng.between(50, 600));
+  switch (s.profile) {
+    case Profile::kClean:
+      s.faults.slow_message = rng.pick(0, 30);
+      break;
+    case Profile::kLossy:
+    case Profile::kTiny:
+      lossy(s.faults, rng);
+      break;
+    case Profile::kRevoke:
+      lossy(s.faults, rng);
+      s.habits.revoke = rng.pick(300, 900);
+      break;
+    case Profile::kEnds:
+      if (rng.chance(500)) lossy(s.faults, rng);
+      ends(s.habits, rng);
+      if (rng.chance(300)) s.habits.revoke = rng.pick(0, 300);
+      break;
+    case Profile::kChaos:
+      lossy(s.faults, rng);
+      ends(s.habits, rng);
+      chaos(s.faults, rng);
+      if (rng.chance(300)) s.habits.revoke = rng.pick(0, 300);
+      break;
+  }
+  return s;
+}
+
+}  // namespace kvferry::sim

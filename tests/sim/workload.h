@@ -1,0 +1,272 @@
+// The workers: instances of ranks with pages, and the transfers between them as engines would ask
+// for them. Fills source pages when their condition holds, overwrites them the moment
+// SOURCE_RELEASED is told, calls again, cancels, revokes, closes; keeps for every side what its
+// daemon has told it.
+//
+// What must hold of these statements stands in checks.cc.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "tests/sim/mapping.h"
+#include "tests/sim/world.h"
+
+namespace kvferry::sim {
+
+// Why a transfer may end otherwise than COMPLETED and DELIVERED. One without any of these must not.
+enum Cause : uint32_t {
+  kCauseCancel = 1U << 0,
+  kCauseWorker = 1U << 1,
+  kCauseDaemon = 1U << 2,
+  kCauseLink = 1U << 3,
+  kCauseCopy = 1U << 4,
+  kCauseCorrupt = 1U << 5,
+  kCauseSkewed = 1U << 6,
+  kCauseNotOffered = 1U << 7,
+  kCauseSecret = 1U << 8,
+  kCauseTime = 1U << 9,
+  kCauseDecline = 1U << 10,
+  kCauseDrain = 1U << 11,
+  kCauseUnregister = 1U << 12,
+  kCauseCondition = 1U << 13,
+  kCauseStale = 1U << 14,
+  kCauseCrowd = 1U << 15,
+  kCauseExhausted = 1U << 16,
+  kCauseMissing = 1U << 17,
+  kCauseUnfinished = 1U << 18,
+};
+
+struct Transfer;
+struct Worker;
+
+struct Slice {
+  Range tokens;  // rounded; empty: offers nothing
+  std::optional<Range> layers;
+  bool last = false;
+  uint32_t version = 0;
+  engine::ReadyCondition ready;
+  uint32_t send_index = 0;  // once sent
+  bool dropped = false;
+};
+
+// One rank's side of a transfer, as its worker sees it.
+struct Side {
+  uint64_t uid = 0;
+  Transfer* transfer = nullptr;
+  engine::Role role = engine::Role::kSender;
+  Worker* worker = nullptr;
+  WorkerId attached;  // the worker's life that called
+  uint64_t handle = 0;
+  std::vector<std::vector<int32_t>> blocks;  // by group, positions from 0; empty once given back
+  bool called = false;
+  bool done_calling = false;
+  bool accepted = false;
+  bool refused = false;  // the first call was
+  bool lost = false;     // nobody is left to tell: the worker or its daemon is gone
+  bool closing = false;
+  bool closed = false;
+  bool slot_freed = false;
+  std::optional<uint32_t> slot;
+  uint32_t open_calls = 0;  // without an answer yet
+  std::optional<engine::TransferRecord> record;
+  Time limit = Time::never();  // terminal by then
+  uint32_t word = 0;
+  bool short_lived = false;
+
+  // sender
+  std::deque<Slice> to_send;
+  std::vector<Slice> sent;
+  uint32_t next_version = 1;
+  uint64_t next_value = 1;
+  bool revoking = false;
+  bool ever_revoked = false;
+  bool sending_planned = false;
+  bool opened = false;
+
+  // receiver
+  uint32_t place = 0;  // index into Transfer::receivers
+  std::vector<engine::GroupNeed> needs;
+  bool destination_ready = true;
+  bool receives = true;
+  bool declines = false;
+  bool claimed = false;
+
+  bool terminal() const {
+    return record && record->state != engine::TransferState::kOpen &&
+           record->state != engine::TransferState::kActive;
+  }
+  bool released() const { return record && record->released; }
+  bool in(engine::TransferState state) const { return record && record->state == state; }
+};
+
+struct Instance {
+  std::string name;
+  Incarnation incarnation;
+  Ranks ranks;
+  std::vector<Worker*> workers;  // by rank
+  bool usable = false;
+};
+
+struct PendingOp {
+  enum class Kind : uint8_t { kFirst, kMore, kRepeat, kCancel, kRevoke, kClose, kClaim, kDecline };
+  Kind kind = Kind::kFirst;
+  Side* side = nullptr;
+};
+
+struct Worker {
+  uint32_t node = 0;
+  Instance* instance = nullptr;
+  uint32_t rank = 0;
+  WorkerId id;        // 0: not attached
+  uint64_t life = 0;  // of its daemon
+  std::shared_ptr<SimLayout> layout;
+  std::vector<uint64_t> words;
+  uint64_t next_op = 1;
+  uint64_t next_handle = 1;
+  std::map<uint64_t, PendingOp> ops;
+  std::map<uint64_t, Side*> sides;              // by handle
+  std::vector<std::set<uint32_t>> free_blocks;  // by group
+  bool quiet_due = false;
+};
+
+struct ReceiverGroup {
+  Instance* instance = nullptr;
+  uint32_t dp_group = 0;
+  std::vector<Side*> sides;  // by rank in the dp group
+};
+
+struct Transfer {
+  uint64_t uid = 0;
+  std::string id;
+  Secret secret;
+  Instance* sender = nullptr;
+  Incarnation sender_incarnation;
+  uint32_t sender_group = 0;
+  uint64_t tokens = 0;  // the receivers' prompt
+  uint64_t sender_tokens = 0;
+  uint32_t max_receivers = 1;
+  uint32_t causes = 0;
+  bool skewed = false;
+  bool revoked = false;
+  bool unknown_group = false;
+  std::optional<std::string> aux;
+  Duration lease{}, wait{}, deadline{};
+  std::vector<Side*> sides;  // the sender's, by rank in the dp group
+  std::vector<ReceiverGroup> receivers;
+};
+
+class Workload {
+ public:
+  explicit Workload(World& world);
+
+  void plan();                  // everything that will be asked, as happenings of the world
+  bool finished() const;        // nothing is open and nothing more will be asked
+  void check_finished() const;  // throws Violation naming what is open
+  void final_checks() const;    // of all transfers against each other
+  std::string open_things() const;
+
+  // What daemons tell.
+  void on_reply(uint32_t node, const engine::Reply& reply);
+  void on_publish(uint32_t node, const engine::Publish& publish);
+  void on_free_slot(uint32_t node, const engine::FreeSlot& free);
+  void on_quiet(uint32_t node, const engine::LayoutQuiet& quiet);
+
+  // What nodes ask.
+  Side* side_of(WorkerId worker, uint64_t handle) const;
+  Side* side_by_uid(uint64_t uid) const;
+  bool holds(const engine::WatchCondition& watch) const;
+  bool attached(WorkerId worker) const { return workers_by_id_.contains(worker); }
+  engine::Resolved resolve(const engine::ReceiveOp& receive, std::set<uint32_t>& nodes) const;
+  engine::PullResolved resolve_pull(const engine::MsgPull& pull,
+                                    const engine::LayoutHandle& layout) const;
+  void before_gather(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;
+  void before_scatter(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;
+
+  // What goes wrong.
+  void link_lost(uint32_t a, uint32_t b);
+  void unreachable(const engine::TransferKey& key, uint32_t cause);
+  void data_corrupted();
+  void copy_failed(uint64_t side);
+  void worker_dies();
+  void unregister_something();
+  void daemon_died(uint32_t node);
+  void daemon_back(uint32_t node);
+  void draining(uint32_t node);
+
+ private:
+  // setup.cc
+  void make_instances();
+  Instance& make_instance(std::vector<uint32_t> nodes);
+  void attach(Worker& worker);
+  void revive(Instance& instance);
+  void revive_soon(Instance& instance);
+  void retire(Instance& instance, bool abruptly, Worker* victim);
+  void lose_sides(Worker& worker, uint32_t cause);
+  bool instance_stands(const Instance& instance) const;
+
+  // transfers
+  void begin_transfer(uint32_t tries_left);
+  bool choose_pair(Instance*& sender, Instance*& receiver);
+  void choose_habits(Transfer& transfer, Instance& receiver);
+  bool take_blocks(Side& side, uint64_t tokens);
+  void give_blocks(Side& side, bool poison);
+  Side& make_side(Transfer& transfer, engine::Role role, Worker& worker);
+  void plan_slices(Side& side, const std::vector<Slice>& slices);
+  std::vector<Slice> make_slices(const Transfer& transfer);
+  void plan_sender(Side& side);
+  void plan_receiver(Side& side);
+  void plan_ends(Transfer& transfer);
+  bool can_call(const Side& side) const;
+  void call_open(Side& side);
+  void call_next_send(Side& side);
+  void call_receive(Side& side);
+  void call_claim(Side& side, Duration ttl);
+  void call_decline(Side& side);
+  void call_cancel(Side& side);
+  void call_revoke(Side& side, uint64_t from_token);
+  void call_close(Side& side);
+  void repeat(Side& side, engine::Event event);
+  void make_ready(Side& side, Slice slice);
+  void fill(Side& side, const Slice& slice);
+  void revoked(Side& side, const std::vector<uint32_t>& dropped);
+  engine::OpRef op(Side& side, PendingOp::Kind kind);
+  engine::TransferKey key_of(const Side& side) const;
+  std::vector<engine::GroupBlocks> blocks_of(const Side& side, Range tokens) const;
+  void settle(Side& side);
+  void tell_words(const Worker& worker);
+  void later(Side& side, Duration delay, std::function<void(Side&)> what);
+  Worker* worker_of(uint32_t node, WorkerId id) const;
+  void blame(Transfer& transfer, uint32_t cause);
+
+  // checks.cc
+  void check_record(Side& side, const engine::TransferRecord& record) const;
+  void check_reason(const Side& side) const;
+  void check_pages(const Side& side) const;
+  void check_agreement(const Transfer& transfer) const;
+  void check_side_at_end(const Side& side) const;
+  const Side* sender_of_cell(const Transfer& transfer, const Side& receiver, uint64_t unit) const;
+  bool has_leg(const Side& sender, const Side& receiver) const;
+
+  World& world_;
+  Rng rng_;
+  Shape shape_;
+  std::vector<std::unique_ptr<Instance>> instances_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::vector<std::unique_ptr<Transfer>> transfers_;
+  std::vector<std::unique_ptr<Side>> sides_;  // uid is index + 1
+  std::map<WorkerId, Worker*> workers_by_id_;
+  uint64_t next_worker_ = 1;
+  uint64_t next_incarnation_ = 1;
+  uint32_t to_begin_ = 0;
+  uint32_t planned_ = 0;  // happenings of this class that have not come yet
+};
+
+std::string label(const Side& side);
+
+}  // namespace kvferry::sim

@@ -1,0 +1,160 @@
+#include "tests/sim/world.h"
+
+#include "tests/sim/network.h"
+#include "tests/sim/node.h"
+#include "tests/sim/workload.h"
+
+namespace kvferry::sim {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+namespace {
+
+// More than any run takes; one that takes more does not come to rest.
+constexpr uint64_t kMostSteps = 3'000'000;
+// By then everything has met its limits (limits of the workload, once waited for and once run) ...
+constexpr Duration kRest = seconds(60);
+// ... and after that what is held is given back.
+constexpr Duration kTidy = seconds(3);
+
+}  // namespace
+
+World::World(Scenario scenario_in, Trace& trace_in)
+    : scenario(std::move(scenario_in)), trace(trace_in), rng(mix(scenario.seed ^ 0x3012D)) {
+  for (uint32_t n = 0; n < scenario.nodes; ++n) nodes.push_back(std::make_unique<Node>(*this, n));
+  network = std::make_unique<Network>(*this);
+  workload = std::make_unique<Workload>(*this);
+}
+
+World::~World() = default;
+
+void World::after(Duration delay, std::function<void()> what) {
+  queue_.push({now_ + delay, order_++, std::move(what)});
+}
+
+void World::after_on(uint32_t node, Duration delay, std::function<void()> what) {
+  after(delay, [this, node, life = nodes[node]->life(), what = std::move(what)] {
+    if (nodes[node]->alive() && nodes[node]->life() == life) what();
+  });
+}
+
+bool World::step() {
+  if (queue_.empty()) return false;
+  // The queue owns the function until it is popped, and it may push.
+  Happening next = std::move(const_cast<Happening&>(queue_.top()));
+  queue_.pop();
+  now_ = next.at;
+  if (++steps > kMostSteps) throw Violation("rest", "the run does not come to rest");
+  next.what();
+  return true;
+}
+
+// Some moment at which things still go wrong.
+Duration World::moment() {
+  return Duration(
+      static_cast<int64_t>(rng.below(static_cast<uint64_t>(scenario.faults.until.count()))));
+}
+
+void World::plan_network_faults() {
+  const Faults& faults = scenario.faults;
+  for (uint32_t i = 0; i < faults.lane_breaks; ++i)
+    after(moment(), [this] { network->break_some_wire(rng); });
+  for (uint32_t i = 0; i < faults.stalls; ++i)
+    after(moment(), [this] {
+      // Long enough to be silent for, where ends are part of the game.
+      const uint64_t most = scenario.profile == Profile::kChaos ? 600000 : 150000;
+      nodes[some_node()]->stall(rng.micros(1000, most));
+    });
+  for (uint32_t i = 0; i < faults.partitions; ++i)
+    after(moment(), [this] {
+      const uint32_t a = some_node();
+      const auto b = static_cast<uint32_t>((a + 1) % nodes.size());
+      network->partition(a, b, rng.micros(10000, 900000));
+    });
+}
+
+void World::plan_deaths() {
+  const Faults& faults = scenario.faults;
+  for (uint32_t i = 0; i < faults.rails_deaths; ++i)
+    after(moment(), [this] { nodes[some_node()]->rails_die(rng.micros(1000, 150000)); });
+  for (uint32_t i = 0; i < faults.worker_deaths; ++i)
+    after(moment(), [this] { workload->worker_dies(); });
+  for (uint32_t i = 0; i < faults.unregisters; ++i)
+    after(moment(), [this] { workload->unregister_something(); });
+  for (uint32_t i = 0; i < faults.daemon_deaths; ++i)
+    after(moment(), [this] { nodes[some_node()]->die(); });
+  for (uint32_t i = 0; i < faults.drains; ++i)
+    after(moment(), [this] { nodes[some_node()]->drain(rng.micros(0, 500000)); });
+}
+
+void World::run() {
+  for (auto& node : nodes) node->start();
+  workload->plan();
+  plan_network_faults();
+  plan_deaths();
+  const Time rest{scenario.faults.until.count() + kRest.count()};
+  while (!workload->finished() && now_ < rest)
+    if (!step()) break;
+  workload->check_finished();
+  finish();
+}
+
+// All has ended and is closed: what the daemons still hold must come back.
+void World::finish() {
+  const auto tidy = [this] {
+    for (const auto& node : nodes) {
+      if (!node->alive()) return false;
+      const engine::EngineSnapshot snapshot = node->snapshot();
+      if (!snapshot.transfers.empty() || snapshot.arena.free_bytes != snapshot.arena.total_bytes)
+        return false;
+      for (const auto& link : snapshot.links)
+        if (link.legs_in + link.legs_out + link.parked != 0) return false;
+      if (node->uses() != 0 || node->watches() != 0) return false;
+    }
+    return true;
+  };
+  // Parked pulls and quarantined regions may outlive their transfers until their own limits.
+  const Time limit = now_ + kRest;
+  Time next_look = now_;
+  while (now_ < limit) {
+    if (now_ >= next_look) {
+      if (tidy()) break;
+      next_look = now_ + milliseconds(200);
+    }
+    if (!step()) break;
+  }
+  const Time quiet = now_ + kTidy;
+  while (now_ < quiet && step()) {
+  }
+  for (const auto& node : nodes) {
+    require(node->alive(), "leak", "a daemon is down at the end");
+    const engine::EngineSnapshot snapshot = node->snapshot();
+    const auto leak = [&](const std::string& what) {
+      throw Violation("leak", node->name() + " still has " + what);
+    };
+    if (!snapshot.transfers.empty())
+      leak(std::to_string(snapshot.transfers.size()) + " transfers, the first " +
+           snapshot.transfers[0].id);
+    const engine::ArenaView& arena = snapshot.arena;
+    if (arena.free_bytes != arena.total_bytes)
+      leak("arena bytes: granted " + std::to_string(arena.granted_bytes) + " landing " +
+           std::to_string(arena.landing_bytes) + " landed " + std::to_string(arena.landed_bytes) +
+           " scattering " + std::to_string(arena.scattering_bytes) + " quarantined " +
+           std::to_string(arena.quarantined_bytes) + " staging " +
+           std::to_string(arena.staging_bytes));
+    for (const auto& link : snapshot.links)
+      if (link.legs_in + link.legs_out + link.parked != 0)
+        leak("legs on a link: in " + std::to_string(link.legs_in) + " out " +
+             std::to_string(link.legs_out) + " parked " + std::to_string(link.parked));
+    if (node->uses() != 0) leak("copies or requests that use its arena");
+    if (node->watches() != 0) leak("conditions that it watches");
+    network->check_idle(node->index());
+    node->engine().check_invariants();
+    for (const uint64_t count : node->engine().stats().dropped) trace.fold(count);
+    trace.fold(node->engine().stats().bytes_received);
+  }
+  workload->final_checks();
+}
+
+}  // namespace kvferry::sim

@@ -1,0 +1,280 @@
+#include <grpcpp/grpcpp.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <catch2/catch.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <thread>
+
+#include "client/ctl/render.h"
+#include "daemon/rpc/admin_service.h"
+#include "kvferry/v1/admin.grpc.pb.h"
+
+using namespace kvferry;
+using namespace kvferry::rpc;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+namespace {
+
+// Answers fixed snapshots, some from another thread.
+class FakeBackend : public AdminBackend {
+ public:
+  ~FakeBackend() override {
+    for (std::thread& thread : threads_) thread.join();
+  }
+  bool healthy = true;
+  std::string cancelled;
+
+  void status(Time, Reply<StatusInfo> done) override {
+    StatusInfo info;
+    info.version = "1.2.3";
+    info.commit = "abc";
+    info.boot.bytes[0] = 0xab;
+    info.node = "node-a";
+    info.uptime = milliseconds(61'500);
+    info.arenas = {{"host", "shared_host", "no GPU here"}};
+    info.rails_up = 1;
+    info.rails_total = 2;
+    threads_.emplace_back([done = std::move(done), info] { done(info); });
+  }
+  void list_workers(Time, Reply<std::vector<WorkerInfo>> done) override {
+    WorkerInfo worker;
+    worker.id = 7;
+    worker.name = "prefill-0";
+    worker.tenant = "default";
+    worker.role = "rank";
+    worker.pid = 42;
+    worker.pools = {{"kv", "host_shm", 3ULL << 30}};
+    worker.layouts = {{"llama", 1, 2, 1, 64}};
+    done(std::vector<WorkerInfo>{worker});
+  }
+  void list_transfers(Time, Reply<std::vector<TransferInfo>> done) override {
+    std::vector<TransferInfo> list(3);
+    for (std::size_t i = 0; i < list.size(); ++i) list[i].handle = "s" + std::to_string(i);
+    list[0].id = std::string("a\n\x00\xff\"", 5);
+    list[0].reason = Reason::kPeerLost;
+    list[0].bytes_done = 1 << 20;
+    done(std::move(list));
+  }
+  void list_peers(Time, Reply<std::vector<PeerInfo>> done) override {
+    PeerInfo linked;
+    linked.node = "node-b";
+    linked.boot.bytes[15] = 1;
+    linked.state = "linked";
+    linked.last_heard = milliseconds(250);
+    PeerInfo down;
+    down.node = "node-c";
+    down.state = "down";
+    down.last_heard = Duration(-1);
+    done(std::vector<PeerInfo>{linked, down});
+  }
+  void list_rails(Time, Reply<std::vector<RailInfo>> done) override {
+    RailInfo rail;
+    rail.transport = "tcp";
+    rail.device = "lo";
+    rail.settings = {{"UCX_TLS", "tcp"}};
+    done(std::vector<RailInfo>{rail});
+  }
+  void list_arenas(Time, Reply<std::vector<ArenaInfo>> done) override {
+    ArenaInfo arena;
+    arena.device = "host";
+    arena.kind = "shared_host";
+    arena.total_bytes = 256 << 20;
+    arena.free_bytes = 192 << 20;
+    arena.landing_bytes = 64 << 20;
+    done(std::vector<ArenaInfo>{arena});
+  }
+  void cancel_transfer(std::string selector, Time,
+                       Reply<std::vector<CancelledTransfer>> done) override {
+    cancelled = selector;
+    if (selector == "r9")
+      done(fail(Code::kNotFound, "TRANSFER_UNKNOWN", "there is no r9"));
+    else
+      done(std::vector<CancelledTransfer>{{selector, "CANCELLED", true}});
+  }
+  void health(Time, Reply<std::vector<HealthCheckInfo>> done) override {
+    done(std::vector<HealthCheckInfo>{{"engine", true, ""},
+                                      {"rails", healthy, healthy ? "" : "all down"}});
+  }
+
+ private:
+  std::vector<std::thread> threads_;
+};
+
+struct Fixture {
+  Fixture() {
+    std::string name = (std::filesystem::temp_directory_path() / "kvferry-admin-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    directory = name;
+    config.path = directory + "/admin.sock";
+    auto started = AdminServer::start(config, backend, metrics);
+    REQUIRE(started);
+    server = std::move(*started);
+    stub = v1::Admin::NewStub(
+        grpc::CreateChannel("unix:" + config.path, grpc::InsecureChannelCredentials()));
+  }
+  ~Fixture() {
+    server.reset();
+    std::filesystem::remove_all(directory);
+  }
+
+  template <typename Request, typename Response>
+  grpc::Status call(grpc::Status (v1::Admin::Stub::*method)(grpc::ClientContext*, const Request&,
+                                                            Response*),
+                    const Request& request, Response& response) {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + seconds(20));
+    return (stub.get()->*method)(&context, request, &response);
+  }
+
+  // Runs kvferryctl against the server; output and exit code.
+  std::pair<std::string, int> ctl(const std::string& arguments) const {
+    const std::string command = std::string(KVFERRY_CTL) + " --timeout 20 --socket " + config.path +
+                                " " + arguments + " 2>&1";
+    std::FILE* pipe = ::popen(command.c_str(), "re");
+    REQUIRE(pipe != nullptr);
+    std::string out;
+    std::array<char, 4096> block{};
+    for (std::size_t got = 0; (got = std::fread(block.data(), 1, block.size(), pipe)) > 0;)
+      out.append(block.data(), got);
+    const int status = ::pclose(pipe);
+    return {out, WIFEXITED(status) ? WEXITSTATUS(status) : -1};
+  }
+
+  std::string directory;
+  AdminServerConfig config;
+  FakeBackend backend;
+  ops::Metrics metrics{{"1", "c", ""}, {}, {}};
+  std::unique_ptr<AdminServer> server;
+  std::unique_ptr<v1::Admin::Stub> stub;
+};
+
+}  // namespace
+
+TEST_CASE_METHOD(Fixture, "the admin socket is its owner's only and refuses a second daemon") {
+  struct stat info {};
+  REQUIRE(::stat(config.path.c_str(), &info) == 0);
+  CHECK((info.st_mode & 0777U) == 0600);
+  const auto second = AdminServer::start(config, backend, metrics);
+  REQUIRE_FALSE(second);
+  CHECK(second.error().reason == "LISTEN_FAILED");
+
+  AdminServerConfig elsewhere = config;
+  elsewhere.path = directory + "/absent/admin.sock";
+  CHECK_FALSE(AdminServer::start(elsewhere, backend, metrics));
+
+  server.reset();
+  CHECK(AdminServer::start(config, backend, metrics));
+}
+
+TEST_CASE_METHOD(Fixture, "snapshots become messages, with bytes of ids escaped") {
+  v1::StatusResponse status;
+  REQUIRE(call(&v1::Admin::Stub::Status, v1::StatusRequest(), status).ok());
+  CHECK(status.boot_id() == "ab" + std::string(30, '0'));
+  CHECK(status.uptime().seconds() == 61);
+  CHECK(status.uptime().nanos() == 500'000'000);
+
+  v1::ListTransfersRequest request;
+  request.set_limit(2);
+  v1::ListTransfersResponse transfers;
+  REQUIRE(call(&v1::Admin::Stub::ListTransfers, request, transfers).ok());
+  CHECK(transfers.total() == 3);
+  REQUIRE(transfers.transfers_size() == 2);
+  CHECK(transfers.transfers(0).id() == R"(a\x0a\x00\xff\x22)");
+  CHECK(transfers.transfers(0).reason() == "PEER_LOST");
+  CHECK(transfers.transfers(1).reason().empty());
+
+  v1::ListPeersResponse peers;
+  REQUIRE(call(&v1::Admin::Stub::ListPeers, v1::ListPeersRequest(), peers).ok());
+  CHECK(peers.peers(0).has_last_heard());
+  CHECK_FALSE(peers.peers(1).has_last_heard());
+  CHECK(peers.peers(1).boot_id().empty());
+}
+
+TEST_CASE_METHOD(Fixture, "errors carry their code and reason, and are counted") {
+  v1::CancelTransferResponse response;
+  v1::CancelTransferRequest request;
+  for (const char* selector : {"", "S1", "a b", "s1\n"}) {
+    request.set_selector(selector);
+    const grpc::Status status = call(&v1::Admin::Stub::CancelTransfer, request, response);
+    CHECK(status.error_code() == grpc::StatusCode::INVALID_ARGUMENT);
+    CHECK(status.error_message().find("BAD_SELECTOR selector") == 0);
+    CHECK(backend.cancelled.empty());
+  }
+  request.set_selector("r9");
+  CHECK(call(&v1::Admin::Stub::CancelTransfer, request, response).error_code() ==
+        grpc::StatusCode::NOT_FOUND);
+  v1::ReloadResponse reload;
+  const grpc::Status status = call(&v1::Admin::Stub::Reload, v1::ReloadRequest(), reload);
+  CHECK(status.error_code() == grpc::StatusCode::UNIMPLEMENTED);
+  CHECK(status.error_message().find("reload") != std::string::npos);
+  const std::string page = metrics.text();
+  CHECK(page.find("kvferry_rpcs_total{code=\"INVALID_ARGUMENT\"} 4\n") != std::string::npos);
+  CHECK(page.find("kvferry_rpcs_total{code=\"NOT_FOUND\"} 1\n") != std::string::npos);
+}
+
+TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for people") {
+  const auto [status_json, status_code] = ctl("status --json");
+  INFO(status_json);
+  CHECK(status_code == 0);
+  const auto status = nlohmann::json::parse(status_json);
+  CHECK(status["node_id"] == "node-a");
+  CHECK(status["uptime_seconds"] == 61.5);
+  CHECK(status["arenas"][0]["kind"] == "shared_host");
+
+  CHECK(nlohmann::json::parse(ctl("--json workers").first)["workers"][0]["pools"][0]["bytes"] ==
+        3ULL << 30);
+  CHECK(nlohmann::json::parse(ctl("arenas --json").first)["arenas"][0]["landing_bytes"] ==
+        64 << 20);
+  CHECK(
+      nlohmann::json::parse(ctl("peers --json").first)["peers"][1]["last_heard_seconds"].is_null());
+  CHECK(nlohmann::json::parse(ctl("transfers --json --limit 1").first)["total"] == 3);
+
+  CHECK(ctl("status").first.find("node         node-a\n") != std::string::npos);
+  CHECK(ctl("workers").first.find("prefill-0") != std::string::npos);
+  CHECK(ctl("workers").first.find("1, 3.0 GiB") != std::string::npos);
+  CHECK(ctl("transfers").first.find("PEER_LOST") != std::string::npos);
+  CHECK(ctl("rails").first.find("UCX_TLS=tcp") != std::string::npos);
+  CHECK(ctl("arenas").first.find("25%") != std::string::npos);
+}
+
+TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
+  CHECK(ctl("health").second == 0);
+  backend.healthy = false;
+  const auto [text, code] = ctl("health");
+  CHECK(code == 1);
+  CHECK(text.find("FAIL  rails: all down") != std::string::npos);
+
+  CHECK(ctl("cancel s12").second == 0);
+  CHECK(backend.cancelled == "s12");
+  CHECK(ctl("cancel r9").second == 1);
+  CHECK(ctl("cancel").second == 64);
+  CHECK(ctl("").second == 64);
+  CHECK(ctl("nonsense").second == 64);
+  CHECK(ctl("--help").second == 0);
+  CHECK(ctl("--version").second == 0);
+  for (const char* verb : {"drain", "reload", "trace s1", "plan --sender a --receiver b"}) {
+    const auto [words, exit_code] = ctl(verb);
+    INFO(words);
+    CHECK(exit_code == 69);
+    CHECK(words.find("does not serve " + std::string(verb).substr(0, 4)) != std::string::npos);
+  }
+  server.reset();
+  CHECK(ctl("status").second == 69);
+  CHECK(ctl("health").second == 1);
+}
+
+TEST_CASE("bytes and durations read well") {
+  CHECK(ctl::human_bytes(0) == "0 B");
+  CHECK(ctl::human_bytes(1536) == "1.5 KiB");
+  CHECK(ctl::human_bytes(256.0 * 1024 * 1024) == "256 MiB");
+  CHECK(ctl::human_duration(0.00034) == "340us");
+  CHECK(ctl::human_duration(125) == "2m05s");
+  CHECK(ctl::human_duration(90'000) == "1d01h");
+}
