@@ -1,6 +1,11 @@
 #include "kernels/host_copy.h"
 
 #include <cstring>
+#include <type_traits>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "kernels/walk.h"
 
@@ -10,6 +15,52 @@ namespace {
 bool range_fits(const CopyPlan& plan, std::size_t pools, uint64_t stream_offset, uint64_t bytes) {
   return pools >= plan.pool_count && stream_offset <= plan.bytes &&
          bytes <= plan.bytes - stream_offset;
+}
+
+// Pages that are written are not read again by this daemon: stores past the caches spare the read
+// of the old bytes. Measured for scattered pieces of 4 KiB from a warm chunk: 10 GB/s without, 18
+// with. finish_streaming() must follow before another thread may look.
+constexpr uint64_t kStreamingBytes = 1024;
+
+void copy_streaming(std::byte* to, const std::byte* from, uint64_t bytes) {
+#if defined(__SSE2__)
+  constexpr uint64_t kLine = 64;
+  if (const uint64_t odd = reinterpret_cast<uintptr_t>(to) % kLine; odd != 0) {
+    const uint64_t head = kLine - odd;
+    std::memcpy(to, from, head);
+    to += head;
+    from += head;
+    bytes -= head;
+  }
+  for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine) {
+    const auto* in = reinterpret_cast<const __m128i*>(from);
+    auto* out = reinterpret_cast<__m128i*>(to);
+    const __m128i a = _mm_loadu_si128(in);
+    const __m128i b = _mm_loadu_si128(in + 1);
+    const __m128i c = _mm_loadu_si128(in + 2);
+    const __m128i d = _mm_loadu_si128(in + 3);
+    _mm_stream_si128(out, a);
+    _mm_stream_si128(out + 1, b);
+    _mm_stream_si128(out + 2, c);
+    _mm_stream_si128(out + 3, d);
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+void finish_streaming() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// `bytes` is a constant for common small pieces.
+template <typename Bytes>
+void copy_to_pages(std::byte* to, const std::byte* from, Bytes bytes) {
+  if constexpr (std::is_same_v<Bytes, uint64_t>) {
+    if (bytes >= kStreamingBytes) return copy_streaming(to, from, bytes);
+  }
+  std::memcpy(to, from, bytes);
 }
 
 // Calls copy(pool offset, bytes) for the pieces. A piece of a common size goes with the size as a
@@ -22,6 +73,12 @@ void copy_pieces(const Tile& tile, uint64_t begin, uint64_t end, Copy&& copy) {
         return copy(offset, std::integral_constant<uint64_t, 2>());
       case 4:
         return copy(offset, std::integral_constant<uint64_t, 4>());
+      case 8:
+        return copy(offset, std::integral_constant<uint64_t, 8>());
+      case 16:
+        return copy(offset, std::integral_constant<uint64_t, 16>());
+      case 32:
+        return copy(offset, std::integral_constant<uint64_t, 32>());
       case 64:
         return copy(offset, std::integral_constant<uint64_t, 64>());
       case 128:
@@ -57,10 +114,11 @@ bool scatter(const CopyPlan& plan, std::span<std::byte* const> pool_bases, uint6
                 [&](const Tile& tile, uint64_t begin, uint64_t end, uint64_t) {
                   std::byte* base = pool_bases[tile.pool];
                   copy_pieces(tile, begin, end, [&](uint64_t offset, auto size) {
-                    std::memcpy(base + offset, from, size);
+                    copy_to_pages(base + offset, from, size);
                     from += static_cast<uint64_t>(size);
                   });
                 });
+  finish_streaming();
   return true;
 }
 
@@ -73,9 +131,10 @@ bool transfer(const CopyPlan& source, std::span<std::byte* const> source_bases,
   for_each_fragment(source, destination, stream_offset, bytes,
                     [&](uint32_t source_pool, uint64_t source_offset, uint32_t pool,
                         uint64_t offset, uint64_t, uint64_t size) {
-                      std::memcpy(destination_bases[pool] + offset,
-                                  source_bases[source_pool] + source_offset, size);
+                      copy_to_pages(destination_bases[pool] + offset,
+                                    source_bases[source_pool] + source_offset, size);
                     });
+  finish_streaming();
   return true;
 }
 

@@ -377,14 +377,40 @@ void for_each_run(const CopyPlan& plan, uint64_t stream_offset, uint64_t bytes, 
 template <typename Fn>
 void for_each_fragment(const CopyPlan& source, const CopyPlan& destination, uint64_t stream_offset,
                        uint64_t bytes, Fn&& fn) {
-  for_each_run(source, stream_offset, bytes,
-               [&](uint32_t source_pool, uint64_t source_offset, uint64_t at, uint64_t length) {
-                 for_each_run(destination, at, length,
-                              [&](uint32_t pool, uint64_t offset, uint64_t piece, uint64_t size) {
-                                fn(source_pool, source_offset + (piece - at), pool, offset, piece,
-                                   size);
-                              });
+  struct Run {
+    uint64_t offset = 0;
+    uint64_t at = 0;
+    uint64_t bytes = 0;
+    uint32_t pool = 0;
+  };
+  // The destination's runs are kept for a while, so that the source is searched once for many of
+  // them. A batch ends where a destination run ends, which ends a fragment anyway.
+  std::array<Run, 128> batch;
+  std::size_t count = 0;
+  const auto flush = [&] {
+    if (count == 0) return;
+    const Run* run = batch.data();
+    const uint64_t end = batch[count - 1].at + batch[count - 1].bytes;
+    for_each_run(source, run->at, end - run->at,
+                 [&](uint32_t pool, uint64_t offset, uint64_t at, uint64_t length) {
+                   while (length != 0) {
+                     const uint64_t done = at - run->at;
+                     const uint64_t size = std::min(length, run->bytes - done);
+                     fn(pool, offset, run->pool, run->offset + done, at, size);
+                     offset += size;
+                     at += size;
+                     length -= size;
+                     if (done + size == run->bytes) ++run;
+                   }
+                 });
+    count = 0;
+  };
+  for_each_run(destination, stream_offset, bytes,
+               [&](uint32_t pool, uint64_t offset, uint64_t at, uint64_t length) {
+                 batch[count++] = {offset, at, length, pool};
+                 if (count == batch.size()) flush();
                });
+  flush();
 }
 
 }  // namespace kvferry::kernels

@@ -21,6 +21,8 @@ std::string_view name_of(Code code) {
     case Code::kUnavailable: return "UNAVAILABLE";
     case Code::kDataLoss: return "DATA_LOSS";
   }
+  // The services' own answer to a call without a token; below them nothing speaks of it.
+  if (static_cast<int>(code) == 16) return "UNAUTHENTICATED";
   return "INTERNAL";
 }
 

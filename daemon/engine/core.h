@@ -33,7 +33,7 @@ class Core {
   void handle(Event event);
   void advance();
   void flush();
-  EngineSnapshot snapshot() const;
+  EngineSnapshot snapshot(Time at) const;
   void check_invariants() const;
 
   template <typename Any>
@@ -47,6 +47,9 @@ class Core {
   Duration limited(Duration asked, Duration otherwise) const;
   void reply_error(const OpRef& op, Code code, std::string reason, std::string message,
                    std::string field = {});
+
+  // Whether new work of this worker and layout is turned away; then the call has its answer.
+  bool refused(const OpRef& op, const LayoutHandle* layout);
 
   const EngineConfig config;
   Time now;
@@ -65,12 +68,46 @@ class Core {
   Claims claims;
 
  private:
+  // One for each event.
+  void on(OpenSendOp& op);
+  void on(SendOp& op);
+  void on(ReceiveOp& op);
+  void on(CancelOp& op);
+  void on(CloseOp& op);
+  void on(RevokeOp& op);
+  void on(ClaimOp& op);
+  void on(DeclineOp& op);
+  void on(WorkerAttached& event);
+  void on(WorkerGone& event);
+  void on(UnregisterLayout& event);
+  void on(Resolved& event);
+  void on(PullResolved& event);
+  void on(Compiled& event);
+  void on(CopyEnded& event);
+  void on(ConditionMet& event);
+  void on(LinkUp& event);
+  void on(LinkEnded& event);
+  void on(LaneConnected& event);
+  void on(LaneFailed& event);
+  void on(LaneReopened& event);
+  void on(LaneReopenFailed& event);
+  void on(PeerLaneDown& event);
+  void on(MessageIn& event);
+  void on(RefuseIn& event);
+  void on(OfferIn& event);
+  void on(ReceiveEnded& event);
+  void on(OfferSendEnded& event);
+  void on(RailsUp& event);
+  void on(RailsDied& event);
+  void on(Drain& event);
+
+  bool well_formed(const OpRef& op, const TransferKey& key, const LayoutHandle* layout);
+  template <typename Op>
+  void by_handle(const Op& op, void (Sender::*on_send)(uint64_t, const OpRef&),
+                 void (Receiver::*on_receive)(uint64_t, const OpRef&));
   void timer(TimerKey key);
-  void unregister(UnregisterLayout& event);
-  void worker_gone(WorkerId worker);
   void tell_quiet_layouts();
   void tell_drained();
-  bool refused(const OpRef& op, const LayoutHandle* layout);
 
   std::vector<std::shared_ptr<const LayoutHandle>> leaving_;  // layouts taken back, not yet quiet
 };

@@ -59,6 +59,7 @@ class Receiver {
   // Grants for which there is room; PULLs and UPDATEs of the batch.
   void flush();
 
+  Receive* find(uint64_t id);
   const Receive* find(uint64_t id) const;
   const std::map<uint64_t, Receive>& receives() const { return receives_; }
   const std::map<uint64_t, RxLeg>& legs() const { return legs_; }
@@ -69,7 +70,6 @@ class Receiver {
   using NameAndRank = std::pair<TransferName, uint32_t>;
 
   // receiver_calls.cc
-  Receive* find(uint64_t id);
   void reply(const OpRef& op, const Receive& receive, bool existing);
   const char* different(const Receive& receive, const ReceiveOp& op) const;
   void ask_legs(Receive& receive);
@@ -85,8 +85,8 @@ class Receiver {
   void answer_end(Link& link, const RxLeg& leg);
   void close_leg(uint64_t pull);
   uint64_t oldest(const Link& link) const;
-  bool wait_is_over(Receive& receive, RxLeg& leg);
-  bool cover(RxLeg& leg, uint64_t ordinal, const MsgSlice& message);
+  void wait_is_over(Receive& receive, RxLeg& leg);
+  bool cover(RxLeg& leg, const MsgSlice& message);
   void uncover(RxLeg& leg, const MsgSlice& message);
   void release_leg(RxLeg& leg);
   void drop_group(Receive& receive, uint32_t group);

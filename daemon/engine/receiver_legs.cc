@@ -57,9 +57,8 @@ void Receiver::close_leg(uint64_t pull) {
 
 // ---- SLICE and DROP ----------------------------------------------------------------------------------
 
-// The first SLICE decides which dp group has the transfer and starts its timer. False if this leg's
-// group lost (cannot be: its legs are released then).
-bool Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
+// The first SLICE decides which dp group has the transfer and starts its timer.
+void Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
   leg.heard = true;
   if (!receive.decided) {
     receive.decided = true;
@@ -81,7 +80,6 @@ bool Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
     core_.timers.set({TimerKind::kReceiveDeadline, receive.id, 0}, receive.must_end);
     core_.workers.changed(receive, Role::kReceiver);
   }
-  return true;
 }
 
 // Another dp group has the transfer: no failure.
@@ -130,13 +128,13 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
   const bool aux_misplaced = message.aux && (!message.last || !leg->carries_aux);
   if (aux_misplaced || (message.aux && message.aux->size() > kMostAux) ||
       leg->slices.size() >= core_.config.max_slices || (message.last && leg->last) ||
-      !cover(*leg, message.ordinal, message)) {
+      !cover(*leg, message)) {
     core_.dropped(DropCause::kProtocol);
     end_receive(receive, TransferState::kFailed, Reason::kProtocol);
     forget_if_done(receive.id);
     return;
   }
-  (void)wait_is_over(receive, *leg);
+  wait_is_over(receive, *leg);
   RxSlice& slice = leg->slices[message.ordinal];
   slice.bytes = message.bytes;
   if (message.last) leg->last = message.ordinal;
@@ -156,7 +154,7 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
 }
 
 // Enters the tokens and layers of a slice; false if one of them has come before.
-bool Receiver::cover(RxLeg& leg, uint64_t, const MsgSlice& message) {
+bool Receiver::cover(RxLeg& leg, const MsgSlice& message) {
   const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
   std::set<uint32_t> groups;
   for (const GroupRanges& group : message.ranges) {

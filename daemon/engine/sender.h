@@ -64,6 +64,7 @@ class Sender {
   // Gathers and offers for which there is room, credit and a lane.
   void flush();
 
+  Send* find(uint64_t id);
   const Send* find(uint64_t id) const;
   const std::map<uint64_t, Send>& sends() const { return sends_; }
   const std::map<uint64_t, TxLeg>& legs() const { return legs_; }
@@ -90,7 +91,6 @@ class Sender {
   };
 
   // sender_calls.cc
-  Send* find(uint64_t id);
   Send* find(const NameAndRank& name);
   Send* admit(const OpRef& op, uint64_t handle, const TransferKey& key,
               const std::shared_ptr<const LayoutHandle>& layout, uint32_t max_receivers,

@@ -79,7 +79,10 @@ Status check_blocks(const RankLayout& layout, std::size_t entry, const GroupBloc
   if (prompt > position_limit(group))
     return invalid(entry_field(entry, "prompt"), "OUT_OF_RANGE",
                    "more blocks than a transfer may have");
-  if (blocks.first_block > kMaxBlocks / group.blocks_per_id || blocks.ids.size() > kMaxBlocks)
+  if (blocks.first_block > kMaxBlocks / group.blocks_per_id)
+    return invalid(entry_field(entry, "first_block"), "OUT_OF_RANGE",
+                   "more blocks than a transfer may have");
+  if (blocks.ids.size() > kMaxBlocks)
     return invalid(entry_field(entry, "block_ids"), "OUT_OF_RANGE",
                    "more blocks than a transfer may have");
   const uint64_t ids = group.block_count / group.blocks_per_id;

@@ -36,7 +36,7 @@ std::string hash_of(const engine::TransferView& view) {
 }  // namespace
 
 std::string transfer_handle(const engine::TransferView& view) {
-  return (view.role == engine::Role::kSender ? "s" : "r") + std::to_string(view.worker.value) + "." +
+  return (view.role == engine::Role::kSender ? "s" : "r") + std::to_string(view.worker.value) + "x" +
          std::to_string(view.client_handle);
 }
 

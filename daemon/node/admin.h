@@ -64,7 +64,7 @@ class Admin final : public rpc::AdminBackend {
   std::atomic<bool> draining_{false};
 };
 
-// The handle that tools show and take: "s" or "r", the worker's number and its own for the transfer.
+// The handle that tools show and take, such as s3x17: side, worker, the worker's own number.
 std::string transfer_handle(const engine::TransferView& view);
 
 }  // namespace kvferry::node

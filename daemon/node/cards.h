@@ -27,8 +27,8 @@ struct CardSet {
 Result<rpc::SignedCard> make_card(const rpc::RankCard& card, const std::optional<InstanceKey>& key);
 bool card_tag_right(const rpc::SignedCard& card, const std::optional<InstanceKey>& key);
 
-// `cards[i]` must be rank i's, all of the same instance. INVALID_ARGUMENT BAD_CARD, and the errors of
-// mapping::validate_instance.
+// `cards[i]` must be rank i's, all of the same instance. INVALID_ARGUMENT BAD_CARD, and the errors
+// of mapping::validate_instance.
 Result<std::shared_ptr<const CardSet>> make_card_set(const std::string& instance,
                                                      const Incarnation& incarnation,
                                                      std::vector<rpc::SignedCard> cards);

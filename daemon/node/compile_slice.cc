@@ -53,10 +53,13 @@ Reason reason_of(const Error& error) {
     case Code::kUnavailable:
     case Code::kDeadlineExceeded:
     case Code::kUnimplemented:
-    case Code::kFailedPrecondition: return Reason::kPeerUnreachable;
+    case Code::kFailedPrecondition:
+      return Reason::kPeerUnreachable;
     case Code::kInvalidArgument:
-    case Code::kNotFound: return Reason::kIncompatible;
-    default: return Reason::kInternal;
+    case Code::kNotFound:
+      return Reason::kIncompatible;
+    default:
+      return Reason::kInternal;
   }
 }
 
@@ -82,9 +85,8 @@ engine::Compiled compile_now(const engine::Compile& command) {
     return failed(command, peers_word ? Reason::kProtocol : reason_of(stream.error()),
                   stream.error().to_string());
   }
-  Result<mapping::Plan> bound =
-      mapping::bind(*stream, sender ? mapping::Side::kSender : mapping::Side::kReceiver,
-                    layout->layout, blocks);
+  Result<mapping::Plan> bound = mapping::bind_plan(
+      *stream, sender ? mapping::Side::kSender : mapping::Side::kReceiver, layout->layout, blocks);
   if (!bound) return failed(command, reason_of(bound.error()), bound.error().to_string());
   auto plan = std::make_shared<CompiledPlan>();
   plan->layout = layout;

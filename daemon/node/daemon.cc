@@ -95,6 +95,8 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.ready_timeout = config.engine.ready_timeout;
   out.ping_interval = config.engine.heartbeat_interval;
   out.silence_limit = config.engine.silence_limit;
+  out.lane_retry_first = config.engine.lane_retry;
+  out.lane_retry_most = config.engine.lane_retry_max;
   out.landing_timeout = config.engine.landing_timeout;
   out.landing_min_rate = config.engine.min_rate;
   uint64_t slots = 0;

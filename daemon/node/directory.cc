@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "daemon/base/crypto.h"
 #include "daemon/node/directory_impl.h"
 
 namespace kvferry::node {
@@ -112,7 +113,7 @@ Result<Registration> Directory::add_local(std::shared_ptr<const RegisteredLayout
   local.key = layout->instance_key;
   local.own[layout->rank] = *made;
   if (Status status = Impl::complete(local); !status) {
-    // Without this rank the instance is as good as before.
+    // Neither this registration nor the one it was to replace stays.
     local.own.erase(layout->rank);
     local.ranks.erase(layout->rank);
     if (local.ranks.empty()) impl_->locals.erase(key);
@@ -174,9 +175,8 @@ void Directory::compile(const engine::Compile& command) {
   bool posted = false;
   {
     MutexLock lock(impl_->mutex);
-    posted = !impl_->stopped && impl_->compile_pool.post([impl = impl_, work] {
-      impl->sink(compile_now(*work));
-    });
+    posted = !impl_->stopped &&
+             impl_->compile_pool.post([impl = impl_, work] { impl->sink(compile_now(*work)); });
   }
   if (!posted)
     impl_->sink(engine::Compiled{command.compile, Reason::kInternal,
@@ -219,8 +219,8 @@ Result<rpc::CardPage> Directory::answer_cards(const PeerRef& peer, const rpc::Ca
 }
 
 Digest16 digest_of_pair(const Digest16& sender_set, const Digest16& receiver_set) {
-  return {cut<16>(
-      sha256({bytes_of("kvferry card sets 1"), sender_set.span(), receiver_set.span()}))};
+  return {
+      cut<16>(sha256({bytes_of("kvferry card sets 1"), sender_set.span(), receiver_set.span()}))};
 }
 
 }  // namespace kvferry::node

@@ -109,7 +109,6 @@ class Directory : public PeerQuestions {
   std::shared_ptr<Impl> impl_;
 };
 
-
 // The digest that a PULL carries: of both instances' card sets.
 Digest16 digest_of_pair(const Digest16& sender_set, const Digest16& receiver_set);
 

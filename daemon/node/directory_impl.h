@@ -48,7 +48,7 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
       bool confirmed = false;  // has answered with its cards in this round
     };
     std::map<std::string, Node> nodes;
-    uint64_t round = 0;        // answers of an older one do not count
+    uint64_t round = 0;  // answers of an older one do not count
     Time limit;
     Duration backoff{};
     struct Waiter {
@@ -121,6 +121,7 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   // Receives that have been resolved: whoever asks again has been told that the cards were stale.
   std::map<const engine::ReceiveOp*, std::weak_ptr<const engine::ReceiveOp>> resolved
       KVFERRY_GUARDED_BY(mutex);
+  std::size_t prune_resolved_at KVFERRY_GUARDED_BY(mutex) = 1024;
   uint64_t next_waiter KVFERRY_GUARDED_BY(mutex) = 1;
 
   // Runs `task` on the look-up pool at that time, unless the directory is stopping.

@@ -1,6 +1,6 @@
-// Instances that span nodes. Every daemon that has a rank of the instance asks every other one, over
-// its own link to it, for the cards that this one made; nobody's word about a third one counts. The
-// daemon where the engine calls JoinInstance tells the others which nodes there are.
+// Instances that span nodes. Every daemon that has a rank of the instance asks every other one,
+// over its own link to it, for the cards that this one made; nobody's word about a third one
+// counts. The daemon where the engine calls JoinInstance tells the others which nodes there are.
 #include <algorithm>
 #include <utility>
 
@@ -54,7 +54,8 @@ JoinOutcome Directory::Impl::outcome_of(const Local& local) const {
   JoinOutcome out{local.incarnation, local.set != nullptr, missing_ranks(local)};
   // A node that has not confirmed in this round may have registered again.
   if (local.join)
-    for (const auto& [name, node] : local.join->nodes) out.complete = out.complete && node.confirmed;
+    for (const auto& [name, node] : local.join->nodes)
+      out.complete = out.complete && node.confirmed;
   return out;
 }
 
@@ -73,9 +74,8 @@ Status Directory::Impl::start_join(Local& local, const std::vector<rpc::NodeAddr
   join.limit = monotonic_now() + kAskFor;
   join.backoff = kRetryFirst;
   const LocalKey key{local.name, local.incarnation};
-  if (!look_up.post([impl = shared_from_this(), key, round = join.round] {
-        impl->join_step(key, round);
-      }))
+  if (!look_up.post(
+          [impl = shared_from_this(), key, round = join.round] { impl->join_step(key, round); }))
     return fail(Code::kResourceExhausted, "BUSY", "too much work is waiting");
   return {};
 }
@@ -113,7 +113,8 @@ void Directory::Impl::ask_node(const LocalKey& key, uint64_t round, const std::s
       [impl = shared_from_this(), key, round, state](Result<PeerRef> peer) {
         if (!peer) return;  // asked again by the next step
         if (!state.forward) return impl->collect(key, round, *peer, 0);
-        rpc::JoinForward forward{key.first, key.second, {{impl->config.node, impl->config.advertise}}};
+        rpc::JoinForward forward{
+            key.first, key.second, {{impl->config.node, impl->config.advertise}}};
         {
           MutexLock lock(impl->mutex);
           const auto it = impl->locals.find(key);
@@ -122,19 +123,20 @@ void Directory::Impl::ask_node(const LocalKey& key, uint64_t round, const std::s
           for (const auto& [name, other] : it->second.join->nodes)
             forward.nodes.push_back({name, other.address});
         }
-        impl->links.join_forward(
-            peer->link, std::move(forward), monotonic_now() + impl->config.fetch_timeout,
-            [impl, key, round, peer = *peer](const Status& status) {
-              if (!status) return;
-              {
-                MutexLock lock(impl->mutex);
-                const auto it = impl->locals.find(key);
-                if (it == impl->locals.end() || !it->second.join) return;
-                const auto node_state = it->second.join->nodes.find(peer.node);
-                if (node_state != it->second.join->nodes.end()) node_state->second.forward = false;
-              }
-              impl->collect(key, round, peer, 0);
-            });
+        impl->links.join_forward(peer->link, std::move(forward),
+                                 monotonic_now() + impl->config.fetch_timeout,
+                                 [impl, key, round, peer = *peer](const Status& status) {
+                                   if (!status) return;
+                                   {
+                                     MutexLock lock(impl->mutex);
+                                     const auto it = impl->locals.find(key);
+                                     if (it == impl->locals.end() || !it->second.join) return;
+                                     const auto node_state = it->second.join->nodes.find(peer.node);
+                                     if (node_state != it->second.join->nodes.end())
+                                       node_state->second.forward = false;
+                                   }
+                                   impl->collect(key, round, peer, 0);
+                                 });
       });
 }
 
@@ -196,8 +198,8 @@ void Directory::join(const std::string& instance, const std::vector<std::string>
     if (impl_->stopped) {
       answer = fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
     } else if (local == nullptr) {
-      answer = fail(Code::kNotFound, "INSTANCE_UNKNOWN", "no rank of the instance is registered here",
-                    "instance");
+      answer = fail(Code::kNotFound, "INSTANCE_UNKNOWN",
+                    "no rank of the instance is registered here", "instance");
     } else if (key != local->key) {
       answer = foreign();
     } else if (const bool elsewhere = nodes->size() > 1 || (*nodes)[0].node != impl_->config.node;

@@ -16,7 +16,9 @@ tl::unexpected<Error> busy() {
 tl::unexpected<Error> unknown_link() {
   return fail(Code::kNotFound, "UNKNOWN_LINK", "there is no such link");
 }
-bool is_any_address(const std::string& host) { return host == "0.0.0.0" || host == "::"; }
+bool is_any_address(const std::string& host) {
+  return host == "0.0.0.0" || host == "::";
+}
 
 }  // namespace
 
@@ -110,8 +112,7 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress&
     link.host = from.host;
     link.address = theirs->address;
     link.ucx_version = theirs->ucx_version;
-    link.keys =
-        keys_of(*theirs, request.bytes, mine, reply.bytes, config.cluster_secret, false);
+    link.keys = keys_of(*theirs, request.bytes, mine, reply.bytes, config.cluster_secret, false);
     link.stub = std::move(stub);
     for (uint32_t i = 0; i < agreed->lanes; ++i)
       link.lanes.push_back({0, theirs->rails[i % theirs->rails.size()]});
@@ -164,7 +165,8 @@ Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& pee
       KVFERRY_RETURN_IF_ERROR(answers->answer_join(peer, *forward));
       return std::string();
     }
-    case rpc::LinkMethod::kReopenLane: return answer_reopen(id, body);
+    case rpc::LinkMethod::kReopenLane:
+      return answer_reopen(id, body);
     case rpc::LinkMethod::kLaneDown: {
       Result<rpc::LaneDownNotice> notice = rpc::decode_lane_down(body);
       if (!notice) return tl::unexpected<Error>(std::move(notice).error());
@@ -193,7 +195,7 @@ void LinkManager::challenge(const rpc::PeerAddress&,
 void LinkManager::handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
                             std::function<void(Result<rpc::SignedHello>)> done) {
   auto work = std::make_shared<std::pair<rpc::SignedHello, decltype(done)>>(std::move(hello),
-                                                                           std::move(done));
+                                                                            std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, from, work] {
         work->second(impl->answer_hello(from, work->first));
       }))
@@ -208,8 +210,7 @@ void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::Lin
   {
     MutexLock lock(impl_->mutex);
     const auto name = impl_->by_name.find(call.link);
-    const Impl::Link* link =
-        name == impl_->by_name.end() ? nullptr : impl_->find(name->second);
+    const Impl::Link* link = name == impl_->by_name.end() ? nullptr : impl_->find(name->second);
     if (link != nullptr) {
       peer = impl_->ref_of(*link);
       in_key = link->keys.in.call;
@@ -219,8 +220,8 @@ void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::Lin
   // An unknown link and a wrong tag are one answer.
   if (!peer.link || !equal_constant_time(call_tag(in_key, method, call), call.tag))
     return done(unknown_link());
-  auto work = std::make_shared<std::pair<rpc::LinkCall, decltype(done)>>(std::move(call),
-                                                                        std::move(done));
+  auto work =
+      std::make_shared<std::pair<rpc::LinkCall, decltype(done)>>(std::move(call), std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, peer, out_key, method, work] {
         Result<std::string> body = impl->answer_call(peer.link, peer, method, work->first.body);
         if (!body) return work->second(tl::unexpected<Error>(std::move(body).error()));

@@ -1,5 +1,5 @@
-// Dialling: one attempt a node at a time, with back-off between failed ones; everybody who wants the
-// link waits for the same attempt.
+// Dialling: one attempt a node at a time, with back-off between failed ones; everybody who wants
+// the link waits for the same attempt.
 #include <algorithm>
 #include <utility>
 
@@ -18,8 +18,8 @@ void LinkManager::Impl::ensure(PeerTarget target, EnsureDone done) {
   std::optional<Result<PeerRef>> answer;
   {
     MutexLock lock(mutex);
-    const bool self = target.node == config.node ||
-                      (target.node.empty() && target.address == config.advertise);
+    const bool self =
+        target.node == config.node || (target.node.empty() && target.address == config.advertise);
     const std::string key = dial_key(target);
     const auto existing = dials.find(key);
     Dial* dial = existing == dials.end() ? nullptr : &existing->second;
@@ -42,8 +42,8 @@ void LinkManager::Impl::ensure(PeerTarget target, EnsureDone done) {
       answer = tl::unexpected<Error>(dial->last_error);
     } else if (!target.node.empty() && find_peer(peers, target.node) == nullptr) {
       // Before a table entry: any worker may present any ticket.
-      answer = fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
-                    "the node is not allowed by [peers]");
+      answer =
+          fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED", "the node is not allowed by [peers]");
     } else {
       if (dial == nullptr && dials.size() >= kMaxDials)
         std::erase_if(dials, [](const auto& entry) { return !entry.second.under_way; });
@@ -147,16 +147,30 @@ Status LinkManager::Impl::check_reply(const Attempt& attempt, const std::string&
   return {};
 }
 
+// The peer has made its end of the link already when it answers: what is refused here is taken
+// back.
+void LinkManager::Impl::take_back(const Attempt& attempt, const link::LinkKeys& keys) {
+  rpc::LinkCall call;
+  call.link = keys.link_name;
+  call.number = 1;
+  call.body = rpc::encode(rpc::CloseLinkNotice{Reason::kPeerLost});
+  call.tag = call_tag(keys.out.call, rpc::LinkMethod::kCloseLink, call);
+  attempt.stub->call(rpc::LinkMethod::kCloseLink, std::move(call),
+                     monotonic_now() + config.call_timeout, [](const Result<rpc::LinkReply>&) {});
+}
+
 void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
                                    const rpc::SignedHello& reply) {
-  auto refuse = [&](Error error) {
-    dial_failed(attempt->key, attempt->number, std::move(error));
-  };
   if (!equal_constant_time(reply_tag(secret_key, attempt->hello_bytes, reply.bytes), reply.tag))
-    return refuse({Code::kPermissionDenied, "PEER_NOT_ALLOWED",
-                   "the peer does not know the cluster secret", {}});
+    return dial_failed(attempt->key, attempt->number,
+                       {Code::kPermissionDenied,
+                        "PEER_NOT_ALLOWED",
+                        "the peer does not know the cluster secret",
+                        {}});
   Result<rpc::PeerHello> theirs = rpc::decode_hello(reply.bytes);
-  if (!theirs) return refuse(std::move(theirs).error());
+  if (!theirs) return dial_failed(attempt->key, attempt->number, std::move(theirs).error());
+  const link::LinkKeys keys = keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes,
+                                      config.cluster_secret, true);
   std::string wanted;
   std::vector<ops::PeerConfig> allowed;
   {
@@ -165,35 +179,38 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
     if (dial != dials.end()) wanted = dial->second.target.node;
     allowed = peers;
   }
-  if (Status status = check_reply(*attempt, wanted, *theirs, allowed); !status)
-    return refuse(std::move(status).error());
   Result<Agreed> agreed = agree(attempt->hello, *theirs, config.max_lanes);
-  if (!agreed) return refuse(std::move(agreed).error());
+  Status status = check_reply(*attempt, wanted, *theirs, allowed);
+  if (!status || !agreed) {
+    take_back(*attempt, keys);
+    return dial_failed(attempt->key, attempt->number,
+                       !status ? std::move(status).error() : std::move(agreed).error());
+  }
 
   Link link;
   link.node = theirs->node;
   link.boot = theirs->boot;
   link.host = attempt->endpoint.host;
-  link.address = ops::format_host_port(attempt->endpoint.host, attempt->endpoint.port);
   link.ucx_version = theirs->ucx_version;
   link.initiator = true;
-  link.keys = keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes,
-                      config.cluster_secret, true);
+  link.keys = keys;
   link.stub = attempt->stub;
   for (uint32_t i = 0; i < agreed->lanes; ++i)
     link.lanes.push_back({0, theirs->rails[i % theirs->rails.size()]});
   std::vector<EnsureDone> waiters;
-  PeerRef ref;
+  std::optional<PeerRef> ref;
   {
     MutexLock lock(mutex);
     const auto dial = dials.find(attempt->key);
     // Given up meanwhile: somebody else's link of this node counts, or the daemon stops.
-    if (stopped || dial == dials.end() || dial->second.attempt != attempt->number) return;
-    // Found again under the address as it was asked for.
-    link.address = dial->second.target.address;
-    ref = open_link(std::move(link), *agreed, waiters);
+    if (!stopped && dial != dials.end() && dial->second.attempt == attempt->number) {
+      // Found again under the address as it was asked for.
+      link.address = dial->second.target.address;
+      ref = open_link(std::move(link), *agreed, waiters);
+    }
   }
-  for (EnsureDone& waiter : waiters) waiter(ref);
+  if (!ref) return take_back(*attempt, keys);
+  for (EnsureDone& waiter : waiters) waiter(*ref);
 }
 
 void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Error error) {
@@ -215,12 +232,11 @@ void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Err
 
 // The peer dials too and its dial counts: its handshake will answer whoever waits here.
 void LinkManager::Impl::await_inbound(const std::string& key, uint64_t number) {
-  const Error error{Code::kUnavailable, "ALREADY_LINKED",
-                    "the peer says that it is linked or dials itself", {}};
-  const bool posted =
-      post_at(monotonic_now() + kInboundWait, [impl = shared_from_this(), key, number, error] {
-        impl->dial_failed(key, number, error);
-      });
+  const Error error{
+      Code::kUnavailable, "ALREADY_LINKED", "the peer says that it is linked or dials itself", {}};
+  const bool posted = post_at(
+      monotonic_now() + kInboundWait,
+      [impl = shared_from_this(), key, number, error] { impl->dial_failed(key, number, error); });
   if (!posted) dial_failed(key, number, error);
 }
 

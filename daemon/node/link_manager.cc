@@ -153,8 +153,7 @@ void LinkManager::Impl::end_link(LinkId id, Reason reason) {
 }
 
 void LinkManager::Impl::send_call(LinkId id, rpc::LinkMethod method, std::string body,
-                                  Time deadline,
-                                  std::function<void(Result<std::string>)> done) {
+                                  Time deadline, std::function<void(Result<std::string>)> done) {
   rpc::LinkCall call;
   std::shared_ptr<rpc::PeerStub> stub;
   link::KeyBytes reply_key{};
@@ -186,7 +185,9 @@ LinkManager::LinkManager(LinkManagerConfig config, rpc::PeerDialer& dialer, Task
                          EventSink sink)
     : impl_(std::make_shared<Impl>(std::move(config), dialer, pool, std::move(sink))) {}
 
-LinkManager::~LinkManager() { stop(); }
+LinkManager::~LinkManager() {
+  stop();
+}
 
 void LinkManager::set_questions(PeerQuestions* questions) {
   MutexLock lock(impl_->mutex);
@@ -231,8 +232,7 @@ Result<LanePath> LinkManager::lane_path(const engine::LaneRef& lane) const {
   if (impl_->rails.empty()) return rails_down();
   const uint32_t rail = lane.lane % static_cast<uint32_t>(impl_->rails.size());
   // A looped link leads to our own rails, wherever they listen now.
-  const rpc::PeerRail& peer =
-      link->twin ? impl_->rails[rail] : link->lanes[lane.lane].peer_rail;
+  const rpc::PeerRail& peer = link->twin ? impl_->rails[rail] : link->lanes[lane.lane].peer_rail;
   return LanePath{rail, peer.transport, peer.address};
 }
 
@@ -246,11 +246,27 @@ std::vector<LinkInfo> LinkManager::links() const {
   MutexLock lock(impl_->mutex);
   std::vector<LinkInfo> out;
   for (const auto& [id, link] : impl_->links)
-    out.push_back({link.node, link.address, true, false, id, link.boot, link.initiator,
-                   static_cast<uint32_t>(link.lanes.size()), link.ucx_version, {}});
+    out.push_back({link.node,
+                   link.address,
+                   true,
+                   false,
+                   id,
+                   link.boot,
+                   link.initiator,
+                   static_cast<uint32_t>(link.lanes.size()),
+                   link.ucx_version,
+                   {}});
   for (const auto& [key, dial] : impl_->dials)
-    out.push_back({dial.target.node, dial.target.address, false, dial.under_way, {}, {}, false, 0,
-                   {}, dial.last_error.reason.empty() ? "" : dial.last_error.to_string()});
+    out.push_back({dial.target.node,
+                   dial.target.address,
+                   false,
+                   dial.under_way,
+                   {},
+                   {},
+                   false,
+                   0,
+                   {},
+                   dial.last_error.reason.empty() ? "" : dial.last_error.to_string()});
   std::sort(out.begin(), out.end(), [](const LinkInfo& a, const LinkInfo& b) {
     return std::tie(a.node, a.address, a.link) < std::tie(b.node, b.address, b.link);
   });
@@ -276,20 +292,20 @@ void LinkManager::reopen_lane(const engine::ReopenLane& command) {
     }
   }
   if (!asks_peer) return impl_->sink(engine::LaneReopenFailed{lane});
-  impl_->send_call(
-      lane.link, rpc::LinkMethod::kReopenLane, rpc::encode(request),
-      monotonic_now() + impl_->config.call_timeout,
-      [impl = impl_, lane](Result<std::string> body) {
-        Result<rpc::ReopenLaneReply> reply =
-            body ? rpc::decode_reopen_reply(*body)
-                 : Result<rpc::ReopenLaneReply>(tl::unexpected<Error>(body.error()));
-        MutexLock lock(impl->mutex);
-        if (impl->stopped) return;
-        Impl::Link* link = impl->find(lane.link);
-        if (!reply || link == nullptr) return impl->sink(engine::LaneReopenFailed{lane});
-        link->lanes[lane.lane] = {lane.epoch, std::move(reply->rail)};
-        impl->sink(engine::LaneReopened{lane});
-      });
+  impl_->send_call(lane.link, rpc::LinkMethod::kReopenLane, rpc::encode(request),
+                   monotonic_now() + impl_->config.call_timeout,
+                   [impl = impl_, lane](Result<std::string> body) {
+                     Result<rpc::ReopenLaneReply> reply =
+                         body ? rpc::decode_reopen_reply(*body)
+                              : Result<rpc::ReopenLaneReply>(tl::unexpected<Error>(body.error()));
+                     MutexLock lock(impl->mutex);
+                     if (impl->stopped) return;
+                     Impl::Link* link = impl->find(lane.link);
+                     if (!reply || link == nullptr)
+                       return impl->sink(engine::LaneReopenFailed{lane});
+                     link->lanes[lane.lane] = {lane.epoch, std::move(reply->rail)};
+                     impl->sink(engine::LaneReopened{lane});
+                   });
 }
 
 void LinkManager::tell_lane_down(const engine::TellLaneDown& command) {

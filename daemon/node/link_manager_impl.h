@@ -27,15 +27,15 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     LinkId id;
     std::string node;
     BootId boot;
-    std::string host;      // numeric, where the peer was when it shook hands
-    std::string address;   // where it takes handshakes
+    std::string host;     // numeric, where the peer was when it shook hands
+    std::string address;  // where it takes handshakes
     std::string ucx_version;
     bool initiator = false;
     link::LinkKeys keys;
     std::vector<Lane> lanes;
     std::shared_ptr<rpc::PeerStub> stub;  // null where the peer cannot be called
     uint64_t calls = 0;
-    LinkId twin;           // looped link: the other end
+    LinkId twin;  // looped link: the other end
   };
   // A dial of a node, or of whoever is at an address: waiting, under way, or in back-off.
   struct Dial {
@@ -111,6 +111,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
       KVFERRY_EXCLUDES(mutex);
   void take_reply(const std::shared_ptr<Attempt>& attempt, const rpc::SignedHello& reply)
       KVFERRY_EXCLUDES(mutex);
+  void take_back(const Attempt& attempt, const link::LinkKeys& keys);
   Status check_reply(const Attempt& attempt, const std::string& wanted_node,
                      const rpc::PeerHello& theirs, const std::vector<ops::PeerConfig>& allowed);
   void dial_failed(const std::string& key, uint64_t number, Error error) KVFERRY_EXCLUDES(mutex);
@@ -119,8 +120,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // --- link_answer.cc
   Result<rpc::Random32> new_challenge() KVFERRY_EXCLUDES(mutex);
   bool use_challenge(const rpc::Random32& challenge) KVFERRY_EXCLUDES(mutex);
-  Result<rpc::SignedHello> answer_hello(const rpc::PeerAddress& from,
-                                        const rpc::SignedHello& hello) KVFERRY_EXCLUDES(mutex);
+  Result<rpc::SignedHello> answer_hello(const rpc::PeerAddress& from, const rpc::SignedHello& hello)
+      KVFERRY_EXCLUDES(mutex);
   Status may_link_now(const rpc::PeerHello& theirs) KVFERRY_REQUIRES(mutex);
   // How to call a peer that dialled us; null if it is nowhere that [peers] allows.
   std::shared_ptr<rpc::PeerStub> stub_back(const std::vector<ops::PeerConfig>& allowed,

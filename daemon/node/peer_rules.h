@@ -25,8 +25,8 @@ Result<std::vector<Endpoint>> resolve_address(const std::string& address);
 // Null for a node that is not listed.
 const ops::PeerConfig* find_peer(const std::vector<ops::PeerConfig>& peers, std::string_view node);
 
-// Whether the entry lets this peer be at `endpoint`; inbound the peer's port says nothing. Blocks if
-// the entry has names.
+// Whether the entry lets this peer be at `endpoint`; inbound the peer's port says nothing. Blocks
+// if the entry has names.
 bool allows(const ops::PeerConfig& peer, const Endpoint& endpoint, bool inbound);
 
 // Where to dial `node` (empty: whoever is allowed there), checked before any packet leaves.

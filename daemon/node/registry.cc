@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <string_view>
 
 #include "daemon/base/crypto.h"
 #include "daemon/mapping/validate.h"
@@ -26,6 +27,26 @@ tl::unexpected<Error> differs(std::string field) {
 
 bool same_pool(const rpc::PoolRequest& a, const rpc::PoolRequest& b) {
   return a.name == b.name && a.bytes == b.bytes && a.offset_bytes == b.offset_bytes;
+}
+
+// What was said of the descriptor over the lifeline must be what is said of the pool now. Errors
+// name `entry`, or its size.
+Result<std::shared_ptr<memory::HostPool>> import_pool(rpc::PoolDescriptor descriptor,
+                                                      const rpc::PoolRequest& pool,
+                                                      const memory::HostPoolLimits& limits,
+                                                      const std::string& entry) {
+  if (descriptor.kind != lifeline::PoolKind::kHostShm)
+    return invalid(entry + ".kind", "POOL_KIND_DIFFERS", "another kind was sent over the lifeline");
+  if (descriptor.bytes != pool.bytes)
+    return invalid(entry + ".bytes", "POOL_SIZE_DIFFERS",
+                   std::to_string(descriptor.bytes) + " bytes were told over the lifeline");
+  auto memory = memory::HostPool::import(std::move(descriptor.fd), pool.bytes, limits, entry);
+  if (memory) return memory;
+  Error error = std::move(memory).error();
+  if (error.reason == "POOL_SIZE_INVALID" || error.reason == "POOL_TOO_SMALL" ||
+      error.reason == "POOL_LIMIT")
+    error.field += ".bytes";
+  return tl::unexpected<Error>(std::move(error));
 }
 
 tl::unexpected<Error> gone() {
@@ -179,8 +200,8 @@ Result<bool> Registry::register_pools(rpc::Session& session, std::vector<rpc::Po
     }
     memory::HostPoolLimits limits;
     limits.max_bytes = session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
-    auto memory = memory::HostPool::import(std::move(descriptor->fd), pools[i].bytes, limits,
-                                           field(i, "bytes"));
+    Result<std::shared_ptr<memory::HostPool>> memory = import_pool(
+        std::move(*descriptor), pools[i], limits, "pools[" + std::to_string(i) + "]");
     if (!memory) {
       for (std::size_t n = 0; n < fresh.size() + 1; ++n) session.release_descriptor();
       return tl::unexpected(memory.error());
@@ -199,6 +220,7 @@ Result<bool> Registry::register_pools(rpc::Session& session, std::vector<rpc::Po
 
 void Registry::unregister_pools(rpc::Session& session, std::vector<std::string> names,
                                 rpc::Done<bool> done) {
+  const std::set<std::string_view> named(names.begin(), names.end());
   std::vector<std::shared_ptr<const RegisteredLayout>> users;
   bool existed = false;
   {
@@ -212,7 +234,7 @@ void Registry::unregister_pools(rpc::Session& session, std::vector<std::string> 
     for (auto layout = worker.layouts.begin(); layout != worker.layouts.end();) {
       const auto& used = layout->second.registered->layout.pools;
       const bool uses = std::any_of(used.begin(), used.end(), [&](const mapping::PoolSpan& span) {
-        return std::find(names.begin(), names.end(), span.name) != names.end();
+        return named.contains(span.name);
       });
       if (uses) users.push_back(layout->second.registered);
       layout = uses ? worker.layouts.erase(layout) : std::next(layout);

@@ -12,7 +12,9 @@ TaskPool::TaskPool(const std::string& name, uint32_t threads, std::size_t max_ta
   }
 }
 
-TaskPool::~TaskPool() { stop(); }
+TaskPool::~TaskPool() {
+  stop();
+}
 
 bool TaskPool::post(std::function<void()> task) {
   // Before everything that has a time.

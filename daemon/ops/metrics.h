@@ -260,7 +260,7 @@ class Metrics {
   std::array<std::unique_ptr<Histogram>, kStages> stages_;
   std::array<Counter, kDropCauses> dropped_;
   std::array<Gauge, kLaneStates> lanes_;
-  std::array<Counter, 16> rpcs_;  // by Code
+  std::array<Counter, 17> rpcs_;  // by Code, gRPC's UNAUTHENTICATED included
   mutable Mutex ucx_mutex_;
   // Changes only when the rails process starts.
   std::string ucx_ KVFERRY_GUARDED_BY(ucx_mutex_);

@@ -62,8 +62,7 @@ class SpawnPlan {
 
 Result<ChildProcess> ChildProcess::spawn(const std::string& path,
                                          const std::vector<std::string>& arguments,
-                                         const std::vector<std::string>& environment,
-                                         int channel) {
+                                         const std::vector<std::string>& environment, int channel) {
   std::vector<std::string> argument_copy;
   argument_copy.reserve(arguments.size() + 1);
   argument_copy.push_back(path);

@@ -54,11 +54,10 @@ Status check_rails(const RailsConfig& config) {
     if (rail.transport != "tcp" && rail.transport != "shm")
       return invalid("rails.transport", "RAILS_CONFIG_INVALID",
                      "'" + rail.transport + "' is neither tcp nor shm");
-    const bool good_device =
-        std::all_of(rail.device.begin(), rail.device.end(), [](char c) {
-          return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-                 c == '_' || c == '-' || c == '.' || c == ':' || c == '@';
-        });
+    const bool good_device = std::all_of(rail.device.begin(), rail.device.end(), [](char c) {
+      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+             c == '_' || c == '-' || c == '.' || c == ':' || c == '@';
+    });
     if (!good_device || rail.device.size() >= sizeof(SetupRail::device))
       return invalid("rails.device", "RAILS_CONFIG_INVALID", "not a device name");
     if (rail.transport == "tcp") ++tcp_rails;
@@ -285,25 +284,28 @@ uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_rec
     }
     ++handled;
   }
-  if (woken || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck)
-    notice_death(now, events);
+  if (woken || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck) notice_death(now, events);
   return handled;
 }
 
 // --- Records of the process.
 
-bool RailsClient::Impl::handle(Time now, uint32_t rail, const Record& record,
-                               RailsEvents& events) {
+bool RailsClient::Impl::handle(Time now, uint32_t rail, const Record& record, RailsEvents& events) {
   switch (static_cast<Event>(record.kind)) {
-    case Event::kReady: return on_ready_record(rail, record, now, events);
+    case Event::kReady:
+      return on_ready_record(rail, record, now, events);
     case Event::kConnected:
     case Event::kConnectFailed:
     case Event::kLaneError:
-    case Event::kClosed: return on_lane_record(rail, record, events);
+    case Event::kClosed:
+      return on_lane_record(rail, record, events);
     case Event::kControlIn:
-    case Event::kOfferIn: return on_message(rail, record, events);
-    case Event::kSendEnded: return on_send_ended(rail, record, events);
-    case Event::kReceiveEnded: return on_receive_ended(rail, record, events);
+    case Event::kOfferIn:
+      return on_message(rail, record, events);
+    case Event::kSendEnded:
+      return on_send_ended(rail, record, events);
+    case Event::kReceiveEnded:
+      return on_receive_ended(rail, record, events);
   }
   return false;
 }
@@ -369,8 +371,10 @@ bool RailsClient::Impl::on_message(uint32_t rail, const Record& record, RailsEve
   if (!process_->take_slot(rail, record.slot, record.slot_bytes, inbox_)) return false;
   if (static_cast<Event>(record.kind) == Event::kControlIn) {
     // Nobody knows our address before all rails are ready.
-    if (phase_ != Phase::kReady) ++bogus_;
-    else events.on_control(rail, inbox_);
+    if (phase_ != Phase::kReady)
+      ++bogus_;
+    else
+      events.on_control(rail, inbox_);
     return true;
   }
   OfferIn offer;
@@ -411,8 +415,7 @@ bool RailsClient::Impl::on_send_ended(uint32_t rail, const Record& record, Rails
   return true;
 }
 
-bool RailsClient::Impl::on_receive_ended(uint32_t rail, const Record& record,
-                                         RailsEvents& events) {
+bool RailsClient::Impl::on_receive_ended(uint32_t rail, const Record& record, RailsEvents& events) {
   const LandingId token{record.token};
   const auto found = landings_.find(token);
   if (found == landings_.end() || found->second.rail != rail) {
@@ -535,8 +538,7 @@ Status RailsClient::Impl::accept(DescriptorId descriptor, LaneKey key, Region re
   auto lane = usable_lane(key);
   if (!lane) return tl::unexpected<Error>(lane.error());
   const auto found = held_.find(descriptor);
-  if (found == held_.end())
-    return fail(Code::kNotFound, "OFFER_UNKNOWN", "no such offer is held");
+  if (found == held_.end()) return fail(Code::kNotFound, "OFFER_UNKNOWN", "no such offer is held");
   const Held held = found->second;
   KVFERRY_RETURN_IF_ERROR(check_region(region));
   if (region.bytes != held.bytes)
@@ -622,13 +624,25 @@ Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
 }
 
 RailsClient::RailsClient(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-RailsClient::~RailsClient() { impl_->stop(); }
+RailsClient::~RailsClient() {
+  impl_->stop();
+}
 
-Status RailsClient::start(Time now) { return impl_->start(now); }
-void RailsClient::stop() { impl_->stop(); }
-void RailsClient::kill(std::string_view why) { impl_->kill(why); }
-RailsClient::Phase RailsClient::phase() const { return impl_->phase_; }
-uint64_t RailsClient::generation() const { return impl_->generation_; }
+Status RailsClient::start(Time now) {
+  return impl_->start(now);
+}
+void RailsClient::stop() {
+  impl_->stop();
+}
+void RailsClient::kill(std::string_view why) {
+  impl_->kill(why);
+}
+RailsClient::Phase RailsClient::phase() const {
+  return impl_->phase_;
+}
+uint64_t RailsClient::generation() const {
+  return impl_->generation_;
+}
 
 std::vector<pollfd> RailsClient::pollfds() const {
   std::vector<pollfd> fds;
@@ -639,9 +653,12 @@ std::vector<pollfd> RailsClient::pollfds() const {
 Time RailsClient::next_wakeup() const {
   switch (impl_->phase_) {
     case Phase::kStopped:
-    case Phase::kReady: return Time::never();
-    case Phase::kStarting: return impl_->started_at_ + impl_->config_.ready_timeout;
-    case Phase::kWaiting: return impl_->restart_at_;
+    case Phase::kReady:
+      return Time::never();
+    case Phase::kStarting:
+      return impl_->started_at_ + impl_->config_.ready_timeout;
+    case Phase::kWaiting:
+      return impl_->restart_at_;
   }
   return Time::never();
 }
@@ -660,7 +677,9 @@ uint32_t RailsClient::poll(Time now, RailsEvents& events, uint32_t max_records) 
 Status RailsClient::connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address) {
   return impl_->connect(lane, rail, address);
 }
-Status RailsClient::close(LaneKey lane) { return impl_->close(lane); }
+Status RailsClient::close(LaneKey lane) {
+  return impl_->close(lane);
+}
 Status RailsClient::send_control(LaneKey lane, std::span<const uint8_t> message, SendToken token) {
   return impl_->send(Command::kSendControl, lane, message, {}, token);
 }
@@ -672,7 +691,9 @@ Status RailsClient::accept(DescriptorId descriptor, LaneKey lane, Region region,
                            LandingId landing) {
   return impl_->accept(descriptor, lane, region, landing);
 }
-Status RailsClient::drop(DescriptorId descriptor) { return impl_->drop(descriptor); }
+Status RailsClient::drop(DescriptorId descriptor) {
+  return impl_->drop(descriptor);
+}
 
 uint32_t RailsClient::rail_count() const {
   return static_cast<uint32_t>(impl_->config_.rails.size());
@@ -698,8 +719,14 @@ RailStats RailsClient::stats(uint32_t rail) const {
   return stats;
 }
 
-uint64_t RailsClient::bogus_records() const { return impl_->bogus_; }
-uint64_t RailsClient::restarts() const { return impl_->restarts_; }
-int RailsClient::pid() const { return impl_->process_ ? impl_->process_->child().pid() : -1; }
+uint64_t RailsClient::bogus_records() const {
+  return impl_->bogus_;
+}
+uint64_t RailsClient::restarts() const {
+  return impl_->restarts_;
+}
+int RailsClient::pid() const {
+  return impl_->process_ ? impl_->process_->child().pid() : -1;
+}
 
 }  // namespace kvferry::rails

@@ -1,10 +1,10 @@
-// The main process's side of the rails: starts `kvferry-rails`, hands it the arena segments, sends it
-// commands and turns its records into calls of a RailsEvents. Links no UCX. Everything that comes
-// from the process is taken as hostile: an impossible index or record ends it.
+// The main process's side of the rails: starts `kvferry-rails`, hands it the arena segments, sends
+// it commands and turns its records into calls of a RailsEvents. Links no UCX. Everything that
+// comes from the process is taken as hostile: an impossible index or record ends it.
 //
-// Used by exactly one thread, the one that also starts it (the child dies with that thread). Nothing
-// here blocks except start, which waits for nothing but exec, and the destructor, which waits for the
-// process's exit for at most a second.
+// Used by exactly one thread, the one that also starts it (the child dies with that thread).
+// Nothing here blocks except start, which waits for nothing but exec, and the destructor, which
+// waits for the process's exit for at most a second.
 //
 // Owns the child process, the shared memory of its rings and slots, and duplicates of the segments'
 // descriptors.
@@ -50,7 +50,8 @@ struct RailsConfig {
   std::string executable;
   std::vector<RailSpec> rails;
   UcxSettings ucx;
-  Duration spin = std::chrono::microseconds(20);  // longest spin of a rail's thread before it sleeps
+  Duration spin =
+      std::chrono::microseconds(20);  // longest spin of a rail's thread before it sleeps
   Limits limits;
   Duration ready_timeout = std::chrono::seconds(15);  // from start to on_ready
   Duration backoff_first = std::chrono::milliseconds(100);
@@ -81,16 +82,16 @@ struct RailsReady {
 };
 
 struct RailsExit {
-  bool exited = false;   // else killed by `signal`
-  int status = 0;        // exit status; 78: a setting did not pass the self-test
+  bool exited = false;  // else killed by `signal`
+  int status = 0;       // exit status; 78: a setting did not pass the self-test
   int signal = 0;
-  std::string why;       // the process's last words or ours; printable, bounded
-  Time restart_at;       // when poll() starts it again
+  std::string why;  // the process's last words or ours; printable, bounded
+  Time restart_at;  // when poll() starts it again
 };
 
 struct OfferIn {
   uint32_t rail = 0;
-  DescriptorId descriptor;          // zero: arrived eagerly, which is a protocol error; nothing is held
+  DescriptorId descriptor;  // zero: arrived eagerly, which is a protocol error; nothing is held
   std::span<const uint8_t> header;  // private copy, valid during the call
   uint64_t data_bytes = 0;
 };
@@ -107,8 +108,8 @@ class RailsEvents {
   virtual void on_connect_failed(LaneKey lane, int status) = 0;
   // UCX has given the endpoint up. close() it; its requests end by themselves or by the close.
   virtual void on_lane_error(LaneKey lane, int status) = 0;
-  // The answer to close(): the endpoint is gone and every send on it and every receive accepted under
-  // it has been told. The key is forgotten.
+  // The answer to close(): the endpoint is gone and every send on it and every receive accepted
+  // under it has been told. The key is forgotten.
   virtual void on_closed(LaneKey lane) = 0;
   // `message` is a private copy, valid during the call. Whose it is only its tag can say.
   virtual void on_control(uint32_t rail, std::span<const uint8_t> message) = 0;
@@ -117,8 +118,8 @@ class RailsEvents {
   virtual void on_send_ended(SendToken token, bool ok) = 0;
   // Nobody writes the region any more; `ok`: it holds `bytes` of the offer.
   virtual void on_receive_ended(LandingId landing, bool ok, uint64_t bytes) = 0;
-  // The process is gone. Every lane, descriptor, send and receive is over by this evidence; no other
-  // call is made for them.
+  // The process is gone. Every lane, descriptor, send and receive is over by this evidence; no
+  // other call is made for them.
   virtual void on_died(const RailsExit& exit) = 0;
 };
 
@@ -144,7 +145,7 @@ class RailsClient {
     kStopped,   // never started, or stop() was called
     kStarting,  // runs, not ready
     kReady,
-    kWaiting,   // died; poll() starts it again when its back-off is over
+    kWaiting,  // died; poll() starts it again when its back-off is over
   };
 
   // Fails with RAILS_CONFIG_INVALID, UCX_OVERRIDE_DENIED, UCX_OVERRIDE_INVALID, PORT_RANGE_INVALID,
@@ -168,19 +169,20 @@ class RailsClient {
   uint64_t generation() const;
   // The moment poll() has something to do without any descriptor being readable.
   Time next_wakeup() const;
-  // Before the thread sleeps on pollfds(): true if nothing is waiting and a doorbell will ring; false:
-  // call poll() first.
+  // Before the thread sleeps on pollfds(): true if nothing is waiting and a doorbell will ring;
+  // false: call poll() first.
   bool prepare_wait();
   // Hands at most `max_records` records to `events`, notices the process's death, restarts it.
   // Returns how many records were handed over.
   uint32_t poll(Time now, RailsEvents& events, uint32_t max_records = 1024);
 
-  // --- Commands. All fail with RAILS_DOWN when the process is not ready, RAILS_BUSY when a ring, the
-  // slots or the operations are used up (give the lane up or try later), LANE_UNKNOWN for a lane that
-  // is not connecting or connected, or that closes.
+  // --- Commands. All fail with RAILS_DOWN when the process is not ready, RAILS_BUSY when a ring,
+  // the slots or the operations are used up (give the lane up or try later), LANE_UNKNOWN for a
+  // lane that is not connecting or connected, or that closes.
 
-  // `rail` is the one the endpoint is made on; `address` is the peer's RailInfo::address. Answered by
-  // on_connected or on_connect_failed. LANE_EXISTS for a key in use, ADDRESS_INVALID for its size.
+  // `rail` is the one the endpoint is made on; `address` is the peer's RailInfo::address. Answered
+  // by on_connected or on_connect_failed. LANE_EXISTS for a key in use, ADDRESS_INVALID for its
+  // size.
   Status connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address);
   // Answered by on_closed. Never fails for want of room.
   Status close(LaneKey lane);

@@ -105,6 +105,13 @@ void RailsProcess::push_later(uint32_t rail, const Record& record) {
   if (!ends.later.empty() || !push_now(ends, record)) ends.later.push_back(record);
 }
 
+bool RailsProcess::overrun(uint32_t rail) const {
+  // Each inbound slot given back, each lane closed and each offer dropped, once.
+  const Limits& limits = layout_.limits();
+  return rails_[rail].later.size() >
+         uint64_t{limits.inbound_small} + limits.inbound_large + limits.lanes + limits.held_offers;
+}
+
 void RailsProcess::flush() {
   for (RailEnds& rail : rails_)
     while (!rail.later.empty() && push_now(rail, rail.later.front())) rail.later.pop_front();
@@ -168,7 +175,7 @@ bool RailsProcess::take_slot(uint32_t rail, uint32_t slot, uint32_t bytes,
   back.kind = static_cast<uint16_t>(Command::kReturnSlot);
   back.slot = slot;
   push_later(rail, back);
-  return true;
+  return !overrun(rail);
 }
 
 const RailCounters& RailsProcess::counters(uint32_t rail) const {

@@ -1,6 +1,6 @@
 // One life of the rails process as the main process sees it: the child, its channel, its doorbells,
-// the shared memory of its rings and slots. Fresh for every life, so nothing of a dead process is met
-// by the next. Knows records, not what they mean. Used by one thread.
+// the shared memory of its rings and slots. Fresh for every life, so nothing of a dead process is
+// met by the next. Knows records, not what they mean. Used by one thread.
 #pragma once
 
 #include <poll.h>
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -40,8 +41,10 @@ class RailsProcess {
 
   // --- Commands. False: no room (or the ring is corrupt).
   bool push(uint32_t rail, const Record& record);
-  // Kept here until there is room; the caller's bookkeeping bounds how many there can be.
+  // Kept here until there is room.
   void push_later(uint32_t rail, const Record& record);
+  // More is kept for the rail than an honest process could have made us keep.
+  bool overrun(uint32_t rail) const;
   void flush();
 
   // --- Events.
@@ -49,14 +52,15 @@ class RailsProcess {
   bool prepare_wait();
   // After a sleep: the doorbells are silent again.
   void end_wait();
-  // What the process says over its channel, cleaned of everything unprintable; the last text counts.
+  // What the process says over its channel, cleaned of everything unprintable; the last text
+  // counts.
   const std::string& read_last_words();
 
   // --- Outbound slots: copies `bytes` into a free one; nothing if none is free or they do not fit.
   std::optional<uint32_t> write_slot(std::span<const uint8_t> bytes);
   void free_slot(uint32_t slot);
-  // Copies an inbound slot of `rail` into `out` and gives it back. False if the process named a slot
-  // or size that does not exist.
+  // Copies an inbound slot of `rail` into `out` and gives it back. False if the process named a
+  // slot or size that does not exist, or never takes slots back.
   bool take_slot(uint32_t rail, uint32_t slot, uint32_t bytes, std::vector<uint8_t>& out);
 
   const RailCounters& counters(uint32_t rail) const;

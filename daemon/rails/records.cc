@@ -6,7 +6,9 @@ namespace {
 constexpr uint64_t kCounterBytes = 2 * kCacheLineBytes;
 static_assert(sizeof(RailCounters) <= kCounterBytes);
 
-bool is_slot_count(uint32_t count) { return count >= 1 && count <= kMaxSlotsOfKind; }
+bool is_slot_count(uint32_t count) {
+  return count >= 1 && count <= kMaxSlotsOfKind;
+}
 
 }  // namespace
 
@@ -37,7 +39,9 @@ uint64_t SharedLayout::ring_bytes() const {
   return sizeof(RingHeader) + uint64_t{limits_.ring_records} * kRecordBytes;
 }
 
-uint64_t SharedLayout::rail_bytes() const { return kCounterBytes + 2 * ring_bytes(); }
+uint64_t SharedLayout::rail_bytes() const {
+  return kCounterBytes + 2 * ring_bytes();
+}
 
 RailCounters* SharedLayout::counters(std::byte* base, uint32_t rail) const {
   return reinterpret_cast<RailCounters*>(base + rail_bytes() * rail);
@@ -55,8 +59,7 @@ RingMemory SharedLayout::event_ring(std::byte* base, uint32_t rail) const {
 
 SharedLayout::SlotRange SharedLayout::inbound_small(uint32_t rail) const {
   const uint32_t outbound = limits_.outbound_small + limits_.outbound_large;
-  return {outbound + rail * (limits_.inbound_small + limits_.inbound_large),
-          limits_.inbound_small};
+  return {outbound + rail * (limits_.inbound_small + limits_.inbound_large), limits_.inbound_small};
 }
 
 SharedLayout::SlotRange SharedLayout::inbound_large(uint32_t rail) const {
@@ -83,8 +86,8 @@ std::optional<SharedLayout::Slot> SharedLayout::slot(uint32_t number) const {
   const uint32_t index = number - outbound;
   const uint32_t rail = index / inbound;
   if (rail >= rail_count_) return std::nullopt;
-  Slot slot = place(inbound_offset_ + inbound_rail_bytes_ * rail, limits_.inbound_small,
-                    index % inbound);
+  Slot slot =
+      place(inbound_offset_ + inbound_rail_bytes_ * rail, limits_.inbound_small, index % inbound);
   slot.inbound = true;
   slot.rail = rail;
   return slot;

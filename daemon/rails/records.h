@@ -30,8 +30,8 @@ inline constexpr unsigned kControlMessageId = 1;
 inline constexpr unsigned kOfferMessageId = 2;
 
 enum class Command : uint16_t {
-  kConnect = 1,      // lane, slot + slot_bytes: the peer's worker address; the answer frees the slot
-  kClose = 2,        // lane
+  kConnect = 1,  // lane, slot + slot_bytes: the peer's worker address; the answer frees the slot
+  kClose = 2,    // lane
   kSendControl = 3,  // lane, slot + slot_bytes, token
   kSendOffer = 4,    // lane, slot + slot_bytes: the header, region, token
   kAccept = 5,       // descriptor, lane, region, token

@@ -1,13 +1,13 @@
 // A single-producer, single-consumer ring of 64-byte records in memory that two processes share.
 //
 // Each side keeps its own index in private memory and believes nothing it reads: the other side's
-// index is loaded once and range-checked, a record is copied word by word into private memory before
-// anybody looks at it. A value that cannot be right makes the ring kCorrupt for good; what to do then
-// is the owner's business (the main process ends the rails process).
+// index is loaded once and range-checked, a record is copied word by word into private memory
+// before anybody looks at it. A value that cannot be right makes the ring kCorrupt for good; what
+// to do then is the owner's business (the main process ends the rails process).
 //
 // Waking: the consumer says that it is about to sleep (prepare_sleep), the producer asks after a
-// batch whether somebody must be woken (take_wake) and rings a doorbell that lies outside this file.
-// Both flags are only hints; every wait has a bound of its own.
+// batch whether somebody must be woken (take_wake) and rings a doorbell that lies outside this
+// file. Both flags are only hints; every wait has a bound of its own.
 //
 // One thread per side. Nothing here blocks or allocates.
 #pragma once
@@ -129,8 +129,8 @@ class RingConsumer {
     return RingState::kOk;
   }
 
-  // True: the ring is empty and the producer will ring the doorbell for the next record. False: there
-  // is something to read (or the ring is corrupt), do not sleep.
+  // True: the ring is empty and the producer will ring the doorbell for the next record. False:
+  // there is something to read (or the ring is corrupt), do not sleep.
   bool prepare_sleep() {
     memory_.header->consumer_sleeps.store(1, std::memory_order_seq_cst);
     if (look() == RingState::kBlocked) return true;

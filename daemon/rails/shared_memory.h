@@ -29,8 +29,8 @@ class Mapping {
   uint64_t bytes_ = 0;
 };
 
-// Zeroed, close-on-exec, sealed against any change of size: nobody can make the other side's mapping
-// fault.
+// Zeroed, close-on-exec, sealed against any change of size: nobody can make the other side's
+// mapping fault.
 Result<UniqueFd> make_sealed_memfd(const char* name, uint64_t bytes);
 
 // Fails with SEGMENT_INVALID unless `fd` is a memfd that cannot shrink below `bytes`.

@@ -9,28 +9,28 @@ namespace {
 
 // What a promise of the daemon rests on. A trailing '*' stands for any rest.
 constexpr std::array kDenied = std::to_array<std::string_view>({
-    "PROTO_*",           // evidence that a request ended exists in protocol v1 only
-    "HANDLE_ERRORS",     // signal handlers
-    "ERROR_*",           //
-    "DEBUG_*",           //
-    "ASYNC_*",           //
-    "VFS_*",             // a socket of UCX's own
-    "MEM_*",             // memory hooks
-    "MODULE*",           // loads code
-    "CONFIG_*",          //
-    "LOG_*",             // writes files
-    "STATS_*",           //
-    "PROFILE_*",         //
-    "MEMTRACK_*",        //
-    "TLS",               // one transport per rail, chosen by the rail
-    "NET_DEVICES",       //
-    "SHM_DEVICES",       //
-    "ACC_DEVICES",       //
-    "SELF_DEVICES",      //
-    "TCP_PORT_RANGE",    // rails.port_range
-    "TCP_PUT_ENABLE",    // a socket may go on receiving after its endpoint is gone
-    "TCP_CM_*",          //
-    "TCP_BRIDGE_*",      //
+    "PROTO_*",         // evidence that a request ended exists in protocol v1 only
+    "HANDLE_ERRORS",   // signal handlers
+    "ERROR_*",         //
+    "DEBUG_*",         //
+    "ASYNC_*",         //
+    "VFS_*",           // a socket of UCX's own
+    "MEM_*",           // memory hooks
+    "MODULE*",         // loads code
+    "CONFIG_*",        //
+    "LOG_*",           // writes files
+    "STATS_*",         //
+    "PROFILE_*",       //
+    "MEMTRACK_*",      //
+    "TLS",             // one transport per rail, chosen by the rail
+    "NET_DEVICES",     //
+    "SHM_DEVICES",     //
+    "ACC_DEVICES",     //
+    "SELF_DEVICES",    //
+    "TCP_PORT_RANGE",  // rails.port_range
+    "TCP_PUT_ENABLE",  // a socket may go on receiving after its endpoint is gone
+    "TCP_CM_*",        //
+    "TCP_BRIDGE_*",    //
     "POSIX_ERROR_HANDLING",
     "POSIX_DIR",
     "SYSV_*",

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "daemon/mapping/limits.h"
@@ -131,12 +132,58 @@ Result<engine::GroupBlocks> blocks_of(const v1::GroupBlocks& from, int index) {
   return out;
 }
 
+// Before anything is kept for each of them.
+Status check_group_count(int count) {
+  if (static_cast<std::size_t>(count) > mapping::kMaxGroups)
+    return invalid("groups", "TOO_MANY_GROUPS", std::to_string(count) + " of at most 64");
+  return {};
+}
+
+Status check_range(const v1::TokenRange& tokens, uint64_t prompt, std::string field) {
+  if (tokens.begin() <= tokens.end() && tokens.end() <= prompt) return {};
+  return invalid(std::move(field), "TOKENS_OUT_OF_RANGE",
+                 std::to_string(tokens.begin()) + "-" + std::to_string(tokens.end()) + " of " +
+                     std::to_string(prompt));
+}
+
 bool is_request_group(const mapping::RankLayout& layout, uint32_t group) {
   return group < layout.groups.size() && !layout.groups[group].planes.empty() &&
          layout.groups[group].planes.front().granularity == mapping::Granularity::kRequest;
 }
 
 }  // namespace
+
+Error as_spelled(Error error) {
+  static constexpr std::pair<std::string_view, std::string_view> kWhole[] = {
+      {"transfer.id", "transfer.transfer_id"}, {"wait_for_arena", "arena_full"},
+      {"needs", "groups"},                     {"offer", "groups"},
+      {"blocks", "groups"}};
+  static constexpr std::pair<std::string_view, std::string_view> kLast[] = {
+      {"cp_interleave", "cp_interleave_tokens"}, {"offset", "offset_bytes"},
+      {"block_stride", "block_stride_bytes"},    {"unit_stride", "unit_stride_bytes"},
+      {"token_stride", "token_stride_bytes"},    {"cached", "cached_tokens"}};
+  std::string& field = error.field;
+  for (const auto& [ours, theirs] : kWhole) {
+    if (field != ours) continue;
+    field = theirs;
+    return error;
+  }
+  const std::size_t dot = field.rfind('.');
+  const std::string_view last = std::string_view(field).substr(dot + 1);  // npos + 1 is 0
+  if (last == "prompt" && field.starts_with("groups[")) {
+    field = "num_tokens";
+    return error;
+  }
+  for (const auto& [ours, theirs] : kLast) {
+    if (last != ours) continue;
+    field.replace(field.size() - ours.size(), ours.size(), theirs);
+    break;
+  }
+  // What does not fit to the instance's other ranks is said of one of them.
+  if (field.starts_with("ranks["))
+    field = "layout" + field.substr(std::min(field.find(']') + 1, field.size()));
+  return error;
+}
 
 tl::unexpected<Error> not_served(std::string field, std::string_view feature) {
   return fail(Code::kUnimplemented, "FEATURE_NOT_SERVED",
@@ -204,6 +251,8 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
   KVFERRY_RETURN_IF_ERROR(ready);
   op.ready = *ready;
 
+  KVFERRY_RETURN_IF_ERROR(check_group_count(request.groups_size()));
+  KVFERRY_RETURN_IF_ERROR(check_range(request.tokens(), request.num_tokens(), "tokens"));
   std::vector<mapping::GroupOffer> offers;
   for (int i = 0; i < request.groups_size(); ++i) {
     const v1::GroupBlocks& group = request.groups(i);
@@ -214,18 +263,13 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
     const bool request_group = is_request_group(*layout.layout, group.group());
     const v1::TokenRange& tokens = group.has_tokens() ? group.tokens() : request.tokens();
     const uint64_t prompt = request_group ? 1 : request.num_tokens();
+    KVFERRY_RETURN_IF_ERROR(check_range(group.tokens(), prompt, group_field(i, "tokens")));
     const Range range = request_group ? Range{0, 1} : Range{tokens.begin(), tokens.end()};
-    if (range.begin > range.end || range.end > prompt) {
-      return invalid(group.has_tokens() ? group_field(i, "tokens") : "tokens",
-                     "TOKENS_OUT_OF_RANGE",
-                     std::to_string(range.begin) + "-" + std::to_string(range.end) + " of " +
-                         std::to_string(prompt));
-    }
     offers.push_back({prompt, range, *blocks});
     op.blocks.push_back(std::move(*blocks));
   }
   auto rounded = mapping::round_offer(*layout.layout, offers);
-  KVFERRY_RETURN_IF_ERROR(rounded);
+  if (!rounded) return tl::unexpected<Error>(as_spelled(rounded.error()));
   op.offer = std::move(*rounded);
   op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
@@ -245,7 +289,11 @@ Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const La
   op.key = std::move(*key);
   op.ticket = request.ticket();
   op.layout = layout.handle;
-  if (request.has_sender_dp_group()) op.sender_dp_group = request.sender_dp_group();
+  if (request.has_sender_dp_group()) {
+    if (request.sender_dp_group() >= mapping::kMaxRanks)
+      return invalid("sender_dp_group", "OUT_OF_RANGE", "dp groups are below 4096");
+    op.sender_dp_group = request.sender_dp_group();
+  }
   KVFERRY_RETURN_IF_ERROR(check_tokens(request.num_tokens()));
   op.num_tokens = request.num_tokens();
   if (request.prompt_hashes_size() > 0) return not_served("prompt_hashes", "reuse look-ups");
@@ -258,6 +306,7 @@ Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const La
   KVFERRY_RETURN_IF_ERROR(ready);
   op.ready = *ready;
 
+  KVFERRY_RETURN_IF_ERROR(check_group_count(request.groups_size()));
   std::vector<mapping::GroupReceive> receives;
   for (int i = 0; i < request.groups_size(); ++i) {
     const v1::GroupBlocks& group = request.groups(i);
@@ -271,7 +320,7 @@ Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const La
     op.blocks.push_back(std::move(*blocks));
   }
   auto needs = mapping::compute_needs(*layout.layout, receives);
-  KVFERRY_RETURN_IF_ERROR(needs);
+  if (!needs) return tl::unexpected<Error>(as_spelled(needs.error()));
   op.needs = std::move(*needs);
   op.wait = time_of(request.wait_ms(), limits.wait, limits.wait_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);

@@ -31,6 +31,10 @@ inline constexpr std::size_t kMaxBlocks = 1U << 20;
 inline constexpr std::size_t kMaxTicketBytes = 512;
 inline constexpr uint64_t kMaxTokens = uint64_t{1} << 40;
 
+// The error with its field as the messages spell it: the mapping library and the engine name their
+// own members ("groups[0].planes[1].offset", "transfer.id"), a caller knows only the message's.
+Error as_spelled(Error error);
+
 // UNIMPLEMENTED FEATURE_NOT_SERVED naming the field whose feature this build does not serve.
 tl::unexpected<Error> not_served(std::string field, std::string_view feature);
 

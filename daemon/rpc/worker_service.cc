@@ -21,6 +21,7 @@ namespace {
 constexpr char kTokenMetadata[] = "kvferry-token-bin";
 constexpr int kMaxPoolsPerCall = 64;
 constexpr int kMaxCards = 4096;
+constexpr int kMaxPoolNames = 4096;  // as many as a worker may have
 
 using Context = grpc::CallbackServerContext;
 using SessionPtr = std::shared_ptr<Session>;
@@ -31,6 +32,20 @@ Status take16(const std::string& text, const char* field, FixedBytes<Tag, 16>& o
   if (text.size() != 16)
     return invalid(field, "WRONG_SIZE", std::to_string(text.size()) + " bytes, not 16");
   std::memcpy(out.bytes.data(), text.data(), 16);
+  if (out.is_zero()) return invalid(field, "ALL_ZERO", "empty means none; zeros mean nothing");
+  return {};
+}
+
+tl::unexpected<Error> bad_name(std::string field) {
+  return invalid(std::move(field), "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+}
+
+Status check_pool_names(const v1::UnregisterRequest::Pools& pools) {
+  if (pools.names_size() == 0) return invalid("pools.names", "EMPTY", "names no pool");
+  if (pools.names_size() > kMaxPoolNames)
+    return invalid("pools.names", "POOL_COUNT", "a worker has at most 4096 pools");
+  for (int i = 0; i < pools.names_size(); ++i)
+    if (!valid_name(pools.names(i))) return bad_name("pools.names[" + std::to_string(i) + "]");
   return {};
 }
 
@@ -44,7 +59,7 @@ void fill(const engine::Reply& reply, uint64_t op_id, v1::OperationResult& out) 
   out.set_slot(reply.slot);
   if (reply.error.code != Code::kOk) {
     out.set_outcome(v1::OPERATION_OUTCOME_REJECTED);
-    to_proto(reply.error, *out.mutable_error());
+    to_proto(as_spelled(reply.error), *out.mutable_error());
   } else {
     out.set_outcome(reply.existing ? v1::OPERATION_OUTCOME_EXISTING
                                    : v1::OPERATION_OUTCOME_ACCEPTED);
@@ -54,7 +69,7 @@ void fill(const engine::Reply& reply, uint64_t op_id, v1::OperationResult& out) 
 void fill(const Error& error, uint64_t op_id, v1::OperationResult& out) {
   out.set_op_id(op_id);
   out.set_outcome(v1::OPERATION_OUTCOME_REJECTED);
-  to_proto(error, *out.mutable_error());
+  to_proto(as_spelled(error), *out.mutable_error());
 }
 
 }  // namespace
@@ -85,7 +100,7 @@ class Service final : public v1::WorkerService::CallbackService {
       LayoutRequest asked;
       asked.instance = request->instance();
       if (!valid_name(asked.instance))
-        return invalid("instance", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+        return bad_name("instance");
       if (!request->has_layout()) return invalid("layout", "MISSING", "no layout is given");
       if (!request->reuse_key().empty()) return not_served("reuse_key", "reuse domains");
       if (!request->reuse_hash_scheme().empty())
@@ -119,12 +134,12 @@ class Service final : public v1::WorkerService::CallbackService {
       };
       switch (request->what_case()) {
         case v1::UnregisterRequest::kLayout:
+          if (!valid_name(request->layout().instance())) return bad_name("layout.instance");
           backend_.unregister_layout(*session, request->layout().instance(),
                                      request->layout().rank(), std::move(done));
           return {};
         case v1::UnregisterRequest::kPools:
-          if (request->pools().names().empty())
-            return invalid("pools.names", "EMPTY", "names no pool");
+          KVFERRY_RETURN_IF_ERROR(check_pool_names(request->pools()));
           backend_.unregister_pools(
               *session, {request->pools().names().begin(), request->pools().names().end()},
               std::move(done));
@@ -139,7 +154,7 @@ class Service final : public v1::WorkerService::CallbackService {
                                          v1::JoinInstanceResponse* response) override {
     return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
       if (!valid_name(request->instance()))
-        return invalid("instance", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+        return bad_name("instance");
       if (request->cards_size() == 0 || request->cards_size() > kMaxCards)
         return invalid("cards", "CARD_COUNT", std::to_string(request->cards_size()));
       Secret key;
@@ -163,7 +178,7 @@ class Service final : public v1::WorkerService::CallbackService {
                                       v1::GetTicketResponse* response) override {
     return unary(context, [&](const SessionPtr& session) -> Status {
       if (!valid_name(request->instance()))
-        return invalid("instance", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+        return bad_name("instance");
       auto ticket = backend_.get_ticket(*session, request->instance());
       KVFERRY_RETURN_IF_ERROR(ticket);
       response->set_ticket(std::move(ticket->ticket));
@@ -306,7 +321,7 @@ class Service final : public v1::WorkerService::CallbackService {
 
   grpc::Status conclude(Context& context, const Status& status) {
     config_.on_answer(status ? Code::kOk : status.error().code);
-    return status ? grpc::Status::OK : to_status(context, status.error());
+    return status ? grpc::Status::OK : to_status(context, as_spelled(status.error()));
   }
 
   // A call that is answered before the handler returns.
@@ -359,7 +374,7 @@ class Service final : public v1::WorkerService::CallbackService {
       const v1::PoolSpec& spec = request.pools(i);
       const std::string field = "pools[" + std::to_string(i) + "].";
       if (!valid_name(spec.name()))
-        return invalid(field + "name", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
+        return bad_name(field + "name");
       for (const PoolRequest& other : pools)
         if (other.name == spec.name()) return invalid(field + "name", "NAME_TWICE", spec.name());
       switch (spec.kind()) {
@@ -382,6 +397,8 @@ class Service final : public v1::WorkerService::CallbackService {
   }
 
   Result<LayoutView> layout_of(const Session& session, const v1::LayoutRef& ref, bool given) {
+    if (!given && session.facts().role == lifeline::Role::kController)
+      return not_served("layout", "transfers of controllers, which have no layout,");
     if (!given) return invalid("layout", "MISSING", "names the caller's own layout");
     return backend_.find_layout(session, ref.instance(), ref.rank());
   }
@@ -455,6 +472,7 @@ class Service final : public v1::WorkerService::CallbackService {
       answer(std::move(result));
     };
     if (op_id == 0) {
+      config_.on_answer(Code::kInvalidArgument);
       refuse(Error{Code::kInvalidArgument, "OP_ID_ZERO", "operations are numbered from 1", "op_id"});
       return;
     }

@@ -109,6 +109,7 @@ chosen > "$output/chosen.txt"
 count=$(wc -l < "$output/chosen.txt")
 if [ "$count" = 0 ] || { [ ${#names[@]} -gt 0 ] && [ "$count" != ${#names[@]} ]; }; then
   echo "no such configuration: ${names[*]}" >&2
+  [ "$kept" = 1 ] || rm -rf "$output"
   exit 64
 fi
 # A fast compilation suits short searches, fast code long ones.

@@ -36,9 +36,9 @@ TEST_CASE("When the sender's rails are killed every posted receive ends and they
   REQUIRE(a.deaths[0].signal == SIGKILL);
   // The death itself is the answer to everything that was under way.
   REQUIRE(a.sends.size() < kOffers);
-  REQUIRE(a.client->send_control(LaneKey{kLane}, Node::bytes_of("x"), SendToken{99})
-              .error()
-              .reason == "RAILS_DOWN");
+  REQUIRE(
+      a.client->send_control(LaneKey{kLane}, Node::bytes_of("x"), SendToken{99}).error().reason ==
+      "RAILS_DOWN");
 
   REQUIRE(pump({&a, &b}, [&] { return b.receives.size() == kOffers; }));
   for (const auto& [landing, receive] : b.receives) REQUIRE_FALSE(receive.ok);
@@ -166,7 +166,8 @@ TEST_CASE("Rails with UCX's protocol v2 never become ready") {
   RailsConfig config = loopback();
   config.unchecked_environment = {"UCX_PROTO_ENABLE=y"};
   // With memory hooks a receive whose peer is killed does not end in v2.
-  if (GENERATE(false, true)) config.unchecked_environment.push_back("UCX_MEM_MMAP_HOOK_MODE=bistro");
+  if (GENERATE(false, true))
+    config.unchecked_environment.push_back("UCX_MEM_MMAP_HOOK_MODE=bistro");
   const RailsExit exit = death_of(config);
   // The self-test's verdict, or UCX's own crash, depending on the release.
   INFO(exit.why);

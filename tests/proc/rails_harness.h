@@ -69,8 +69,8 @@ class Node : public RailsEvents {
     controls.push_back(text_of(message));
   }
   void on_offer(const OfferIn& offer) override {
-    Offer copy = {offer.rail, offer.descriptor, {offer.header.begin(), offer.header.end()},
-                  offer.data_bytes};
+    Offer copy = {
+        offer.rail, offer.descriptor, {offer.header.begin(), offer.header.end()}, offer.data_bytes};
     offers.push_back(copy);
     if (offer_handler) offer_handler(copy);
   }

@@ -96,9 +96,8 @@ TEST_CASE("Offers are accepted and dropped in any order and every accepted byte 
                              {0, (kOffers - 1 - i) * kSlotBytes, offer.bytes}, LandingId{i + 1}));
     ++accepted;
   }
-  REQUIRE(pump({&a, &b}, [&] {
-    return b.receives.size() == accepted && a.sends.size() == kOffers;
-  }));
+  REQUIRE(
+      pump({&a, &b}, [&] { return b.receives.size() == accepted && a.sends.size() == kOffers; }));
   for (const auto& [landing, receive] : b.receives) {
     const uint64_t i = landing - 1;
     REQUIRE(receive.ok);
@@ -124,14 +123,14 @@ TEST_CASE("Two rails of different transports work side by side") {
   fill(a.arena(), 4096, 1);
   fill(a.arena() + 4096, 4096, 2);
   for (uint64_t lane : {uint64_t{1}, uint64_t{2}})
-    REQUIRE(a.client->send_offer(LaneKey{lane}, Node::bytes_of("x"),
-                                 {0, (lane - 1) * 4096, 4096}, SendToken{lane}));
+    REQUIRE(a.client->send_offer(LaneKey{lane}, Node::bytes_of("x"), {0, (lane - 1) * 4096, 4096},
+                                 SendToken{lane}));
   REQUIRE(pump({&a, &b}, [&] { return b.offers.size() == 2; }));
   for (const auto& offer : b.offers) {
     const uint64_t lane = offer.rail + 1;
     // An offer is accepted under a lane of its own rail only.
-    REQUIRE_FALSE(b.client->accept(offer.descriptor, LaneKey{3 - lane}, {0, 0, 4096},
-                                   LandingId{lane}));
+    REQUIRE_FALSE(
+        b.client->accept(offer.descriptor, LaneKey{3 - lane}, {0, 0, 4096}, LandingId{lane}));
     REQUIRE(b.client->accept(offer.descriptor, LaneKey{lane}, {0, (lane - 1) * 4096, 4096},
                              LandingId{lane}));
   }

@@ -74,11 +74,10 @@ void Workload::check_record(Side& side, const TransferRecord& now) const {
   if (now.released && now.memory_in_use) broken("released", side, "RELEASED, and memory in use");
   if (side.role == Role::kReceiver && now.released && !is_end(now.state))
     broken("released", side, "DEST_RELEASED before the end");
-  if (now.state == TransferState::kDelivered && now.delivery != Delivery::kDelivered)
-    broken("records", side, "DELIVERED without delivery");
-  if (now.state != TransferState::kDelivered && is_end(now.state) &&
-      now.delivery == Delivery::kDelivered)
-    broken("records", side, "delivered and not DELIVERED");
+  const bool arrived =
+      now.state == TransferState::kDelivered || now.state == TransferState::kCompleted;
+  if (arrived != (now.delivery == Delivery::kDelivered))
+    broken("records", side, "state and delivery do not agree: " + describe(now));
   if (!side.record) return;
   const TransferRecord& before = *side.record;
   if (before.released && !now.released) broken("released", side, "RELEASED is taken back");

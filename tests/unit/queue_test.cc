@@ -90,6 +90,23 @@ TEST_CASE("closing ends a producer that waits for room and a consumer that waits
   REQUIRE(drained == 0);
 }
 
+TEST_CASE("a consumer that never blocks makes room for a producer that does") {
+  constexpr int kItems = 2000;
+  BoundedQueue<int> queue(1);
+  int pushed = 0;
+  std::thread producer([&] {
+    const Time deadline = monotonic_now() + std::chrono::seconds(20);
+    while (pushed < kItems && queue.push_until(1, deadline) == PushResult::kPushed) ++pushed;
+    queue.close();
+  });
+  std::vector<int> out;
+  while (!queue.closed()) queue.drain(out);
+  producer.join();
+  queue.drain(out);
+  REQUIRE(pushed == kItems);
+  REQUIRE(out.size() == kItems);
+}
+
 TEST_CASE("nothing is lost or reordered between many producers and one consumer") {
   constexpr int kProducers = 4;
   constexpr int kEach = 5000;

@@ -116,8 +116,10 @@ TEST_CASE("Two threads move a million records without loss, sleeping when there 
   std::thread writer([&] {
     RingProducer<Record> producer(ring.memory);
     for (uint64_t i = 0; i < kCount;) {
-      if (producer.push(numbered(i)) == RingState::kOk) ++i;
-      else std::this_thread::yield();
+      if (producer.push(numbered(i)) == RingState::kOk)
+        ++i;
+      else
+        std::this_thread::yield();
       if (producer.take_wake()) {
         bell.fetch_add(1);
         bell.notify_one();
@@ -162,7 +164,8 @@ TEST_CASE("Slots and rings of the shared memory do not overlap and stay inside i
       return static_cast<uint64_t>(static_cast<const std::byte*>(at) - base);
     };
     claim(offset_of(layout->counters(base, rail)), sizeof(RailCounters));
-    for (const RingMemory ring : {layout->command_ring(base, rail), layout->event_ring(base, rail)}) {
+    for (const RingMemory ring :
+         {layout->command_ring(base, rail), layout->event_ring(base, rail)}) {
       claim(offset_of(ring.header), sizeof(RingHeader));
       claim(offset_of(ring.records), 16 * kRecordBytes);
     }

@@ -78,7 +78,11 @@ bool receive_message(int fd, T& out, std::vector<UniqueFd>& fds) {
   message.msg_iovlen = 1;
   message.msg_control = control;
   message.msg_controllen = sizeof control;
-  const ssize_t got = ::recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  ssize_t got = ::recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  // A daemon that turns us away closes without reading what we sent; the kernel tells that once,
+  // before the answer that still lies here.
+  if (got < 0 && errno == ECONNRESET)
+    got = ::recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
   if (got <= 0) return false;
   for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
        header = CMSG_NXTHDR(&message, header)) {

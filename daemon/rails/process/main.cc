@@ -23,9 +23,11 @@
 #include "daemon/rails/process/setup.h"
 
 #if defined(__SANITIZE_THREAD__)
-// UCX is not instrumented; without this its own synchronisation is reported. The environment is made
-// by the parent and carries no sanitizer options.
-extern "C" const char* __tsan_default_options() { return "ignore_noninstrumented_modules=1"; }
+// UCX is not instrumented; without this its own synchronisation is reported. The environment is
+// made by the parent and carries no sanitizer options.
+extern "C" const char* __tsan_default_options() {
+  return "ignore_noninstrumented_modules=1";
+}
 #endif
 
 namespace kvferry::rails {
@@ -50,7 +52,8 @@ void confine() {
 }
 
 void run_rail(const ProcessSetup& setup, uint32_t index, std::mutex& one_at_a_time) {
-  const std::string name = "rail" + std::to_string(index) + "-" + setup.setup.rails[index].transport;
+  const std::string name =
+      "rail" + std::to_string(index) + "-" + setup.setup.rails[index].transport;
   ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
   std::unique_ptr<Rail> rail;
   {
@@ -100,4 +103,6 @@ int run() {
 }  // namespace
 }  // namespace kvferry::rails
 
-int main() { return kvferry::rails::run(); }
+int main() {
+  return kvferry::rails::run();
+}

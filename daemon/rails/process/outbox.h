@@ -1,7 +1,7 @@
-// What a rail has to tell the main process: records, and messages in inbound slots. Keeps what finds
-// no room, within bounds: records are as many as the operations, lanes and offers under way, message
-// bytes have a limit of their own. While anything is kept (`congested`), the rail stops taking more
-// from the network. Used by the rail's thread alone.
+// What a rail has to tell the main process: records, and messages in inbound slots. Keeps what
+// finds no room, within bounds: records are as many as the operations, lanes and offers under way,
+// message bytes have a limit of their own. While anything is kept (`congested`), the rail stops
+// taking more from the network. Used by the rail's thread alone.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ class Outbox {
   Outbox(const SharedLayout& layout, std::byte* shared, uint32_t rail, int doorbell);
 
   void emit(const Record& record);
-  // `record` gets a slot with a copy of `bytes`. False: too large or beyond the limit; nothing is kept.
+  // `record` gets a slot with a copy of `bytes`. False: too large or beyond the limit; nothing is
+  // kept.
   bool emit_message(const Record& record, std::span<const uint8_t> bytes);
   // False for a slot that is not out.
   bool take_back(uint32_t slot);

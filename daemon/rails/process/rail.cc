@@ -10,8 +10,9 @@ namespace {
 // Rounds of UCX progress before commands are looked at again.
 constexpr int kProgressRounds = 16;
 
-// An endpoint's error callback names its lane by key, not by pointer: it may come after the lane has
-// been forgotten. The rail is the one of the thread, as UCX calls back only inside its progress.
+// An endpoint's error callback names its lane by key, not by pointer: it may come after the lane
+// has been forgotten. The rail is the one of the thread, as UCX calls back only inside its
+// progress.
 thread_local Rail* t_rail = nullptr;
 
 void count(std::atomic<uint64_t>& counter, uint64_t by = 1) {
@@ -76,12 +77,18 @@ Status Rail::announce(uint16_t port) {
 
 void Rail::obey(const Record& command) {
   switch (static_cast<Command>(command.kind)) {
-    case Command::kConnect: return connect(command);
-    case Command::kClose: return close(command);
-    case Command::kSendControl: return send(command, false);
-    case Command::kSendOffer: return send(command, true);
-    case Command::kAccept: return accept(command);
-    case Command::kDrop: return drop(command);
+    case Command::kConnect:
+      return connect(command);
+    case Command::kClose:
+      return close(command);
+    case Command::kSendControl:
+      return send(command, false);
+    case Command::kSendOffer:
+      return send(command, true);
+    case Command::kAccept:
+      return accept(command);
+    case Command::kDrop:
+      return drop(command);
     case Command::kReturnSlot:
       if (!outbox_.take_back(command.slot)) count(counters_.refused);
       return;
@@ -214,8 +221,7 @@ bool Rail::settle_closing() {
 Rail::Operation* Rail::begin(Lane& lane, const Record& command, bool offer) {
   if (operations_ >= limits_.operations) return nullptr;
   if (free_operations_.empty())
-    free_operations_.push_back(
-        operation_store_.emplace_back(std::make_unique<Operation>()).get());
+    free_operations_.push_back(operation_store_.emplace_back(std::make_unique<Operation>()).get());
   Operation* const operation = free_operations_.back();
   free_operations_.pop_back();
   *operation = {this, &lane, command.token, command.bytes, offer};
@@ -297,10 +303,14 @@ void Rail::accept(const Record& command) {
   Lane* const lane = open_lane(command.lane);
   int32_t status = kStatusOk;
   Operation* operation = nullptr;
-  if (data == nullptr) status = kStatusBadRecord;
-  else if (command.bytes != held.bytes) status = kStatusLengthMismatch;
-  else if (lane == nullptr) status = kStatusUnknownLane;
-  else if ((operation = begin(*lane, command, true)) == nullptr) status = kStatusTooMany;
+  if (data == nullptr)
+    status = kStatusBadRecord;
+  else if (command.bytes != held.bytes)
+    status = kStatusLengthMismatch;
+  else if (lane == nullptr)
+    status = kStatusUnknownLane;
+  else if ((operation = begin(*lane, command, true)) == nullptr)
+    status = kStatusTooMany;
   if (operation == nullptr) {
     ucp_am_data_release(worker_->handle(), held.descriptor);
     return refuse_receive(command, status);
@@ -339,8 +349,7 @@ void Rail::drop(const Record& command) {
 // --- What UCX tells.
 
 ucs_status_t Rail::take_control(std::span<const uint8_t> message, bool well_formed) {
-  if (well_formed && !message.empty() &&
-      outbox_.emit_message(answer(Event::kControlIn), message)) {
+  if (well_formed && !message.empty() && outbox_.emit_message(answer(Event::kControlIn), message)) {
     count(counters_.messages_received);
   } else {
     count(counters_.dropped);

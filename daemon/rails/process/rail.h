@@ -42,7 +42,7 @@ class Rail {
   struct Lane {
     uint64_t key = 0;
     ucp_ep_h endpoint = nullptr;
-    int32_t error = kStatusOk;      // told by kLaneError; nothing is sent any more
+    int32_t error = kStatusOk;  // told by kLaneError; nothing is sent any more
     bool closing = false;
     void* close_request = nullptr;  // until UCX has closed
     uint64_t operations = 0;

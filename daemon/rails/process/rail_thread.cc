@@ -68,7 +68,8 @@ void RailThread::run() {
 
 void RailThread::sleep() {
   const bool congested = rail_.congested();
-  // What UCX has ready stays there while main does not keep up: its descriptor would not let us sleep.
+  // What UCX has ready stays there while main does not keep up: its descriptor would not let us
+  // sleep.
   if (!congested && ucp_worker_arm(rail_.worker().handle()) != UCS_OK) {
     spin_ns_ = std::min(std::max(spin_ns_, kLeastSpinNs) * 2, spin_limit_ns_);
     return;

@@ -35,11 +35,12 @@ tl::unexpected<Error> failed(std::string what) {
   return fail(Code::kFailedPrecondition, "SELFTEST_FAILED", std::move(what));
 }
 
-bool is_shm(const SetupRail& rail) { return std::string_view(rail.transport) == "shm"; }
+bool is_shm(const SetupRail& rail) {
+  return std::string_view(rail.transport) == "shm";
+}
 
 bool send_bytes(int fd, std::span<const uint8_t> bytes) {
-  return ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL) ==
-         static_cast<ssize_t>(bytes.size());
+  return ::send(fd, bytes.data(), bytes.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(bytes.size());
 }
 
 std::vector<uint8_t> receive_bytes(int fd, Duration limit) {
@@ -191,8 +192,8 @@ Status SelfTest::run() {
                     "): " + error.message;
     return tl::unexpected<Error>(std::move(error));
   }
-  // Without memory hooks protocol v2 has been seen to pass as well (1.22); evidence that requests end
-  // was gathered for v1 only.
+  // Without memory hooks protocol v2 has been seen to pass as well (1.22); evidence that requests
+  // end was gathered for v1 only.
   const char* const protocol = std::getenv("UCX_PROTO_ENABLE");
   if (protocol == nullptr || std::string_view(protocol) != "n")
     return failed("UCX_PROTO_ENABLE is not n");
@@ -229,8 +230,8 @@ Status SelfTest::test_rail(const SetupRail& rail, Peer& peer) {
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.cb.recv_am = &Receiver::on_end;
   param.user_data = &receiver;
-  void* const request = ucp_am_recv_data_nbx(worker.handle(), receiver.offer, arena->base(),
-                                             kOfferBytes, &param);
+  void* const request =
+      ucp_am_recv_data_nbx(worker.handle(), receiver.offer, arena->base(), kOfferBytes, &param);
   if (!UCS_PTR_IS_PTR(request)) return failed("the receive was not posted");
   // In the middle of its data: that is when protocol v2 loses the receive.
   if (!progress_until(worker, kStepLimit,

@@ -1,8 +1,8 @@
 // Proof by effect, before the process says that it is ready, that UCX runs as the evidence rules
-// need it: an endpoint in peer error mode can be made over the rail's transport, an offer arrives by
-// rendezvous, and a receive posted for a peer that is then killed ends in bounded time (UCX's protocol
-// v2 leaves it open for ever); listeners are in the port range and on the device; no signal handler of
-// UCX stands.
+// need it: an endpoint in peer error mode can be made over the rail's transport, an offer arrives
+// by rendezvous, and a receive posted for a peer that is then killed ends in bounded time (UCX's
+// protocol v2 leaves it open for ever); listeners are in the port range and on the device; no
+// signal handler of UCX stands.
 //
 // The peer is a forked child, so all peers are forked before this process has a thread or a UCX
 // context.

@@ -30,8 +30,7 @@ class UcxConfig {
 }  // namespace
 
 tl::unexpected<Error> fail_ucx(std::string_view call, ucs_status_t status) {
-  return fail(Code::kInternal, "UCX_FAILED",
-              std::string(call) + ": " + ucs_status_string(status));
+  return fail(Code::kInternal, "UCX_FAILED", std::string(call) + ": " + ucs_status_string(status));
 }
 
 Result<std::unique_ptr<UcxWorker>> UcxWorker::make(const SetupRail& rail,
@@ -115,8 +114,8 @@ Status UcxWorker::set_handler(unsigned id, ucp_am_recv_callback_t callback, void
   return {};
 }
 
-Result<ucp_ep_h> UcxWorker::connect(std::span<const uint8_t> address,
-                                    ucp_err_handler_cb_t callback, void* argument) {
+Result<ucp_ep_h> UcxWorker::connect(std::span<const uint8_t> address, ucp_err_handler_cb_t callback,
+                                    void* argument) {
   ucp_ep_params_t params = {};
   params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                       UCP_EP_PARAM_FIELD_ERR_HANDLER;

@@ -1,0 +1,184 @@
+#include "daemon/engine/claims.h"
+
+#include <algorithm>
+
+#include "daemon/engine/core.h"
+#include "daemon/engine/proofs.h"
+
+namespace kvferry::engine {
+namespace {
+
+constexpr Duration kMostTtl = std::chrono::seconds(60);
+constexpr Duration kMostRenewals = std::chrono::minutes(10);
+constexpr Duration kLeastRenewal = std::chrono::milliseconds(100);
+
+}  // namespace
+
+bool Claims::refused(const OpRef& op, const TransferKey&,
+                     const std::shared_ptr<const LayoutHandle>& layout) {
+  if (core_.refused(op, layout.get())) return true;
+  if (words_.size() < core_.config.max_tombstones) return false;
+  core_.reply_error(op, Code::kResourceExhausted, "TOO_MANY_CLAIMS",
+                    "too many claims and declines are remembered");
+  return true;
+}
+
+Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::string& ticket,
+                          const std::shared_ptr<const LayoutHandle>& layout, bool declines) {
+  Word fresh;
+  fresh.id = core_.next_number();
+  fresh.declines = declines;
+  fresh.worker = op.worker;
+  fresh.key = key;
+  fresh.name = wire_name(key, key.incarnation);
+  fresh.layout = layout;
+  auto question = std::make_shared<ReceiveOp>();
+  question->op = op;
+  question->key = key;
+  question->ticket = ticket;
+  question->layout = layout;
+  fresh.question = std::move(question);
+  fresh.resolve = ResolveId{core_.next_number()};
+  resolves_[fresh.resolve] = fresh.id;
+  by_name_[{fresh.name, layout->rank}] = fresh.id;
+  core_.emit(Resolve{fresh.resolve, fresh.question});
+  core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
+  return words_.emplace(fresh.id, std::move(fresh)).first->second;
+}
+
+void Claims::claim(const ClaimOp& op) {
+  const NameAndRank name{wire_name(op.key, op.key.incarnation), op.layout->rank};
+  if (const auto it = by_name_.find(name); it != by_name_.end()) {
+    const Word& word = words_.at(it->second);
+    if (word.declines)
+      core_.reply_error(op.op, Code::kAlreadyExists, "DECLINED", "the transfer was declined",
+                        "transfer.id");
+    else
+      core_.emit(Reply{op.op, {Code::kOk, {}, {}, {}}, true, 0, TransferState::kOpen, false, {}});
+    return;
+  }
+  if (refused(op.op, op.key, op.layout)) return;
+  Word& word = add(op.op, op.key, op.ticket, op.layout, false);
+  word.ttl = std::min(kMostTtl, core_.limited(op.ttl, core_.config.default_lease));
+  core_.timers.set({TimerKind::kClaimEnd, word.id, 0}, core_.now + kMostRenewals);
+}
+
+void Claims::decline(const DeclineOp& op) {
+  const NameAndRank name{wire_name(op.key, op.key.incarnation), op.layout->rank};
+  if (const auto it = by_name_.find(name); it != by_name_.end()) {
+    if (words_.at(it->second).declines) {
+      core_.emit(Reply{op.op, {Code::kOk, {}, {}, {}}, true, 0, TransferState::kOpen, false, {}});
+      return;
+    }
+    forget(it->second);
+  }
+  if (refused(op.op, op.key, op.layout)) return;
+  const Word& word = add(op.op, op.key, op.ticket, op.layout, true);
+  // Long enough for every lane that may lose it; after that the sender's lease ends by itself.
+  core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
+                   core_.now + 2 * core_.config.default_deadline);
+}
+
+bool Claims::resolved(Resolved& event) {
+  const auto it = resolves_.find(event.resolve);
+  if (it == resolves_.end()) return false;
+  const uint64_t id = it->second;
+  resolves_.erase(it);
+  Word& word = words_.at(id);
+  word.resolve = {};
+  if (event.reason != Reason::kNone) {
+    forget(id);
+    return true;
+  }
+  word.sender_incarnation = event.sender_incarnation;
+  for (const ReceiverLeg& leg : event.legs) word.legs.emplace_back(leg.node, leg.sender_rank);
+  tell(word);
+  if (!word.declines)
+    core_.timers.set({TimerKind::kClaimRenew, id, 0},
+                     core_.now + std::max(word.ttl / 3, kLeastRenewal));
+  return true;
+}
+
+void Claims::tell(const Word& word) {
+  for (const auto& [node, rank] : word.legs)
+    if (Link* link = core_.lanes.find_node(node)) tell(word, *link, rank);
+}
+
+void Claims::tell(const Word& word, Link& link, uint32_t sender_rank) {
+  ProofFields fields;
+  fields.pull = {core_.config.boot, 0};
+  fields.id = word.name.id;
+  fields.instance = word.name.instance;
+  fields.incarnation = word.sender_incarnation;
+  fields.sender_rank = sender_rank;
+  fields.receiver_rank = word.layout->rank;
+  fields.sender_node = link.node;
+  fields.receiver_node = core_.config.node;
+  const Proof proof = receiver_proof(word.key.secret, fields);
+  TransferName name = word.name;
+  name.incarnation = word.sender_incarnation;
+  if (word.declines) {
+    (void)core_.lanes.send(link, MsgDecline{name, proof, word.layout->instance,
+                                            word.layout->incarnation, sender_rank,
+                                            word.layout->rank});
+  } else {
+    const auto ttl = std::chrono::duration_cast<std::chrono::milliseconds>(word.ttl).count();
+    (void)core_.lanes.send(link, MsgClaim{name, proof, word.layout->instance,
+                                          word.layout->incarnation, sender_rank, word.layout->rank,
+                                          static_cast<uint64_t>(ttl)});
+  }
+}
+
+void Claims::received(WorkerId worker, const TransferName& name, uint32_t rank) {
+  const auto it = by_name_.find({name, rank});
+  if (it == by_name_.end()) return;
+  const Word& word = words_.at(it->second);
+  if (!word.declines && word.worker == worker) forget(it->second);
+}
+
+void Claims::worker_gone(WorkerId worker) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, word] : words_)
+    if (word.worker == worker && !word.declines) ids.push_back(id);
+  for (const uint64_t id : ids) forget(id);
+}
+
+void Claims::layout_gone(const LayoutHandle* layout) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, word] : words_)
+    if (word.layout.get() == layout && !word.declines) ids.push_back(id);
+  for (const uint64_t id : ids) forget(id);
+}
+
+void Claims::resync(Link& link) {
+  for (const auto& [id, word] : words_)
+    for (const auto& [node, rank] : word.legs)
+      if (node == link.node) tell(word, link, rank);
+}
+
+void Claims::forget(uint64_t id) {
+  const auto it = words_.find(id);
+  if (it == words_.end()) return;
+  const Word& word = it->second;
+  if (word.resolve) {
+    resolves_.erase(word.resolve);
+    core_.emit(CancelResolve{word.resolve});
+  }
+  for (const TimerKind kind :
+       {TimerKind::kClaimRenew, TimerKind::kClaimEnd, TimerKind::kDeclineEnd})
+    core_.timers.cancel({kind, id, 0});
+  by_name_.erase({word.name, word.layout->rank});
+  words_.erase(it);
+}
+
+void Claims::timer(TimerKey key) {
+  if (key.kind != TimerKind::kClaimRenew) {
+    forget(key.a);
+    return;
+  }
+  const Word& word = words_.at(key.a);
+  tell(word);
+  core_.timers.set(key, core_.now + std::max(word.ttl / 3, kLeastRenewal));
+}
+
+}  // namespace kvferry::engine

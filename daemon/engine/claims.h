@@ -1,0 +1,63 @@
+// A receiver's word before its Receive: CLAIM ("I shall come", renewed until Receive, Decline or the
+// worker's death) and DECLINE ("I shall not"). Part of Core.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "daemon/engine/state.h"
+#include "daemon/engine/timers.h"
+
+namespace kvferry::engine {
+
+class Core;
+
+class Claims {
+ public:
+  explicit Claims(Core& core) : core_(core) {}
+
+  void claim(const ClaimOp& op);
+  void decline(const DeclineOp& op);
+  bool resolved(Resolved& event);
+  // The rank's Receive has come: nothing more to claim.
+  void received(WorkerId worker, const TransferName& name, uint32_t rank);
+  void worker_gone(WorkerId worker);
+  void layout_gone(const LayoutHandle* layout);
+  void resync(Link& link);
+  void timer(TimerKey key);
+
+ private:
+  // One word of one receiver rank about one transfer.
+  struct Word {
+    uint64_t id = 0;
+    bool declines = false;
+    WorkerId worker;
+    TransferKey key;
+    TransferName name;
+    std::shared_ptr<const LayoutHandle> layout;
+    std::shared_ptr<const ReceiveOp> question;
+    Duration ttl{};
+    ResolveId resolve;
+    Incarnation sender_incarnation;
+    std::vector<std::pair<std::string, uint32_t>> legs;  // node, sender rank
+  };
+  using NameAndRank = std::pair<TransferName, uint32_t>;
+
+  Word& add(const OpRef& op, const TransferKey& key, const std::string& ticket,
+            const std::shared_ptr<const LayoutHandle>& layout, bool declines);
+  void tell(const Word& word);
+  void tell(const Word& word, Link& link, uint32_t sender_rank);
+  void forget(uint64_t id);
+  bool refused(const OpRef& op, const TransferKey& key,
+               const std::shared_ptr<const LayoutHandle>& layout);
+
+  Core& core_;
+  std::map<uint64_t, Word> words_;
+  std::map<NameAndRank, uint64_t> by_name_;
+  std::map<ResolveId, uint64_t> resolves_;
+};
+
+}  // namespace kvferry::engine

@@ -1,0 +1,48 @@
+#include "daemon/engine/engine.h"
+
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/engine/core.h"
+
+namespace kvferry::engine {
+namespace {
+
+// The core sees the time and the commands of the call under way.
+void enter(Core& core, Time now, Commands& out) {
+  KVFERRY_CHECK(now >= core.now, "time never goes back");
+  core.now = now;
+  core.out = &out;
+}
+
+}  // namespace
+
+Engine::Engine(EngineConfig config) : core_(std::make_unique<Core>(std::move(config))) {}
+Engine::~Engine() = default;
+
+void Engine::handle(Event event, Time now, Commands& out) {
+  enter(*core_, now, out);
+  core_->handle(std::move(event));
+}
+
+void Engine::advance(Time now, Commands& out) {
+  enter(*core_, now, out);
+  core_->advance();
+}
+
+void Engine::flush(Time now, Commands& out) {
+  enter(*core_, now, out);
+  core_->flush();
+}
+
+Time Engine::next_timer() const { return core_->timers.next(); }
+
+EngineSnapshot Engine::snapshot(Time now) const {
+  return core_->snapshot(now);
+}
+
+const EngineStats& Engine::stats() const { return core_->stats; }
+
+void Engine::check_invariants() const { core_->check_invariants(); }
+
+}  // namespace kvferry::engine

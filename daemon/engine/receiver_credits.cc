@@ -1,0 +1,243 @@
+// Regions and credits: who gets one, who gives one up, and what the peer is told: PULL and UPDATE.
+#include <algorithm>
+#include <utility>
+
+#include "daemon/base/check.h"
+#include "daemon/engine/core.h"
+#include "daemon/engine/grants.h"
+
+namespace kvferry::engine {
+namespace {
+
+constexpr std::size_t kMostCredits = 64;   // in a message
+constexpr std::size_t kMostAcks = 1024;
+
+}  // namespace
+
+// How many regions the leg should hold: as many as it has chunks to come, up to the caps.
+uint64_t Receiver::wanted(const RxLeg& leg) const {
+  const Link* link = core_.lanes.find(leg.link);
+  if (link == nullptr || leg.expected_bytes == 0) return 0;
+  if (leg.state != RxLegState::kOpen && leg.state != RxLegState::kUnsent) return 0;
+  if (!receives_.at(leg.receive).decided) return 0;
+  uint64_t to_come = leg.known_chunks - leg.done_chunks;
+  if (!leg.last && leg.expected_bytes > leg.known_bytes)
+    to_come += ceil_div(leg.expected_bytes - leg.known_bytes, link->chunk_bytes);
+  return std::min<uint64_t>({core_.config.leg_credits, link->max_credits, to_come});
+}
+
+// After any change of its regions or chunks: the leg's place in the queues.
+void Receiver::update(RxLeg& leg) {
+  const bool wants = leg.regions_held < wanted(leg);
+  const bool idle = !leg.heard;
+  if (!wants) leg.refused = 0;
+  if (leg.queued && (!wants || leg.queued_idle != idle)) leave_queues(leg);
+  if (wants && !leg.queued) {
+    leg.queued = true;
+    leg.queued_idle = idle;
+    (idle ? idle_ : waiting_).insert(leg.turn);
+  }
+}
+
+void Receiver::leave_queues(RxLeg& leg) {
+  if (!leg.queued) return;
+  (leg.queued_idle ? idle_ : waiting_).erase(leg.turn);
+  starving_.erase(leg.turn);
+  starving_idle_.erase(leg.turn);
+  leg.queued = false;
+  leg.passes = 0;
+}
+
+void Receiver::grant(RxLeg& leg, const memory::Region& region) {
+  Receive& receive = receives_.at(leg.receive);
+  RxRegion fresh;
+  fresh.id = core_.next_number();
+  fresh.region = region;
+  fresh.link = leg.link;
+  fresh.leg = leg.pull;
+  fresh.receive = leg.receive;
+  fresh.credit = leg.next_credit++;
+  leg.credits[fresh.credit] = fresh.id;
+  leg.new_credits.push_back({CreditId{fresh.credit}, region.bytes});
+  regions_.emplace(fresh.id, std::move(fresh));
+  ++leg.regions_held;
+  if (leg.refused > 0) --leg.refused;
+  leg.passes = 0;
+  withdrawable_.insert(leg.pull);
+  receive.granted_any = true;
+  if (!receive.moved) {
+    receive.moved = true;
+    receive.first_move = core_.now;
+  }
+  ++core_.stats.credits_granted;
+  changed(leg);
+  update(leg);
+}
+
+// Grants what fits: first to legs that have a slice to bring, in turn; to others only what is left
+// over, and they give it up again as soon as one of the first kind waits.
+void Receiver::grant_all() {
+  const auto size = [&](const FairKey& key) { return legs_.at(key.leg).credit_bytes; };
+  const auto use = [&](const FairKey& key, const memory::Region& region) {
+    grant(legs_.at(key.leg), region);
+  };
+  const auto passed = [&](std::set<FairKey>& starving) {
+    return [&](const FairKey& key) {
+      if (++legs_.at(key.leg).passes >= core_.config.starvation_passes) starving.insert(key);
+    };
+  };
+  const auto always = [] { return true; };
+  while (true) {
+    serve_in_turn(waiting_, core_.arena, RegionKind::kLanding, starving_, always, size, use,
+                  passed(starving_));
+    if (waiting_.empty()) break;
+    FairKey next;
+    if (!starving_.empty())
+      next = *starving_.begin();
+    else
+      waiting_.find_if([&](const FairKey& key) {
+        next = key;
+        return true;
+      });
+    bool freed = withdraw_for(legs_.at(next.leg));
+    if (!freed) {
+      // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
+      waiting_.find_if([&](const FairKey& key) {
+        const RxLeg& leg = legs_.at(key.leg);
+        freed = leg.refused > 0 && withdraw_for(leg);
+        return freed;
+      });
+    }
+    if (!freed) return;  // somebody with a slice waits: nothing for the others
+  }
+  serve_in_turn(idle_, core_.arena, RegionKind::kLanding, starving_idle_, always, size, use,
+                passed(starving_idle_));
+}
+
+// Takes unused credits back so that `leg` gets a region: from legs that have brought no SLICE; if
+// `leg` has chunks that were refused, also from one that has. False if nothing changed.
+bool Receiver::withdraw_for(const RxLeg& leg) {
+  for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
+    RxLeg& other = legs_.at(*it);
+    if (other.heard || other.pull == leg.pull) continue;
+    withdraw(other);
+    return true;
+  }
+  if (leg.refused == 0) return false;
+  for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
+    RxLeg& other = legs_.at(*it);
+    if (other.refused > 0 || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
+      continue;
+    withdraw(other);
+    // Straight to the leg that needs it, whoever's turn it is.
+    if (const auto region = core_.arena.take(RegionKind::kLanding, leg.credit_bytes)) {
+      waiting_.served(leg.turn);
+      starving_.erase(leg.turn);
+      grant(legs_.at(leg.pull), *region);
+    }
+    return true;
+  }
+  return false;
+}
+
+// Silently: an offer that names the credit is refused.
+void Receiver::withdraw(RxLeg& leg) {
+  ++core_.stats.credits_withdrawn;
+  spend(leg, leg.credits.begin()->first);
+}
+
+// The credit is SPENT, for good; if it was LIVE, its region is free.
+void Receiver::spend(RxLeg& leg, uint64_t credit) {
+  const auto it = leg.credits.find(credit);
+  if (it == leg.credits.end()) return;
+  const uint64_t region = it->second;
+  leg.credits.erase(it);
+  if (leg.credits.empty()) withdrawable_.erase(leg.pull);
+  std::erase_if(leg.new_credits,
+                [&](const CreditGrant& grant) { return grant.credit.value == credit; });
+  free_region(region);
+}
+
+void Receiver::free_region(uint64_t id) {
+  const auto it = regions_.find(id);
+  const RxRegion region = it->second;
+  core_.timers.cancel({TimerKind::kLanding, id, 0});
+  core_.arena.give_back(RegionKind::kLanding, region.region);
+  regions_.erase(it);
+  const auto leg = legs_.find(region.leg);
+  if (leg == legs_.end()) return;
+  if (region.state != RegionState::kQuarantined) --leg->second.regions_held;
+  update(leg->second);
+}
+
+// A posted receive may still write it; only the end of that receive is evidence.
+void Receiver::quarantine(RxRegion& region) {
+  region.state = RegionState::kQuarantined;
+  ++core_.stats.quarantines;
+  core_.timers.cancel({TimerKind::kLanding, region.id, 0});
+  const auto leg = legs_.find(region.leg);
+  if (leg == legs_.end()) return;
+  --leg->second.regions_held;
+  update(leg->second);
+}
+
+// ---- PULL and UPDATE -----------------------------------------------------------------------------------
+
+void Receiver::send_pull(Link& link, RxLeg& leg, std::vector<CreditGrant> credits) {
+  MsgPull pull = *leg.message;
+  const Receive* receive = find(leg.receive);
+  const Duration left = receive == nullptr || receive->must_end < core_.now
+                            ? Duration{}
+                            : receive->must_end - core_.now;
+  pull.remaining_ms = static_cast<uint64_t>(
+      std::chrono::ceil<std::chrono::milliseconds>(left).count());
+  pull.credits = std::move(credits);
+  pull.oldest = oldest(link);
+  (void)core_.lanes.send(link, std::move(pull));
+}
+
+void Receiver::send_update(Link& link, RxLeg& leg) {
+  std::vector<CreditGrant> credits = std::exchange(leg.new_credits, {});
+  std::vector<Ack> acks = std::exchange(leg.new_acks, {});
+  std::size_t credit = 0;
+  std::size_t ack = 0;
+  while (credit < credits.size() || ack < acks.size()) {
+    MsgUpdate update;
+    update.pull = {core_.config.boot, leg.pull};
+    const std::size_t last_credit = std::min(credits.size(), credit + kMostCredits);
+    const std::size_t last_ack = std::min(acks.size(), ack + kMostAcks);
+    for (; credit < last_credit; ++credit) update.credits.push_back(credits[credit]);
+    for (; ack < last_ack; ++ack) update.acks.push_back(acks[ack]);
+    update.oldest = oldest(link);
+    if (!core_.lanes.send(link, std::move(update))) return;
+  }
+}
+
+void Receiver::flush() {
+  grant_all();
+  const std::set<uint64_t> unsent = std::exchange(unsent_, {});
+  for (const uint64_t pull : unsent) {
+    const auto it = legs_.find(pull);
+    if (it == legs_.end()) continue;
+    RxLeg& leg = it->second;
+    Receive& receive = receives_.at(leg.receive);
+    if (!receive.op->wait_for_arena && leg.credits.empty() && wanted(leg) > 0) {
+      const uint64_t id = receive.id;
+      end_receive(receive, TransferState::kFailed, Reason::kArenaExhausted);
+      forget_if_done(id);
+      continue;
+    }
+    leg.state = RxLegState::kOpen;
+    leg.new_acks.clear();
+    to_update_.erase(pull);
+    send_pull(*core_.lanes.find(leg.link), leg, std::exchange(leg.new_credits, {}));
+  }
+  const std::set<uint64_t> news = std::exchange(to_update_, {});
+  for (const uint64_t pull : news) {
+    const auto it = legs_.find(pull);
+    if (it == legs_.end() || it->second.state != RxLegState::kOpen) continue;
+    if (Link* link = core_.lanes.find(it->second.link)) send_update(*link, it->second);
+  }
+}
+
+}  // namespace kvferry::engine

@@ -1,0 +1,104 @@
+// What operators see: copies of the engine's state.
+#include <algorithm>
+
+#include "daemon/engine/core.h"
+#include "daemon/engine/ended.h"
+
+namespace kvferry::engine {
+namespace {
+
+TransferView view_of(const Transfer& transfer, Role role, Time now) {
+  TransferView view;
+  view.worker = transfer.worker;
+  view.client_handle = transfer.record.client_handle;
+  view.role = role;
+  view.instance = transfer.name.instance;
+  view.id = transfer.name.id;
+  view.hash = short_hash(transfer.name);
+  view.rank = transfer.layout->rank;
+  view.state = transfer.record.state;
+  view.reason = transfer.record.reason;
+  view.released = transfer.record.released;
+  view.memory_in_use = transfer.record.memory_in_use;
+  view.bytes_done = transfer.record.bytes_done;
+  view.bytes_total = transfer.record.bytes_total;
+  view.age = now - transfer.created;
+  return view;
+}
+
+}  // namespace
+
+EngineSnapshot Core::snapshot(Time at) const {
+  EngineSnapshot snapshot;
+  for (const auto& [id, send] : sender.sends()) {
+    TransferView view = view_of(send, Role::kSender, at);
+    for (const auto& [key, place] : send.places) {
+      for (const auto& [rank, leg] : place.legs) {
+        ++view.legs;
+        if (leg.fate != LegFate::kExpected && leg.fate != LegFate::kOpen) ++view.legs_ended;
+      }
+    }
+    snapshot.transfers.push_back(std::move(view));
+  }
+  std::map<uint64_t, uint32_t> unclosed;
+  for (const auto& [pull, leg] : receiver.legs()) ++unclosed[leg.receive];
+  for (const auto& [id, receive] : receiver.receives()) {
+    TransferView view = view_of(receive, Role::kReceiver, at);
+    const auto legs = unclosed.find(id);
+    view.legs = legs == unclosed.end() ? 0 : legs->second;
+    view.legs_ended = view.legs - static_cast<uint32_t>(receive.legs.size());
+    snapshot.transfers.push_back(std::move(view));
+  }
+  for (const auto& [id, link] : lanes.all()) {
+    LinkView view;
+    view.link = id;
+    view.node = link.node;
+    view.boot = link.boot;
+    view.initiator = link.initiator;
+    for (uint32_t lane = 0; lane < link.lanes.size(); ++lane)
+      view.lanes.push_back(
+          {lane, link.lanes[lane].epoch, link.lanes[lane].state == LaneState::kUp});
+    view.chunk_bytes = link.chunk_bytes;
+    view.legs_out = link.legs_out;
+    view.legs_in = static_cast<uint32_t>(link.own_pulls.size());
+    view.parked = static_cast<uint32_t>(link.parked.size());
+    view.silent_for = at - link.heard;
+    snapshot.links.push_back(std::move(view));
+  }
+  ArenaView& view = snapshot.arena;
+  view.total_bytes = arena.total_bytes();
+  view.free_bytes = view.total_bytes;
+  for (const auto& [id, region] : receiver.regions()) {
+    uint64_t* bytes = nullptr;
+    switch (region.state) {
+      case RegionState::kGranted:
+        bytes = &view.granted_bytes;
+        break;
+      case RegionState::kLanding:
+        bytes = &view.landing_bytes;
+        break;
+      case RegionState::kLanded:
+        bytes = &view.landed_bytes;
+        break;
+      case RegionState::kScattering:
+        bytes = &view.scattering_bytes;
+        break;
+      case RegionState::kQuarantined:
+        bytes = &view.quarantined_bytes;
+        break;
+    }
+    *bytes += region.region.bytes;
+    view.free_bytes -= region.region.bytes;
+    ++view.regions;
+  }
+  for (const auto& [id, staging] : sender.stagings()) {
+    view.staging_bytes += staging.region.bytes;
+    view.free_bytes -= staging.region.bytes;
+    ++view.regions;
+  }
+  snapshot.workers = workers.count();
+  snapshot.draining = draining;
+  return snapshot;
+}
+
+}  // namespace kvferry::engine

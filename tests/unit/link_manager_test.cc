@@ -1,0 +1,472 @@
+// Two link managers, joined by plain calls or by gRPC on loopback.
+#include "daemon/node/link_manager.h"
+
+#include <catch2/catch.hpp>
+#include <deque>
+#include <map>
+
+#include "daemon/base/mutex.h"
+#include "daemon/link/envelope.h"
+#include "daemon/node/handshake.h"
+#include "daemon/ops/address_rule.h"
+
+using namespace kvferry;
+using namespace kvferry::node;
+
+namespace {
+
+constexpr Duration kPatience = std::chrono::seconds(20);
+
+template <typename T>
+class Box {
+ public:
+  void put(T value) {
+    {
+      MutexLock lock(mutex_);
+      values_.push_back(std::move(value));
+    }
+    changed_.notify_all();
+  }
+  // The first value for which `pick` holds; nothing at the deadline.
+  template <typename Pick>
+  std::optional<T> take(Pick pick, Duration patience = kPatience) {
+    const Time deadline = monotonic_now() + patience;
+    MutexLock lock(mutex_);
+    while (true) {
+      for (auto it = values_.begin(); it != values_.end(); ++it) {
+        if (!pick(*it)) continue;
+        T out = std::move(*it);
+        values_.erase(it);
+        return out;
+      }
+      if (!changed_.wait_until(mutex_, deadline)) return std::nullopt;
+    }
+  }
+  std::optional<T> take() {
+    return take([](const T&) { return true; });
+  }
+
+ private:
+  Mutex mutex_;
+  CondVar changed_;
+  std::deque<T> values_ KVFERRY_GUARDED_BY(mutex_);
+};
+
+// Dials by looking the port up; a port without a backend is unreachable.
+class PlainDialer : public rpc::PeerDialer {
+ public:
+  std::shared_ptr<rpc::PeerStub> dial(const std::string&, uint16_t port) override {
+    return std::make_shared<Stub>(*this, port);
+  }
+  void serve(uint16_t port, rpc::PeerBackend* backend) {
+    MutexLock lock(mutex_);
+    backends_[port] = backend;
+  }
+
+ private:
+  class Stub : public rpc::PeerStub {
+   public:
+    Stub(PlainDialer& dialer, uint16_t port) : dialer_(dialer), port_(port) {}
+    void challenge(Time, std::function<void(Result<rpc::Random32>)> done) override {
+      if (rpc::PeerBackend* backend = dialer_.find(port_)) return backend->challenge(kFrom, done);
+      done(unreachable());
+    }
+    void handshake(rpc::SignedHello hello, Time,
+                   std::function<void(Result<rpc::SignedHello>)> done) override {
+      if (rpc::PeerBackend* backend = dialer_.find(port_))
+        return backend->handshake(kFrom, std::move(hello), done);
+      done(unreachable());
+    }
+    void call(rpc::LinkMethod method, rpc::LinkCall call, Time,
+              std::function<void(Result<rpc::LinkReply>)> done) override {
+      if (rpc::PeerBackend* backend = dialer_.find(port_))
+        return backend->call(kFrom, method, std::move(call), done);
+      done(unreachable());
+    }
+
+   private:
+    static tl::unexpected<Error> unreachable() {
+      return fail(Code::kUnavailable, "PEER_UNREACHABLE", "nobody is there");
+    }
+    inline static const rpc::PeerAddress kFrom{"127.0.0.1", 40000};
+    PlainDialer& dialer_;
+    const uint16_t port_;
+  };
+  rpc::PeerBackend* find(uint16_t port) {
+    MutexLock lock(mutex_);
+    const auto it = backends_.find(port);
+    return it == backends_.end() ? nullptr : it->second;
+  }
+
+  Mutex mutex_;
+  std::map<uint16_t, rpc::PeerBackend*> backends_ KVFERRY_GUARDED_BY(mutex_);
+};
+
+class Questions : public PeerQuestions {
+ public:
+  Result<rpc::CardPage> answer_cards(const PeerRef& peer, const rpc::CardQuery& query) override {
+    if (query.instance != "default/x")
+      return fail(Code::kNotFound, "INSTANCE_UNKNOWN", "none", "instance");
+    rpc::CardPage page;
+    page.incarnation.bytes.fill(1);
+    page.rank_count = 1;
+    page.cards.push_back({"card of " + peer.node, {}});
+    return page;
+  }
+  Status answer_join(const PeerRef&, const rpc::JoinForward&) override { return {}; }
+};
+
+ops::PeerConfig allow(const std::string& node) {
+  ops::PeerConfig peer;
+  peer.identity = node;
+  peer.addresses.push_back(*ops::parse_address_rule("127.0.0.0/8"));
+  return peer;
+}
+
+struct Daemon {
+  Daemon(std::string name, uint16_t port, rpc::PeerDialer& dialer,
+         std::vector<ops::PeerConfig> peers, std::string secret = {}, std::string ucx = "1.13.1",
+         uint32_t rails = 1)
+      : pool("links", 2, 1000) {
+    LinkManagerConfig config;
+    config.node = name;
+    random_bytes(config.boot.bytes);
+    config.advertise = "127.0.0.1:" + std::to_string(port);
+    config.peers = std::move(peers);
+    config.cluster_secret.assign(secret.begin(), secret.end());
+    boot = config.boot;
+    manager = std::make_unique<LinkManager>(
+        std::move(config), dialer, pool,
+        [this](engine::Event event) { events.put(std::move(event)); });
+    manager->set_questions(&questions);
+    set_rails(rails, ucx);
+  }
+  ~Daemon() {
+    manager->stop();
+    pool.stop();
+  }
+
+  void set_rails(uint32_t count, const std::string& ucx = "1.13.1", uint8_t first_byte = 1) {
+    std::vector<rpc::PeerRail> rails;
+    for (uint32_t i = 0; i < count; ++i)
+      rails.push_back({"tcp", "lo", {first_byte, static_cast<uint8_t>(i)}});
+    manager->set_rails(ucx, std::move(rails));
+  }
+  Result<PeerRef> link(const std::string& node, uint16_t port) {
+    auto box = std::make_shared<Box<Result<PeerRef>>>();
+    manager->ensure_link({node, "127.0.0.1:" + std::to_string(port)}, monotonic_now() + kPatience,
+                         [box](Result<PeerRef> ref) { box->put(std::move(ref)); });
+    auto ref = box->take();
+    REQUIRE(ref);
+    return std::move(*ref);
+  }
+  template <typename T>
+  std::optional<T> event(Duration patience = kPatience) {
+    auto found = events.take(
+        [](const engine::Event& event) { return std::holds_alternative<T>(event); }, patience);
+    return found ? std::optional(std::get<T>(std::move(*found))) : std::nullopt;
+  }
+
+  TaskPool pool;
+  Questions questions;
+  Box<engine::Event> events;
+  BootId boot;
+  std::unique_ptr<LinkManager> manager;
+};
+
+std::string reason(const Result<PeerRef>& ref) {
+  return ref ? "" : ref.error().reason;
+}
+
+}  // namespace
+
+TEST_CASE("a dial makes one link on both sides whose messages open at the other end") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")}, {}, "1.13.1", 2);
+  Daemon b("b", 2, dialer, {allow("a")}, {}, "1.13.0", 3);
+  dialer.serve(1, a.manager.get());
+  dialer.serve(2, b.manager.get());
+
+  const Result<PeerRef> ref = a.link("b", 2);
+  REQUIRE(ref);
+  CHECK(ref->node == "b");
+  CHECK(ref->boot == b.boot);
+  const auto up_a = a.event<engine::LinkUp>();
+  const auto up_b = b.event<engine::LinkUp>();
+  REQUIRE(up_a);
+  REQUIRE(up_b);
+  CHECK(up_a->link == ref->link);
+  CHECK(up_a->initiator);
+  CHECK_FALSE(up_b->initiator);
+  CHECK(up_b->boot == a.boot);
+  CHECK(up_a->lanes == 3);
+  CHECK(up_b->lanes == 3);
+
+  link::LinkTable table_a;
+  link::LinkTable table_b;
+  table_a.add(up_a->link, *a.manager->keys(up_a->link));
+  table_b.add(up_b->link, *b.manager->keys(up_b->link));
+  std::vector<uint8_t> sealed;
+  REQUIRE(table_a.seal({up_a->link, 1, 0}, 5, engine::ControlMessage(engine::MsgPing{}), sealed));
+  CHECK(table_b.open(sealed));
+
+  // Lane 2 joins rail 0 of the two here with rail 2 of the three there.
+  const Result<LanePath> path = a.manager->lane_path({up_a->link, 2, 0});
+  REQUIRE(path);
+  CHECK(path->rail == 0);
+  CHECK(path->address == std::vector<uint8_t>{1, 2});
+
+  // Asked again, there is nothing to do; nor from the other side.
+  CHECK(a.link("b", 2)->link == ref->link);
+  CHECK(b.link("a", 1)->link == up_b->link);
+}
+
+TEST_CASE("both may dial at once and still get one link") {
+  for (int round = 0; round < 20; ++round) {
+    PlainDialer dialer;
+    Daemon a("a", 1, dialer, {allow("b")});
+    Daemon b("b", 2, dialer, {allow("a")});
+    dialer.serve(1, a.manager.get());
+    dialer.serve(2, b.manager.get());
+    Box<Result<PeerRef>> answers;
+    a.manager->ensure_link({"b", "127.0.0.1:2"}, monotonic_now() + kPatience,
+                           [&](Result<PeerRef> ref) { answers.put(std::move(ref)); });
+    b.manager->ensure_link({"a", "127.0.0.1:1"}, monotonic_now() + kPatience,
+                           [&](Result<PeerRef> ref) { answers.put(std::move(ref)); });
+    for (int i = 0; i < 2; ++i) {
+      const auto answer = answers.take();
+      REQUIRE(answer);
+      CHECK(reason(*answer).empty());
+    }
+    const auto up_a = a.event<engine::LinkUp>();
+    const auto up_b = b.event<engine::LinkUp>();
+    REQUIRE(up_a);
+    REQUIRE(up_b);
+    CHECK(a.manager->keys(up_a->link)->link_name == b.manager->keys(up_b->link)->link_name);
+    CHECK(a.manager->links().size() == 1);
+    CHECK(b.manager->links().size() == 1);
+  }
+}
+
+TEST_CASE("strangers, other UCX releases and other secrets are refused before there is a link") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b"), allow("d")});
+  dialer.serve(1, a.manager.get());
+  SECTION("a node that we do not allow is not dialled") {
+    Daemon c("c", 3, dialer, {allow("a")});
+    dialer.serve(3, c.manager.get());
+    CHECK(reason(a.link("c", 3)) == "PEER_NOT_ALLOWED");
+    CHECK_FALSE(c.event<engine::LinkUp>(Duration(0)));
+  }
+  SECTION("a node that does not allow us") {
+    Daemon b("b", 2, dialer, {});
+    dialer.serve(2, b.manager.get());
+    CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
+  }
+  SECTION("another node at the address") {
+    Daemon d("d", 2, dialer, {allow("a")});
+    dialer.serve(2, d.manager.get());
+    CHECK(reason(a.link("b", 2)) == "IDENTITY_MISMATCH");
+    // The end of a link that d made meanwhile is taken back, so that a later dial is answered.
+    const auto ended = d.event<engine::LinkEnded>();
+    CHECK(ended);
+    CHECK(reason(a.link("", 2)).empty());
+  }
+  SECTION("another UCX") {
+    Daemon b("b", 2, dialer, {allow("a")}, {}, "1.22.0");
+    dialer.serve(2, b.manager.get());
+    const Result<PeerRef> ref = a.link("b", 2);
+    CHECK(reason(ref) == "UCX_MISMATCH");
+    CHECK(ref.error().message.find("1.22.0") != std::string::npos);
+  }
+  SECTION("a cluster secret on one side only") {
+    Daemon b("b", 2, dialer, {allow("a")}, "a secret of the cluster");
+    dialer.serve(2, b.manager.get());
+    CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
+    CHECK(reason(b.link("a", 1)) == "PEER_NOT_ALLOWED");
+  }
+  SECTION("rails that are not up") {
+    Daemon b("b", 2, dialer, {allow("a")});
+    dialer.serve(2, b.manager.get());
+    b.manager->set_rails({}, {});
+    CHECK(reason(a.link("b", 2)) == "RAILS_DOWN");
+  }
+  SECTION("nobody there, with back-off") {
+    CHECK(reason(a.link("b", 9)) == "PEER_UNREACHABLE");
+    CHECK(reason(a.link("b", 9)) == "PEER_UNREACHABLE");
+    CHECK(a.manager->links().at(0).last_error.find("PEER_UNREACHABLE") != std::string::npos);
+  }
+  CHECK_FALSE(a.event<engine::LinkEnded>(Duration(0)));
+}
+
+TEST_CASE("a handshake that was listened to cannot be played again") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")}, "secret of the cluster");
+  rpc::PeerHello hello;
+  hello.node = "b";
+  hello.boot.bytes.fill(1);
+  hello.address = "127.0.0.1:2";
+  hello.ucx_version = "1.13.1";
+  hello.chunk_bytes = 4096;
+  hello.max_credits = 1;
+  hello.checks = {0};
+  hello.rails = {{"tcp", "lo", {1}}};
+  Box<Result<rpc::Random32>> challenge;
+  a.manager->challenge({"127.0.0.1", 5}, [&](Result<rpc::Random32> c) { challenge.put(c); });
+  hello.challenge = **challenge.take();
+  const std::string secret = "secret of the cluster";
+  rpc::SignedHello request{rpc::encode_hello(hello), {}};
+  request.tag = request_tag(handshake_key({secret.begin(), secret.end()}), request.bytes);
+  Box<Result<rpc::SignedHello>> answers;
+  auto put = [&](Result<rpc::SignedHello> answer) { answers.put(std::move(answer)); };
+  a.manager->handshake({"127.0.0.1", 5}, request, put);
+  CHECK(*answers.take());
+  a.manager->handshake({"127.0.0.1", 5}, request, put);
+  const auto again = answers.take();
+  REQUIRE(again);
+  REQUIRE_FALSE(*again);
+  CHECK(again->error().reason == "CHALLENGE_UNKNOWN");
+  request.tag[0] ^= 1;
+  a.manager->handshake({"127.0.0.1", 5}, request, put);
+  CHECK(answers.take()->error().reason == "PEER_NOT_ALLOWED");
+}
+
+TEST_CASE("a daemon that comes back with a new boot id ends the old link") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")});
+  dialer.serve(1, a.manager.get());
+  std::optional<engine::LinkUp> first;
+  {
+    Daemon b("b", 2, dialer, {allow("a")});
+    dialer.serve(2, b.manager.get());
+    REQUIRE(b.link("a", 1));
+    first = a.event<engine::LinkUp>();
+    REQUIRE(first);
+    dialer.serve(2, nullptr);
+  }
+  Daemon b("b", 2, dialer, {allow("a")});
+  dialer.serve(2, b.manager.get());
+  REQUIRE(b.link("a", 1));
+  const auto ended = a.event<engine::LinkEnded>();
+  REQUIRE(ended);
+  CHECK(ended->link == first->link);
+  const auto second = a.event<engine::LinkUp>();
+  REQUIRE(second);
+  CHECK(second->boot == b.boot);
+  CHECK_FALSE(a.manager->keys(first->link));
+  CHECK(a.manager->keys(second->link));
+}
+
+TEST_CASE("lanes are reopened by the side that dialled, lost lanes and links are told") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")});
+  Daemon b("b", 2, dialer, {allow("a")});
+  dialer.serve(1, a.manager.get());
+  dialer.serve(2, b.manager.get());
+  REQUIRE(a.link("b", 2));
+  const LinkId link_a = a.event<engine::LinkUp>()->link;
+  const LinkId link_b = b.event<engine::LinkUp>()->link;
+
+  b.manager->tell_lane_down({{link_b, 0, 0}});
+  const auto down = a.event<engine::PeerLaneDown>();
+  REQUIRE(down);
+  CHECK(down->lane == engine::LaneRef{link_a, 0, 0});
+
+  b.set_rails(1, "1.13.1", 42);  // restarted: other addresses
+  a.manager->reopen_lane({{link_a, 0, 1}});
+  const auto reopened_a = a.event<engine::LaneReopened>();
+  const auto reopened_b = b.event<engine::LaneReopened>();
+  REQUIRE(reopened_a);
+  REQUIRE(reopened_b);
+  CHECK(reopened_b->lane == engine::LaneRef{link_b, 0, 1});
+  CHECK(a.manager->lane_path({link_a, 0, 1})->address == std::vector<uint8_t>{42, 0});
+
+  a.manager->reopen_lane({{link_a, 0, 1}});  // the same epoch again
+  CHECK(a.event<engine::LaneReopenFailed>());
+  b.manager->reopen_lane({{link_b, 0, 2}});  // not the side that dialled
+  CHECK(b.event<engine::LaneReopenFailed>());
+  b.manager->set_rails({}, {});
+  a.manager->reopen_lane({{link_a, 0, 3}});
+  CHECK(a.event<engine::LaneReopenFailed>());
+  CHECK(b.manager->lane_path({link_b, 0, 1}).error().reason == "RAILS_DOWN");
+  b.set_rails(1);
+
+  a.manager->close_link({link_a, Reason::kShutdown});
+  const auto ended = b.event<engine::LinkEnded>();
+  REQUIRE(ended);
+  CHECK(ended->link == link_b);
+  CHECK(ended->reason == Reason::kShutdown);
+  CHECK_FALSE(a.manager->peer_of(link_a));
+  CHECK(a.link("b", 2));  // and again
+}
+
+TEST_CASE("a link to ourselves has two ends that open each other's messages") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {});
+  const Result<PeerRef> ref = a.link("a", 1);
+  REQUIRE(ref);
+  const auto one = a.event<engine::LinkUp>();
+  const auto other = a.event<engine::LinkUp>();
+  REQUIRE(one);
+  REQUIRE(other);
+  CHECK(one->link == ref->link);
+  CHECK(one->initiator != other->initiator);
+  link::LinkTable table;
+  table.add(one->link, *a.manager->keys(one->link));
+  table.add(other->link, *a.manager->keys(other->link));
+  std::vector<uint8_t> sealed;
+  REQUIRE(table.seal({one->link, 0, 0}, 0, engine::ControlMessage(engine::MsgPing{}), sealed));
+  const auto opened = table.open(sealed);
+  REQUIRE(opened);
+  CHECK(opened->lane.link == other->link);
+}
+
+TEST_CASE("peers taken off the list lose their link") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")});
+  Daemon b("b", 2, dialer, {allow("a")});
+  dialer.serve(2, b.manager.get());
+  REQUIRE(a.link("b", 2));
+  a.manager->set_peers({allow("b")});
+  CHECK_FALSE(a.event<engine::LinkEnded>(Duration(0)));
+  a.manager->set_peers({});
+  CHECK(a.event<engine::LinkEnded>());
+  CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
+}
+
+TEST_CASE("all of it works over gRPC") {
+  const std::unique_ptr<rpc::PeerDialer> dialer = rpc::grpc_peer_dialer();
+  // The port is known only after listening, so b learns to be dialled by what it tells.
+  Daemon b("b", 1, *dialer, {allow("a")}, "secret of the cluster");
+  Result<std::unique_ptr<rpc::PeerServer>> server =
+      rpc::PeerServer::start({"127.0.0.1:0"}, *b.manager);
+  REQUIRE(server);
+  const uint16_t port = (*server)->port();
+  REQUIRE(port != 0);
+  {
+    Daemon a("a", 1, *dialer, {allow("b")}, "secret of the cluster");
+    const Result<PeerRef> ref = a.link("b", port);
+    INFO((ref ? "" : ref.error().to_string()));
+    REQUIRE(ref);
+    Box<Result<rpc::CardPage>> pages;
+    auto ask = [&](const std::string& instance) {
+      a.manager->get_cards(ref->link, {instance, {}, 0, false}, monotonic_now() + kPatience,
+                           [&](Result<rpc::CardPage> page) { pages.put(std::move(page)); });
+      return *pages.take();
+    };
+    const Result<rpc::CardPage> page = ask("default/x");
+    REQUIRE(page);
+    CHECK(page->cards.at(0).card == "card of a");
+    // Errors keep their reason and field.
+    const Result<rpc::CardPage> none = ask("default/y");
+    REQUIRE_FALSE(none);
+    CHECK(none.error().code == Code::kNotFound);
+    CHECK(none.error().reason == "INSTANCE_UNKNOWN");
+    CHECK(none.error().field == "instance");
+    // Two daemons cannot share the port.
+    CHECK_FALSE(rpc::PeerServer::start({"127.0.0.1:" + std::to_string(port)}, *b.manager));
+
+    (*server)->shutdown(monotonic_now());
+    CHECK(ask("default/x").error().code == Code::kUnavailable);
+  }
+}
