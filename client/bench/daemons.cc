@@ -6,7 +6,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
-#include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -111,7 +110,8 @@ std::vector<pid_t> children_of(pid_t pid) {
 
 // Waits at most `ms` for the end of a child; its status, or nothing.
 std::optional<int> wait_for_end(pid_t pid, int ms) {
-  const int fd = ::pidfd_open(pid, 0);
+  // The C library's header declares pidfd_open without C linkage.
+  const auto fd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
   pollfd ended{fd, POLLIN, 0};
   const bool over = fd >= 0 && ::poll(&ended, 1, ms) > 0;
   if (fd >= 0) ::close(fd);

@@ -40,14 +40,14 @@ Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::st
   fresh.question = std::move(question);
   fresh.resolve = ResolveId{core_.next_number()};
   resolves_[fresh.resolve] = fresh.id;
-  by_name_[{fresh.name, layout->rank}] = fresh.id;
+  by_name_[rank_key(fresh.name, *layout)] = fresh.id;
   core_.emit(Resolve{fresh.resolve, fresh.question});
   core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
   return words_.emplace(fresh.id, std::move(fresh)).first->second;
 }
 
 void Claims::claim(const ClaimOp& op) {
-  const NameAndRank name{wire_name(op.key, op.key.incarnation), op.layout->rank};
+  const RankKey name = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
   if (const auto it = by_name_.find(name); it != by_name_.end()) {
     const Word& word = words_.at(it->second);
     if (word.declines)
@@ -64,7 +64,7 @@ void Claims::claim(const ClaimOp& op) {
 }
 
 void Claims::decline(const DeclineOp& op) {
-  const NameAndRank name{wire_name(op.key, op.key.incarnation), op.layout->rank};
+  const RankKey name = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
   if (const auto it = by_name_.find(name); it != by_name_.end()) {
     if (words_.at(it->second).declines) {
       core_.emit(Reply{op.op, {Code::kOk, {}, {}, {}}, true, 0, TransferState::kOpen, false, {}});
@@ -129,8 +129,8 @@ void Claims::tell(const Word& word, Link& link, uint32_t sender_rank) {
   }
 }
 
-void Claims::received(WorkerId worker, const TransferName& name, uint32_t rank) {
-  const auto it = by_name_.find({name, rank});
+void Claims::received(WorkerId worker, const RankKey& key) {
+  const auto it = by_name_.find(key);
   if (it == by_name_.end()) return;
   const Word& word = words_.at(it->second);
   if (!word.declines && word.worker == worker) forget(it->second);
@@ -167,7 +167,7 @@ void Claims::forget(uint64_t id) {
   for (const TimerKind kind :
        {TimerKind::kClaimRenew, TimerKind::kClaimEnd, TimerKind::kDeclineEnd})
     core_.timers.cancel({kind, id, 0});
-  by_name_.erase({word.name, word.layout->rank});
+  by_name_.erase(rank_key(word.name, *word.layout));
   words_.erase(it);
 }
 

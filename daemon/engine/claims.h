@@ -23,7 +23,7 @@ class Claims {
   void decline(const DeclineOp& op);
   bool resolved(Resolved& event);
   // The rank's Receive has come: nothing more to claim.
-  void received(WorkerId worker, const TransferName& name, uint32_t rank);
+  void received(WorkerId worker, const RankKey& key);
   void worker_gone(WorkerId worker);
   void layout_gone(const LayoutHandle* layout);
   void resync(Link& link);
@@ -44,7 +44,6 @@ class Claims {
     Incarnation sender_incarnation;
     std::vector<std::pair<std::string, uint32_t>> legs;  // node, sender rank
   };
-  using NameAndRank = std::pair<TransferName, uint32_t>;
 
   Word& add(const OpRef& op, const TransferKey& key, const std::string& ticket,
             const std::shared_ptr<const LayoutHandle>& layout, bool declines);
@@ -56,7 +55,7 @@ class Claims {
 
   Core& core_;
   std::map<uint64_t, Word> words_;
-  std::map<NameAndRank, uint64_t> by_name_;
+  std::map<RankKey, uint64_t> by_name_;
   std::map<ResolveId, uint64_t> resolves_;
 };
 

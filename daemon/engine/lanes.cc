@@ -452,7 +452,12 @@ void Lanes::timer(TimerKey key) {
       break;
     case TimerKind::kLaneRetry:
       if (link->lanes[index].state != LaneState::kDown) break;
-      if (rails_) core_.emit(ReopenLane{{id, index, link->lanes[index].epoch + 1}});
+      if (rails_) {
+        // Never one that was proposed before: the peer may have taken it up, and its answer was lost.
+        Lane& lane = link->lanes[index];
+        lane.asked = std::max(lane.asked, lane.epoch) + 1;
+        core_.emit(ReopenLane{{id, index, lane.asked}});
+      }
       // In case nobody answers.
       core_.timers.set(key, core_.now + core_.config.silence_limit);
       break;

@@ -67,8 +67,6 @@ class Receiver {
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
 
  private:
-  using NameAndRank = std::pair<TransferName, uint32_t>;
-
   // receiver_calls.cc
   void reply(const OpRef& op, const Receive& receive, bool existing);
   const char* different(const Receive& receive, const ReceiveOp& op) const;
@@ -122,7 +120,7 @@ class Receiver {
 
   Core& core_;
   std::map<uint64_t, Receive> receives_;
-  std::map<NameAndRank, uint64_t> by_name_;
+  std::map<RankKey, uint64_t> by_name_;
   std::map<uint64_t, RxLeg> legs_;                 // by pull, until closed
   std::map<uint64_t, RxRegion> regions_;
   std::map<CopyId, uint64_t> scatters_;            // -> region

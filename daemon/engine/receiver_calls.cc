@@ -52,7 +52,7 @@ const char* Receiver::different(const Receive& receive, const ReceiveOp& op) con
 }
 
 void Receiver::receive(const ReceiveOp& op) {
-  const NameAndRank name{wire_name(op.key, op.key.incarnation), op.layout->rank};
+  const RankKey name = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
   if (const auto it = by_name_.find(name); it != by_name_.end()) {
     const Receive& known = receives_.at(it->second);
     if (const char* field = different(known, op))
@@ -62,7 +62,7 @@ void Receiver::receive(const ReceiveOp& op) {
       reply(op.op, known, true);
     return;
   }
-  if (core_.workers.buried(Role::kReceiver, name.first, name.second)) {
+  if (core_.workers.buried(Role::kReceiver, name)) {
     core_.reply_error(op.op, Code::kAlreadyExists, "TRANSFER_CLOSED",
                       "the transfer was closed; its id is not used again", "transfer.id");
     return;
@@ -84,7 +84,7 @@ void Receiver::receive(const ReceiveOp& op) {
   fresh.id = core_.next_number();
   fresh.worker = op.op.worker;
   fresh.key = op.key;
-  fresh.name = name.first;
+  fresh.name = name.transfer;
   fresh.layout = op.layout;
   fresh.created = core_.now;
   fresh.record.client_handle = op.client_handle;
@@ -107,7 +107,7 @@ void Receiver::receive(const ReceiveOp& op) {
     conditions_[receive.condition] = receive.id;
     core_.emit(WatchCondition{receive.condition, receive.worker, op.ready});
   }
-  core_.claims.received(receive.worker, receive.name, receive.layout->rank);
+  core_.claims.received(receive.worker, name);
   core_.workers.changed(receive, Role::kReceiver);
   reply(op.op, receive, false);
   ask_legs(receive);
@@ -336,8 +336,9 @@ void Receiver::release(Receive& receive) {
 void Receiver::forget_if_done(uint64_t id) {
   Receive& receive = receives_.at(id);
   if (receive.attached || !receive.terminal() || receive.scatters > 0) return;
-  core_.workers.bury(Role::kReceiver, receive.name, receive.layout->rank, receive.record.reason);
-  by_name_.erase({receive.name, receive.layout->rank});
+  const RankKey key = rank_key(receive.name, *receive.layout);
+  core_.workers.bury(Role::kReceiver, key, receive.record.reason);
+  by_name_.erase(key);
   receives_.erase(id);
 }
 

@@ -60,7 +60,7 @@ Send* Sender::admit(const OpRef& op, uint64_t handle, const TransferKey& key,
     existing = true;
     return send;
   }
-  if (core_.workers.buried(Role::kSender, name.first, name.second)) {
+  if (core_.workers.buried(Role::kSender, sender_key(name.first, name.second))) {
     core_.reply_error(op, Code::kAlreadyExists, "TRANSFER_CLOSED",
                       "the transfer was closed; its id is not used again", "transfer.id");
     return nullptr;
@@ -387,7 +387,7 @@ void Sender::forget_if_done(uint64_t id) {
   Send& send = sends_.at(id);
   if (send.attached || !send.terminal() || send.gathers > 0) return;
   const Reason reason = send.record.reason == Reason::kNone ? Reason::kRefused : send.record.reason;
-  core_.workers.bury(Role::kSender, send.name, send.layout->rank, reason);
+  core_.workers.bury(Role::kSender, sender_key(send.name, send.layout->rank), reason);
   by_name_.erase({send.name, send.layout->rank});
   sends_.erase(id);
 }

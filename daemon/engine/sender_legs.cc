@@ -313,7 +313,8 @@ void Sender::link_dead(Link& link) {
 
 void Sender::resync(Link& link) {
   for (auto& [pull, entry] : link.pulls) {
-    if (entry.kind == PeerPull::Kind::kEnded && !entry.peer_ended) {
+    // Until the peer has closed the pull: that its END was seen says nothing of our answer to it.
+    if (entry.kind == PeerPull::Kind::kEnded) {
       answer_end(link, pull, {}, entry);
     } else if (entry.kind == PeerPull::Kind::kLeg) {
       TxLeg& leg = legs_.at(entry.leg);

@@ -71,7 +71,7 @@ void Sender::pull_in(Link& link, MsgPull& message) {
       core_.now + from_wire_ms(kept->remaining_ms, 2 * core_.config.max_deadline);
   if (Send* send = find(name)) {
     accept_pull(*send, link, std::move(kept), credits, expires);
-  } else if (const auto reason = core_.workers.buried(Role::kSender, name.first, name.second)) {
+  } else if (const auto reason = core_.workers.buried(Role::kSender, sender_key(name.first, name.second))) {
     end_pull(link, pull, name.first, Outcome::kFailed, *reason);
   } else if (core_.draining) {
     end_pull(link, pull, name.first, Outcome::kFailed, Reason::kShutdown);
@@ -323,7 +323,6 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
   switch (entry.kind) {
     case PeerPull::Kind::kEnded:
       // Our END may be lost, and the peer repeats its own until it has seen ours.
-      entry.peer_ended = true;
       answer_end(link, pull, message.transfer, entry);
       return;
     case PeerPull::Kind::kParked: {
@@ -356,8 +355,6 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
         leg_over(entry.leg, LegFate::kFailed, Outcome::kFailed, reason);
       break;
   }
-  const auto left = link.pulls.find(pull);
-  if (left != link.pulls.end()) left->second.peer_ended = true;
 }
 
 // ---- CLAIM and DECLINE -------------------------------------------------------------------------------
@@ -379,7 +376,7 @@ void Sender::claim_in(Link& link, const MsgClaim& message) {
       apply_claim(*send, claim);
     else
       core_.dropped(DropCause::kProof);
-  } else if (!core_.workers.buried(Role::kSender, claim.of.first, claim.of.second)) {
+  } else if (!core_.workers.buried(Role::kSender, sender_key(claim.of.first, claim.of.second))) {
     remember(std::move(claim));
   }
 }
@@ -402,7 +399,7 @@ void Sender::decline_in(Link& link, const MsgDecline& message) {
       apply_decline(*send, decline);
     else
       core_.dropped(DropCause::kProof);
-  } else if (!core_.workers.buried(Role::kSender, decline.of.first, decline.of.second)) {
+  } else if (!core_.workers.buried(Role::kSender, sender_key(decline.of.first, decline.of.second))) {
     remember(std::move(decline));
   }
 }

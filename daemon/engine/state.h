@@ -32,12 +32,14 @@ enum class LaneState : uint8_t {
 struct Lane {
   LaneState state = LaneState::kDown;
   uint32_t epoch = 0;
+  uint32_t asked = 0;                         // the newest epoch that was proposed to the peer
   uint64_t next_out = 0;                      // number of the next control message
   uint64_t next_in = 0;                       // ... and of the one that is due from the peer
   std::map<uint64_t, ControlMessage> held;    // behind a gap
   uint64_t held_bytes = 0;
   bool hello_seen = false;                    // the peer's HELLO came before we were connected
   Time heard;
+  uint32_t tried_epoch = 0;                   // the highest that a reopening was asked for
   Duration backoff{};
 };
 
@@ -56,7 +58,6 @@ struct PeerPull {
   std::unique_ptr<ParkedPull> parked;         // kParked
   Outcome outcome = Outcome::kFailed;         // kEnded: our END
   Reason reason = Reason::kNone;
-  bool peer_ended = false;                    // the peer's END has been seen
 };
 
 struct Link {
@@ -85,6 +86,34 @@ struct Link {
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
 };
+
+// One rank's part of a transfer: several instances on one daemon may receive the same one.
+struct RankKey {
+  TransferName transfer;
+  std::string instance;        // the rank's
+  Incarnation incarnation;     // ... and its life
+  uint32_t rank = 0;
+  auto operator<=>(const RankKey&) const = default;
+};
+inline RankKey sender_key(const TransferName& transfer, uint32_t rank) {
+  return {transfer, transfer.instance, transfer.incarnation, rank};
+}
+inline RankKey rank_key(const TransferName& transfer, const LayoutHandle& layout) {
+  return {transfer, layout.instance, layout.incarnation, layout.rank};
+}
+
+// A transfer's name and the rank on this side: what a repeated call names, and what stays dead after
+// Close. Several instances may receive the same transfer here, so theirs belongs to it.
+struct LocalName {
+  TransferName name;
+  std::string instance;
+  Incarnation incarnation;
+  uint32_t rank = 0;
+  auto operator<=>(const LocalName&) const = default;
+};
+inline LocalName local_name(const TransferName& name, const LayoutHandle& layout) {
+  return {name, layout.instance, layout.incarnation, layout.rank};
+}
 
 // ---- what both sides' transfers share --------------------------------------------------------------
 

@@ -69,10 +69,10 @@ void Workers::publish() {
   changed_.clear();
 }
 
-void Workers::bury(Role role, const TransferName& name, uint32_t rank, Reason reason) {
+void Workers::bury(Role role, const RankKey& of, Reason reason) {
   // Longer than any deadline; a table that is full forgets the oldest first.
   const Time until = core_.now + 2 * core_.config.max_deadline;
-  const GraveKey key{role, name, rank};
+  const GraveKey key{role, of};
   graves_[key] = {reason, until};
   grave_order_.emplace_back(until, key);
   while (!grave_order_.empty() && (grave_order_.front().first <= core_.now ||
@@ -83,8 +83,8 @@ void Workers::bury(Role role, const TransferName& name, uint32_t rank, Reason re
   }
 }
 
-std::optional<Reason> Workers::buried(Role role, const TransferName& name, uint32_t rank) {
-  const auto it = graves_.find({role, name, rank});
+std::optional<Reason> Workers::buried(Role role, const RankKey& of) {
+  const auto it = graves_.find({role, of});
   if (it == graves_.end()) return std::nullopt;
   if (it->second.until <= core_.now) {
     graves_.erase(it);

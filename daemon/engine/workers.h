@@ -8,7 +8,7 @@
 #include <optional>
 #include <set>
 #include <string>
-#include <tuple>
+#include <utility>
 
 #include "daemon/engine/state.h"
 
@@ -41,8 +41,8 @@ class Workers {
   void publish();
 
   // The transfer is over for good: calls and pulls that name it learn its end for a while.
-  void bury(Role role, const TransferName& name, uint32_t rank, Reason reason);
-  std::optional<Reason> buried(Role role, const TransferName& name, uint32_t rank);
+  void bury(Role role, const RankKey& key, Reason reason);
+  std::optional<Reason> buried(Role role, const RankKey& key);
 
  private:
   struct Worker {
@@ -52,7 +52,7 @@ class Workers {
     std::set<uint32_t> free_slots;
     std::map<uint64_t, TransferRef> handles;
   };
-  using GraveKey = std::tuple<Role, TransferName, uint32_t>;
+  using GraveKey = std::pair<Role, RankKey>;
   struct Grave {
     Reason reason = Reason::kNone;
     Time until;

@@ -150,24 +150,27 @@ std::span<const Range> ranges_of(std::span<const GroupRanges> offer, uint32_t gr
   return {};
 }
 
-// Does the pair have a layer inside [range)?
-bool has_layer(const std::vector<uint32_t>& layers, Range range) {
-  const auto at = std::lower_bound(layers.begin(), layers.end(), range.begin);
-  return at != layers.end() && *at < range.end;
+// Layers as indices into the pair's list, so that a set has no more parts than the leg has layers.
+Range indices_of(const std::vector<uint32_t>& layers, std::optional<Range> range) {
+  if (!range) return {0, layers.size()};
+  const auto first = std::lower_bound(layers.begin(), layers.end(), range->begin);
+  const auto last = std::lower_bound(first, layers.end(), range->end);
+  return {static_cast<uint64_t>(first - layers.begin()),
+          static_cast<uint64_t>(last - layers.begin())};
 }
 
 }  // namespace
 
 Status LegCoverage::add(std::span<const GroupRanges> offer, std::optional<Range> layers) {
-  const Range in = intersect(layers.value_or(kAllLayers), kAllLayers);
   std::vector<std::vector<Range>> moved;
   for (const Pair& pair : pairs_) {
     moved.push_back(intersect_ranges(pair.wanted, ranges_of(offer, pair.sender_group)));
     if (moved.back().empty()) continue;
+    const Range in = indices_of(pair.layers, layers);
     for (const Range& part : pair.covered.layer_parts()) {
-      const Range common_layers = intersect(part, in);
-      if (common_layers.empty() || !has_layer(pair.layers, common_layers)) continue;
-      const std::vector<Range> fresh = pair.covered.missing(common_layers.begin, moved.back());
+      const Range common = intersect(part, in);
+      if (common.empty()) continue;
+      const std::vector<Range> fresh = pair.covered.missing(common.begin, moved.back());
       const auto again = first_stored(subtracted(moved.back(), fresh), pair.sender, pair.receiver);
       if (again)
         return fail(Code::kFailedPrecondition, "SLICES_OVERLAP",
@@ -176,24 +179,26 @@ Status LegCoverage::add(std::span<const GroupRanges> offer, std::optional<Range>
                     "ranges");
     }
   }
-  for (std::size_t i = 0; i < pairs_.size(); ++i) pairs_[i].covered.insert(in, moved[i]);
+  for (std::size_t i = 0; i < pairs_.size(); ++i)
+    pairs_[i].covered.insert(indices_of(pairs_[i].layers, layers), moved[i]);
   return {};
 }
 
 void LegCoverage::remove(std::span<const GroupRanges> offer, std::optional<Range> layers) {
-  const Range in = intersect(layers.value_or(kAllLayers), kAllLayers);
   for (Pair& pair : pairs_)
-    pair.covered.erase(in, intersect_ranges(pair.wanted, ranges_of(offer, pair.sender_group)));
+    pair.covered.erase(indices_of(pair.layers, layers),
+                       intersect_ranges(pair.wanted, ranges_of(offer, pair.sender_group)));
 }
 
 std::optional<MissingCell> LegCoverage::missing() const {
   for (const Pair& pair : pairs_) {
     for (const Range& part : pair.covered.layer_parts()) {
-      const auto layer = std::lower_bound(pair.layers.begin(), pair.layers.end(), part.begin);
-      if (layer == pair.layers.end() || *layer >= part.end) continue;
+      if (part.begin >= pair.layers.size()) continue;
       const auto position =
           first_stored(pair.covered.missing(part.begin, pair.wanted), pair.sender, pair.receiver);
-      if (position) return MissingCell{pair.sender_group, pair.receiver_group, *layer, *position};
+      if (position)
+        return MissingCell{pair.sender_group, pair.receiver_group, pair.layers[part.begin],
+                           *position};
     }
   }
   return std::nullopt;

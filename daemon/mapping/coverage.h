@@ -66,7 +66,7 @@ class LegCoverage {
     Dealing sender;
     Dealing receiver;
     std::vector<uint32_t> layers;  // ascending
-    LayerTokenSet covered;
+    LayerTokenSet covered;         // by index into layers
   };
   std::vector<Pair> pairs_;
   uint64_t expected_bytes_ = 0;

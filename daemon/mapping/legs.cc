@@ -154,12 +154,12 @@ Result<std::shared_ptr<const LegTable::DpLegs>> LegTable::between(uint32_t sende
                                                                   uint32_t receiver_dp) const {
   const uint64_t key = uint64_t{sender_dp} << 32 | receiver_dp;
   {
-    const std::lock_guard lock(mutex_);
+    const MutexLock lock(mutex_);
     if (const auto found = legs_.find(key); found != legs_.end()) return found->second;
   }
   auto legs = work_out(sender_dp, receiver_dp);
   if (!legs) return legs;
-  const std::lock_guard lock(mutex_);
+  const MutexLock lock(mutex_);
   if (legs_.size() >= kMaxRemembered) legs_.clear();
   return legs_.emplace(key, *legs).first->second;
 }

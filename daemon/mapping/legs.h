@@ -8,11 +8,11 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <unordered_map>
 #include <vector>
 
+#include "daemon/base/mutex.h"
 #include "daemon/base/result.h"
 #include "daemon/mapping/layout.h"
 
@@ -76,8 +76,9 @@ class LegTable {
   std::vector<uint32_t> sender_dp_;
   std::vector<uint32_t> receiver_dp_;
   std::unique_ptr<const Index> index_;
-  mutable std::mutex mutex_;  // guards legs_
-  mutable std::unordered_map<uint64_t, std::shared_ptr<const DpLegs>> legs_;
+  mutable Mutex mutex_;
+  mutable std::unordered_map<uint64_t, std::shared_ptr<const DpLegs>> legs_
+      KVFERRY_GUARDED_BY(mutex_);
 };
 
 }  // namespace kvferry::mapping

@@ -1,7 +1,6 @@
 #include "daemon/mapping/overlap.h"
 
 #include <algorithm>
-#include <optional>
 
 namespace kvferry::mapping {
 namespace {
@@ -76,13 +75,9 @@ void add_axis(std::vector<StridedBox::Axis>& axes, uint64_t count, uint64_t stri
   if (count > 1) axes.push_back({count, stride});
 }
 
-// All axes by falling stride.
-std::vector<StridedBox::Axis> all_axes(const StridedBox& box) {
-  std::vector<StridedBox::Axis> axes = box.ids;
-  axes.insert(axes.end(), box.inner.begin(), box.inner.end());
+void sort_falling(std::vector<StridedBox::Axis>& axes) {
   std::stable_sort(axes.begin(), axes.end(),
                    [](const auto& x, const auto& y) { return x.stride > y.stride; });
-  return axes;
 }
 
 }  // namespace
@@ -97,18 +92,17 @@ StridedBox box_of(const Group& group, const Plane& plane) {
   add_axis(box.inner, plane.unit_count, plane.unit_stride);
   if (plane.granularity == Granularity::kToken)
     add_axis(box.inner, group.tokens_per_block, plane.token_stride);
-  std::stable_sort(box.inner.begin(), box.inner.end(),
-                   [](const auto& x, const auto& y) { return x.stride > y.stride; });
-  box.inner_extent = extent_of(box.inner, box.cell_bytes);
-  box.extent = box.inner_extent;
-  for (const auto& axis : box.ids) box.extent += (axis.count - 1) * axis.stride;
+  sort_falling(box.inner);
+  box.all = box.ids;
+  box.all.insert(box.all.end(), box.inner.begin(), box.inner.end());
+  sort_falling(box.all);
+  box.extent = extent_of(box.all, box.cell_bytes);
   return box;
 }
 
 bool steps_over_itself(const StridedBox& box) {
-  const std::vector<StridedBox::Axis> axes = all_axes(box);
   uint64_t extent = box.cell_bytes;
-  for (auto axis = axes.rbegin(); axis != axes.rend(); ++axis) {
+  for (auto axis = box.all.rbegin(); axis != box.all.rend(); ++axis) {
     if (axis->stride < extent) return false;
     extent += (axis->count - 1) * axis->stride;
   }
@@ -119,11 +113,7 @@ bool shown_disjoint(const StridedBox& a, const StridedBox& b, SameId same_id, ui
   const auto shift = static_cast<int64_t>(b.offset - a.offset);
   if (!intervals_meet(a.extent, shift, b.extent)) return true;
   Pair pair(a.cell_bytes, b.cell_bytes, steps);
-  if (same_id == SameId::kMustNotMeet) {
-    const auto a_axes = all_axes(a);
-    const auto b_axes = all_axes(b);
-    return pair.disjoint(a_axes, b_axes, shift);
-  }
+  if (same_id == SameId::kMustNotMeet) return pair.disjoint(a.all, b.all, shift);
   // Equal ids may share their bytes. Both id axes must step alike, else ids do not tell memory
   // apart.
   const StridedBox::Axis a_ids = a.ids.empty() ? StridedBox::Axis{} : a.ids.front();

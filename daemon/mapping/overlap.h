@@ -18,8 +18,8 @@ struct StridedBox {
   uint64_t offset = 0;
   uint64_t cell_bytes = 0;
   std::vector<Axis> ids;    // the block id axis: at most one
-  std::vector<Axis> inner;  // by falling stride; counts above 1 only
-  uint64_t inner_extent = 0;
+  std::vector<Axis> inner;  // the others; both by falling stride, counts above 1 only
+  std::vector<Axis> all;
   uint64_t extent = 0;  // from offset to the end of the last cell
 };
 

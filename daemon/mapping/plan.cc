@@ -18,6 +18,9 @@ using kernels::CopyPlan;
 using kernels::Strip;
 using kernels::TokenSpan;
 
+// Steps of one walk over a slice's tokens; it needs more than spans where they merge again.
+constexpr uint64_t kMaxPieces = kMaxSpans * 4;
+
 tl::unexpected<Error> mismatch(std::string field, std::string message) {
   return fail(Code::kFailedPrecondition, "LAYOUT_MISMATCH", std::move(message), std::move(field));
 }
@@ -162,6 +165,7 @@ class Binder {
     uint64_t last_block = UINT64_MAX;
     uint64_t my_last_block = UINT64_MAX;
     uint32_t kernel = 0;
+    uint64_t pieces = 0;
     const auto add_piece = [&](uint64_t position, uint64_t end) -> Status {
       uint64_t there = receiver.local(position);
       uint64_t here = mine.local(position);
@@ -185,7 +189,7 @@ class Binder {
         } else {
           plan_.spans.push_back({kernel, token, static_cast<uint32_t>(count)});
         }
-        if (plan_.spans.size() > kMaxSpans)
+        if (plan_.spans.size() > kMaxSpans || ++pieces > kMaxPieces)
           return fail(Code::kResourceExhausted, "TOO_FRAGMENTED",
                       "the tokens of a slice lie in too many pieces", "ranges");
         table.tokens += count;

@@ -28,11 +28,6 @@ std::pair<std::string, std::string> split_instance(const std::string& full) {
   return {full.substr(0, slash), full.substr(slash + 1)};
 }
 
-std::string hash_of(const engine::TransferView& view) {
-  const auto [tenant, instance] = split_instance(view.instance);
-  return rpc::transfer_hash(tenant, instance, view.id);
-}
-
 }  // namespace
 
 std::string transfer_handle(const engine::TransferView& view) {
@@ -130,7 +125,7 @@ void Admin::list_transfers(Time, rpc::Reply<std::vector<rpc::TransferInfo>> done
     for (const engine::TransferView& view : snapshot.transfers) {
       rpc::TransferInfo& row = rows.emplace_back();
       row.handle = transfer_handle(view);
-      row.id_hash = hash_of(view);
+      row.id_hash = view.hash;
       row.id = view.id;
       std::tie(row.tenant, row.instance) = split_instance(view.instance);
       row.worker = registry_.worker_name(view.worker);
@@ -231,7 +226,7 @@ void Admin::cancel_transfer(std::string selector, Time,
     gathering->done = done;
     std::vector<engine::TransferView> chosen;
     for (const engine::TransferView& view : snapshot.transfers)
-      if (transfer_handle(view) == selector || hash_of(view) == selector) chosen.push_back(view);
+      if (transfer_handle(view) == selector || view.hash == selector) chosen.push_back(view);
     if (chosen.empty()) {
       done(fail(Code::kNotFound, "TRANSFER_UNKNOWN", "no open transfer is called " + selector));
       return;

@@ -17,9 +17,13 @@ tl::unexpected<Error> stale(std::string message) {
   return fail(Code::kFailedPrecondition, "STALE_CARDS", std::move(message));
 }
 
+// Worth another try while the receive waits: the peer is away, has no room, or does not know the
+// instance or (after a restart) the link yet.
 bool may_pass(const Error& error) {
+  if (error.reason == "TOO_FRAGMENTED") return false;
   return error.code == Code::kUnavailable || error.code == Code::kDeadlineExceeded ||
-         error.code == Code::kResourceExhausted || error.reason == "INSTANCE_UNKNOWN";
+         error.code == Code::kResourceExhausted || error.reason == "INSTANCE_UNKNOWN" ||
+         error.reason == "UNKNOWN_LINK";
 }
 
 // A full ticket is good for the very set that it names.

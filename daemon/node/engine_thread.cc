@@ -426,7 +426,7 @@ void EngineThread::refresh_views(Time now) {
   std::erase_if(shown_, [&](const auto& slot) {
     return !sessions_.contains(slot.first) &&
            std::none_of(snapshot.transfers.begin(), snapshot.transfers.end(),
-                        [&](const auto& view) { return view.worker == slot.first; });
+                        [&](const auto& transfer) { return transfer.worker == slot.first; });
   });
   using ops::RegionState;
   ops::ArenaMetrics& arena = parts_.metrics->arena(0);

@@ -46,7 +46,7 @@ tl::unexpected<Error> bad_answer() {
 class GrpcPeerStub final : public PeerStub {
  public:
   explicit GrpcPeerStub(const std::shared_ptr<grpc::Channel>& channel)
-      : stub_(v1::Peer::NewStub(channel)) {}
+      : stub_(v1::PeerService::NewStub(channel)) {}
 
   void challenge(Time deadline, std::function<void(Result<Random32>)> done) override {
     auto call = std::make_shared<Call<v1::ChallengeRequest, v1::ChallengeResponse>>(deadline);
@@ -111,7 +111,7 @@ class GrpcPeerStub final : public PeerStub {
   }
 
  private:
-  const std::unique_ptr<v1::Peer::Stub> stub_;
+  const std::unique_ptr<v1::PeerService::Stub> stub_;
 };
 
 class GrpcPeerDialer final : public PeerDialer {

@@ -72,7 +72,7 @@ class Pending {
   std::atomic<bool> finished_{false};
 };
 
-class Service final : public v1::Peer::CallbackService {
+class Service final : public v1::PeerService::CallbackService {
  public:
   Service(PeerBackend& backend, uint32_t max_pending)
       : backend_(backend), max_pending_(max_pending) {}

@@ -1,6 +1,8 @@
 // Layouts and instances that must be refused, and the field that each refusal names.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <functional>
+#include <random>
 
 #include "tests/unit/mapping_support.h"
 
@@ -172,6 +174,70 @@ TEST_CASE("every bad number of a layout is refused with its field's name") {
         status.error().code ==
         (status.error().reason == "TOO_FRAGMENTED" ? status.error().code : Code::kInvalidArgument));
   }
+}
+
+TEST_CASE("planes that meet are never accepted, and planes that nest are never refused") {
+  std::mt19937 random(11);
+  int accepted = 0;
+  int met = 0;
+  for (int round = 0; round < 4000; ++round) {
+    RankLayout layout;
+    layout.pools.push_back({"p", 4096});
+    Group group;
+    group.tokens_per_block = 1 + random() % 3;
+    group.block_count = 1 + random() % 4;
+    group.blocks_per_id = 1 + static_cast<uint32_t>(random() % group.block_count);
+    for (uint32_t p = 0; p < 2; ++p) {
+      Plane plane;
+      plane.role = p == 0 ? "key" : "value";
+      plane.type = "u8";
+      plane.unit_count = 1 + static_cast<uint32_t>(random() % 3);
+      plane.units_total = plane.unit_count;
+      plane.cell_bytes = 1 + random() % 4;
+      plane.offset = random() % 24;
+      plane.token_stride = random() % 24;
+      plane.unit_stride = random() % 24;
+      plane.block_stride = plane.token_stride + random() % 24;
+      group.planes.push_back(plane);
+    }
+    if (random() % 2 == 0) {  // the same strides more often
+      Plane& second = group.planes[1];
+      const uint64_t offset = second.offset;
+      second = group.planes[0];
+      second.role = "value";
+      second.offset = offset;
+    }
+    layout.groups.push_back(group);
+    std::vector<int> used(4096);
+    for (const Plane& plane : group.planes)
+      for (uint64_t b = 0; b < round_down(group.block_count, group.blocks_per_id); ++b)
+        for (uint64_t u = 0; u < plane.unit_count; ++u)
+          for (uint64_t t = 0; t < group.tokens_per_block; ++t)
+            for (uint64_t i = 0; i < plane.cell_bytes; ++i)
+              ++used[plane.offset + b * plane.block_stride + u * plane.unit_stride +
+                     t * plane.token_stride + i];
+    const bool meets = *std::max_element(used.begin(), used.end()) > 1;
+    const Status status = validate_layout(layout);
+    INFO("round " << round);
+    if (meets) REQUIRE_FALSE(status);
+    if (meets) ++met;
+    if (status) ++accepted;
+  }
+  CHECK(met > 500);
+  CHECK(accepted > 100);
+}
+
+TEST_CASE("thousands of interleaved planes are judged in bounded time") {
+  GroupSpec spec;
+  for (uint32_t l = 0; l < 1024; ++l) spec.layers.push_back(l);
+  spec.units_total = 8;
+  spec.units = {0, 8};
+  spec.cell_bytes = 2;
+  spec.block_count = 4;
+  spec.memory = "|bultr";
+  RankLayout layout;
+  add_group(layout, spec);
+  CHECK(validate_layout(layout));
 }
 
 TEST_CASE("groups that share storage need one id space and blocks that ids keep apart") {
