@@ -39,7 +39,6 @@ struct Lane {
   uint64_t held_bytes = 0;
   bool hello_seen = false;                    // the peer's HELLO came before we were connected
   Time heard;
-  uint32_t tried_epoch = 0;                   // the highest that a reopening was asked for
   Duration backoff{};
 };
 
@@ -100,19 +99,6 @@ inline RankKey sender_key(const TransferName& transfer, uint32_t rank) {
 }
 inline RankKey rank_key(const TransferName& transfer, const LayoutHandle& layout) {
   return {transfer, layout.instance, layout.incarnation, layout.rank};
-}
-
-// A transfer's name and the rank on this side: what a repeated call names, and what stays dead after
-// Close. Several instances may receive the same transfer here, so theirs belongs to it.
-struct LocalName {
-  TransferName name;
-  std::string instance;
-  Incarnation incarnation;
-  uint32_t rank = 0;
-  auto operator<=>(const LocalName&) const = default;
-};
-inline LocalName local_name(const TransferName& name, const LayoutHandle& layout) {
-  return {name, layout.instance, layout.incarnation, layout.rank};
 }
 
 // ---- what both sides' transfers share --------------------------------------------------------------

@@ -313,6 +313,7 @@ Status Daemon::Impl::make_listeners() {
 
   ops::HttpHandlers handlers;
   handlers.metrics = [this] {
+    engine->export_now(std::chrono::milliseconds(200));
     metrics->healthy.set(admin->health_now().ok() ? 1 : 0);
     metrics->ready.set(admin->ready_now().ok() ? 1 : 0);
     return metrics->text();

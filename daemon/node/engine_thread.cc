@@ -4,6 +4,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <future>
 #include <utility>
 
 #include "daemon/base/check.h"
@@ -124,6 +125,18 @@ void EngineThread::unregister(std::shared_ptr<const engine::LayoutHandle> layout
     quiet_[layout].push_back(quiet);
     follow_up_.push_back(engine::UnregisterLayout{layout, reason});
   });
+}
+
+void EngineThread::export_now(Duration patience) {
+  auto exported = std::make_shared<std::promise<void>>();
+  std::future<void> done = exported->get_future();
+  ask([this, exported](const engine::Engine&, Time now) {
+    next_refresh_ = {};
+    refresh_views(now);
+    exported->set_value();
+  });
+  // A scrape of an engine that does not turn shows the last numbers; the watchdog tells of it.
+  (void)done.wait_for(patience);
 }
 
 EngineThread::RailsView EngineThread::rails_view() const {

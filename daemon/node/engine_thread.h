@@ -84,6 +84,8 @@ class EngineThread final : private rails::RailsEvents {
     int last_status = 0;                          // exit status of the last end; 78: configuration
     std::vector<std::pair<std::string, std::string>> settings;
   };
+  // Brings the metrics up to this moment; waits at most `patience` for the engine's thread.
+  void export_now(Duration patience);
   // A copy, at most 100 ms old.
   RailsView rails_view() const KVFERRY_EXCLUDES(view_mutex_);
 

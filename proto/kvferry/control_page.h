@@ -186,9 +186,10 @@ class StatusReader {
   }
 
   // Tries again while the writer is at work, which takes it a fraction of a microsecond; false
-  // after so many tries that the writer must have been stopped in the middle.
+  // after some ten microseconds: the writer was stopped in the middle, and will note the change in
+  // the ring once it has finished.
   bool read(uint32_t slot, Record& out) const {
-    for (int i = 0; i < 100000; ++i)
+    for (int i = 0; i < 1000; ++i)
       if (try_read(slot, out)) return true;
     return false;
   }

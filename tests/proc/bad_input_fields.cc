@@ -70,22 +70,20 @@ class Collector final : public MessageDifferencer::Reporter {
   }
 
  private:
-  void note(const Message& root, const std::vector<MessageDifferencer::SpecificField>& path,
+  // `parent` holds the last field of the path.
+  void note(const Message& parent, const std::vector<MessageDifferencer::SpecificField>& path,
             int MessageDifferencer::SpecificField::*index) {
-    const Message* at = &root;
+    if (path.empty()) return;
     std::string name;
-    for (const MessageDifferencer::SpecificField& step : path) {
-      name = joined(name, *step.field);
-      if (!is_message(*step.field)) break;
-      const Reflection& reflection = *at->GetReflection();
-      at = step.field->is_repeated()
-               ? &reflection.GetRepeatedMessage(*at, step.field, step.*index)
-               : &reflection.GetMessage(*at, step.field);
-    }
-    if (!path.empty() && is_message(*path.back().field))
-      add_set(*at, name, out_);
-    else
+    for (const MessageDifferencer::SpecificField& step : path) name = joined(name, *step.field);
+    const MessageDifferencer::SpecificField& last = path.back();
+    const Reflection& reflection = *parent.GetReflection();
+    if (!is_message(*last.field))
       out_.insert(name);
+    else if (last.field->is_repeated())
+      add_set(reflection.GetRepeatedMessage(parent, last.field, last.*index), name, out_);
+    else
+      add_set(reflection.GetMessage(parent, last.field), name, out_);
   }
 
   Paths& out_;

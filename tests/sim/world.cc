@@ -1,5 +1,7 @@
 #include "tests/sim/world.h"
 
+#include <cstdio>
+
 #include "tests/sim/network.h"
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
@@ -93,11 +95,44 @@ void World::run() {
   workload->plan();
   plan_network_faults();
   plan_deaths();
-  const Time rest{scenario.faults.until.count() + kRest.count()};
-  while (!workload->finished() && now_ < rest)
-    if (!step()) break;
-  workload->check_finished();
-  finish();
+  try {
+    const Time rest{scenario.faults.until.count() + kRest.count()};
+    while (!workload->finished() && now_ < rest)
+      if (!step()) break;
+    workload->check_finished();
+    finish();
+  } catch (const Violation&) {
+    if (trace.verbose()) print_state();
+    throw;
+  }
+}
+
+// What the daemons hold: printed where a run has failed.
+void World::print_state() const {
+  for (const auto& node : nodes) {
+    if (!node->alive()) continue;
+    const engine::EngineSnapshot snapshot = node->snapshot();
+    const engine::ArenaView& arena = snapshot.arena;
+    std::printf("%s: arena %llu free %llu granted %llu landing %llu landed %llu scattering %llu "
+                "quarantined %llu staging %llu\n",
+                node->name().c_str(), static_cast<unsigned long long>(arena.total_bytes),
+                static_cast<unsigned long long>(arena.free_bytes),
+                static_cast<unsigned long long>(arena.granted_bytes),
+                static_cast<unsigned long long>(arena.landing_bytes),
+                static_cast<unsigned long long>(arena.landed_bytes),
+                static_cast<unsigned long long>(arena.scattering_bytes),
+                static_cast<unsigned long long>(arena.quarantined_bytes),
+                static_cast<unsigned long long>(arena.staging_bytes));
+    for (const auto& link : snapshot.links)
+      std::printf("  link to %s legs in %u out %u parked %u\n", link.node.c_str(), link.legs_in,
+                  link.legs_out, link.parked);
+    for (const auto& transfer : snapshot.transfers)
+      std::printf("  transfer %s rank %u %s state %d bytes %llu/%llu\n", transfer.id.c_str(),
+                  transfer.rank, transfer.role == engine::Role::kSender ? "sender" : "receiver",
+                  static_cast<int>(transfer.state),
+                  static_cast<unsigned long long>(transfer.bytes_done),
+                  static_cast<unsigned long long>(transfer.bytes_total));
+  }
 }
 
 // All has ended and is closed: what the daemons still hold must come back.

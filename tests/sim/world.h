@@ -64,6 +64,7 @@ class World {
   Duration moment();
   uint32_t some_node() { return static_cast<uint32_t>(rng.below(nodes.size())); }
   void finish();
+  void print_state() const;
 
   Time now_{};
   uint64_t order_ = 0;
