@@ -418,6 +418,7 @@ void EngineThread::refresh_views(Time now) {
   if (now < next_refresh_) return;
   next_refresh_ = now + kRefresh;
   for (auto& [worker, session] : sessions_) session->page().tick(now);
+  watch_closing_lanes(now);
   RailsView view;
   view.ready = parts_.rails->phase() == rails::RailsClient::Phase::kReady;
   view.restarts = parts_.rails->restarts();

@@ -93,6 +93,7 @@ class EngineThread final : private rails::RailsEvents {
   struct Lane {
     rails::LaneKey key;
     bool closing = false;
+    Time closing_since{};
   };
   struct Condition {
     WorkerId worker;
@@ -108,6 +109,9 @@ class EngineThread final : private rails::RailsEvents {
   void poll_conditions();
   void refresh_views(Time now);
   void export_stats();
+  // Last resort for memory that somebody may still write: ends the rails process if a lane that was
+  // given up does not come to its end.
+  void watch_closing_lanes(Time now);
   // What still waits is answered UNAVAILABLE, so that no caller is left without an answer.
   void answer_all_waiting();
 
@@ -143,6 +147,8 @@ class EngineThread final : private rails::RailsEvents {
   Lane* find_lane(const engine::LaneRef& lane);
   const engine::LaneRef* find_ref(rails::LaneKey key) const;
   void forget_lane(rails::LaneKey key);
+  // Returns false if the lane is already gone.
+  bool begin_closing(Lane& lane);
 
   // rails::RailsEvents
   void on_ready(const rails::RailsReady& ready) override;

@@ -13,6 +13,8 @@ namespace {
 
 // Tokens of control messages and of offers share one space; this bit tells them apart.
 constexpr uint64_t kControlToken = uint64_t{1} << 63;
+// UCX ends the requests of a closed endpoint within milliseconds.
+constexpr Duration kLongestClosing = std::chrono::seconds(10);
 
 rails::Region piece_of(const memory::Region& region, uint64_t bytes) {
   return {region.segment, region.offset, bytes};
@@ -35,6 +37,24 @@ void EngineThread::forget_lane(rails::LaneKey key) {
   if (it == refs_.end()) return;
   lanes_.erase(it->second);
   refs_.erase(it);
+}
+
+bool EngineThread::begin_closing(Lane& lane) {
+  // RAILS_DOWN or LANE_UNKNOWN: there is nothing left to close.
+  if (!parts_.rails->close(lane.key)) return false;
+  lane.closing = true;
+  lane.closing_since = monotonic_now();
+  return true;
+}
+
+void EngineThread::watch_closing_lanes(Time now) {
+  for (const auto& [ref, lane] : lanes_) {
+    if (!lane.closing || now - lane.closing_since < kLongestClosing) continue;
+    ops::log_error("a lane that was given up does not end: ending the rails process",
+                   {ops::field("link", ref.link.value), ops::field("lane", ref.lane)});
+    parts_.rails->kill("a lane that was given up did not end");
+    return;
+  }
 }
 
 void EngineThread::lane_failed(const engine::LaneRef& lane) {
@@ -67,12 +87,7 @@ void EngineThread::execute(engine::TellLaneDown& command) {
 void EngineThread::execute(engine::CloseLane& command) {
   Lane* lane = find_lane(command.lane);
   if (lane == nullptr) return;
-  const rails::LaneKey key = lane->key;
-  // Told RAILS_DOWN, it is gone already.
-  if (parts_.rails->close(key))
-    lane->closing = true;
-  else
-    forget_lane(key);
+  if (!begin_closing(*lane)) forget_lane(lane->key);
 }
 
 void EngineThread::execute(engine::CloseLink& command) {
@@ -81,11 +96,7 @@ void EngineThread::execute(engine::CloseLink& command) {
   for (auto it = lanes_.begin(); it != lanes_.end();) {
     const auto next = std::next(it);
     if (it->first.link == command.link && !it->second.closing) {
-      const rails::LaneKey key = it->second.key;
-      if (parts_.rails->close(key))
-        it->second.closing = true;
-      else
-        forget_lane(key);
+      if (!begin_closing(it->second)) forget_lane(it->second.key);
     }
     it = next;
   }

@@ -227,7 +227,7 @@ class RawMain {
     REQUIRE(memory);
     memory_ = std::move(*memory);
     RailsProcess::Plan plan;
-    plan.executable = KVFERRY_RAILS_BINARY;
+    plan.executable = rails_binary();
     plan.environment = *make_rails_environment({});
     plan.setup.rail_count = 1;
     plan.setup.segment_count = 1;

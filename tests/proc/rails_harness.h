@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -20,6 +21,12 @@
 namespace kvferry::rails::testing {
 
 inline constexpr uint64_t kArenaBytes = 64ULL << 20;
+
+// The one built beside the tests, or another one to be tested (built with another UCX).
+inline std::string rails_binary() {
+  const char* const other = std::getenv("KVFERRY_RAILS_BINARY");
+  return other != nullptr ? other : KVFERRY_RAILS_BINARY;
+}
 
 class Node : public RailsEvents {
  public:
@@ -143,7 +150,7 @@ inline void join(Node& a, Node& b, uint64_t key, uint32_t rail = 0) {
 
 inline RailsConfig loopback(const std::string& transport = "tcp") {
   RailsConfig config;
-  config.executable = KVFERRY_RAILS_BINARY;
+  config.executable = rails_binary();
   config.rails = {{transport, transport == "tcp" ? "lo" : ""}};
   return config;
 }
