@@ -21,7 +21,7 @@ for pair in tp2:tp4 tp4:tp2; do
   printf '== Llama-3-8B, 8,192 tokens, %s over tcp\n' "$pair"
   "$build/bin/kvferry-bench" model --model llama-3-8b --tokens 8192 --pair "$pair" --path tcp \
     --rounds 3 --progress --show-metrics --json-file "$logs/${pair/:/-}.json"
-  summary+=("$pair $(sed -n 's/.*"gbps": *\([0-9.]*\).*/\1/p' "$logs/${pair/:/-}.json" | head -1) GB/s")
+  summary+=("$pair $(awk -F'[:,]' '/"gbps"/ { printf "%.2f", $2; exit }' "$logs/${pair/:/-}.json") GB/s")
 done
 
 if pgrep -f "$PWD/$build/bin/kvferry(d|-rails)" >/dev/null 2>&1; then

@@ -217,7 +217,9 @@ Verdict verify(const RankMemory& memory, uint64_t tokens, uint64_t salt, const s
   // Everything that is no cell of the request: what lies between its blocks in each plane. Planes
   // of one layer interleave inside a block, so whole blocks of the layer are looked at.
   std::vector<uint8_t> used(memory.layout.groups[0].block_count, 0);
-  for (int32_t id : memory.block_ids) used[static_cast<std::size_t>(id)] = 1;
+  const uint64_t per_block = memory.layout.groups[0].tokens_per_block;
+  for (std::size_t i = 0; i < memory.block_ids.size() && i * per_block < tokens; ++i)
+    used[static_cast<std::size_t>(memory.block_ids[i])] = 1;
   for (const client::Plane& plane : memory.layout.groups[0].planes) {
     for (uint64_t block = 0; block < used.size(); ++block) {
       if (used[block] != 0) continue;

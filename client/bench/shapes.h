@@ -65,8 +65,8 @@ struct Verdict {
   std::string first;             // where the first wrong word stands
   bool ok() const { return wrong_bytes == 0 && cell_bytes > 0; }
 };
-// Compares every byte of the pool: cells of the request with the pattern, all others with
-// fill_untouched's. Computes addresses from the layout's strides by itself.
+// Compares every byte of the pool: cells of the request's first `tokens` with the pattern, all
+// other blocks with fill_untouched's. Computes addresses from the layout's strides by itself.
 Verdict verify(const RankMemory& memory, uint64_t tokens, uint64_t salt, const std::byte* pool);
 
 }  // namespace kvferry::bench

@@ -10,8 +10,8 @@ namespace kvferry::engine {
 
 Arena::Arena(const EngineConfig& config)
     : frame_bytes_(std::bit_ceil(std::max<uint64_t>(config.chunk_bytes, 1))),
-      min_bytes_(std::min(std::bit_ceil(std::max<uint64_t>(config.min_region_bytes, 1)),
-                          frame_bytes_)),
+      min_bytes_(
+          std::min(std::bit_ceil(std::max<uint64_t>(config.min_region_bytes, 1)), frame_bytes_)),
       buddy_(config.segment_bytes, min_bytes_) {
   frame_count_ = buddy_.count_fitting_when_empty(frame_bytes_);
   KVFERRY_CHECK(frame_count_ >= uint64_t{config.staged_ahead} + 2,
@@ -72,9 +72,9 @@ std::optional<memory::Region> Arena::take(RegionKind kind, uint64_t bytes) {
 void Arena::give_back(RegionKind kind, const memory::Region& region) {
   const FrameAddress address{region.segment, round_down(region.offset, frame_bytes_)};
   const auto it = table_.find(address);
-  KVFERRY_CHECK(it != table_.end() && it->second.kind == kind &&
-                    it->second.slot_bytes == region.bytes,
-                "a region goes back to its frame");
+  KVFERRY_CHECK(
+      it != table_.end() && it->second.kind == kind && it->second.slot_bytes == region.bytes,
+      "a region goes back to its frame");
   Frame& frame = it->second;
   const uint64_t slot = (region.offset - address.second) / frame.slot_bytes;
   const uint64_t bit = uint64_t{1} << (slot % 64);
@@ -109,7 +109,8 @@ void Arena::verify(const std::vector<std::pair<RegionKind, memory::Region>>& reg
   for (const auto& [kind, region] : regions) {
     const FrameAddress address{region.segment, round_down(region.offset, frame_bytes_)};
     const auto it = table_.find(address);
-    KVFERRY_CHECK(it != table_.end() && it->second.kind == kind, "a region lies in its kind's frame");
+    KVFERRY_CHECK(it != table_.end() && it->second.kind == kind,
+                  "a region lies in its kind's frame");
     KVFERRY_CHECK(it->second.slot_bytes == region.bytes, "a region has its frame's size");
     KVFERRY_CHECK(seen.insert(region).second, "a region has one holder");
     const uint64_t slot = (region.offset - address.second) / region.bytes;

@@ -1,9 +1,9 @@
-// The arena's regions and the floors between landing and staging. It knows sizes and kinds, not legs.
-// Owned by the engine; one thread.
+// The arena's regions and the floors between landing and staging. It knows sizes and kinds, not
+// legs. Owned by the engine; one thread.
 //
-// The arena is cut into frames, each as large as the largest chunk's region. A frame serves one kind
-// (landing or staging) and one size of region at a time, and is nobody's when its last region is
-// freed. So small regions of one kind never stand in the way of the other kind, and the floors,
+// The arena is cut into frames, each as large as the largest chunk's region. A frame serves one
+// kind (landing or staging) and one size of region at a time, and is nobody's when its last region
+// is freed. So small regions of one kind never stand in the way of the other kind, and the floors,
 // counted in frames, hold whatever the sizes are:
 //   landing never takes the last E + 1 frames, staging never the last one (E: chunks staged ahead).
 #pragma once
@@ -29,8 +29,8 @@ class Arena {
   // The arena must hold at least E + 2 frames (configuration checks that; here it is an invariant).
   explicit Arena(const EngineConfig& config);
 
-  // A region of at least `bytes` (> 0, at most the largest chunk), or nothing if the kind's share is
-  // used up. O(log frames + regions of a frame / 64).
+  // A region of at least `bytes` (> 0, at most the largest chunk), or nothing if the kind's share
+  // is used up. O(log frames + regions of a frame / 64).
   std::optional<memory::Region> take(RegionKind kind, uint64_t bytes);
   void give_back(RegionKind kind, const memory::Region& region);
   // Whether take() of any size would fail.

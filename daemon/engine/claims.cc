@@ -118,14 +118,14 @@ void Claims::tell(const Word& word, Link& link, uint32_t sender_rank) {
   TransferName name = word.name;
   name.incarnation = word.sender_incarnation;
   if (word.declines) {
-    (void)core_.lanes.send(link, MsgDecline{name, proof, word.layout->instance,
-                                            word.layout->incarnation, sender_rank,
-                                            word.layout->rank});
+    (void)core_.lanes.send(
+        link, MsgDecline{name, proof, word.layout->instance, word.layout->incarnation, sender_rank,
+                         word.layout->rank});
   } else {
     const auto ttl = std::chrono::duration_cast<std::chrono::milliseconds>(word.ttl).count();
-    (void)core_.lanes.send(link, MsgClaim{name, proof, word.layout->instance,
-                                          word.layout->incarnation, sender_rank, word.layout->rank,
-                                          static_cast<uint64_t>(ttl)});
+    (void)core_.lanes.send(
+        link, MsgClaim{name, proof, word.layout->instance, word.layout->incarnation, sender_rank,
+                       word.layout->rank, static_cast<uint64_t>(ttl)});
   }
 }
 

@@ -1,5 +1,5 @@
-// A receiver's word before its Receive: CLAIM ("I shall come", renewed until Receive, Decline or the
-// worker's death) and DECLINE ("I shall not"). Part of Core.
+// A receiver's word before its Receive: CLAIM ("I shall come", renewed until Receive, Decline or
+// the worker's death) and DECLINE ("I shall not"). Part of Core.
 #pragma once
 
 #include <cstdint>

@@ -57,9 +57,9 @@ bool Core::refused(const OpRef& op, const LayoutHandle* layout) {
 // Whether a call that names a transfer is well formed; else it has its answer.
 bool Core::well_formed(const OpRef& op, const TransferKey& key, const LayoutHandle* layout) {
   const char* field = key.id.empty() || key.id.size() > kMostIdBytes ? "transfer.id"
-                      : key.instance.empty()                        ? "transfer.instance"
-                      : layout == nullptr                           ? "layout"
-                                                                    : nullptr;
+                      : key.instance.empty()                         ? "transfer.instance"
+                      : layout == nullptr                            ? "layout"
+                                                                     : nullptr;
   if (field == nullptr) return true;
   reply_error(op, Code::kInvalidArgument, "BAD_TRANSFER", std::string("bad ") + field, field);
   return false;
@@ -98,7 +98,9 @@ void Core::on(ClaimOp& op) {
 void Core::on(DeclineOp& op) {
   if (well_formed(op.op, op.key, op.layout.get())) claims.decline(op);
 }
-void Core::on(CancelOp& op) { by_handle(op, &Sender::cancel, &Receiver::cancel); }
+void Core::on(CancelOp& op) {
+  by_handle(op, &Sender::cancel, &Receiver::cancel);
+}
 void Core::on(CloseOp& op) {
   if (workers.find(op.op.worker, op.client_handle)) {
     by_handle(op, &Sender::close, &Receiver::close);
@@ -118,7 +120,9 @@ void Core::on(RevokeOp& op) {
     reply_error(op.op, Code::kNotFound, "TRANSFER_UNKNOWN", "no open send has this handle",
                 "client_handle");
 }
-void Core::on(WorkerAttached& event) { workers.attached(event); }
+void Core::on(WorkerAttached& event) {
+  workers.attached(event);
+}
 void Core::on(WorkerGone& event) {
   if (!workers.known(event.worker)) return;
   sender.worker_gone(event.worker);
@@ -137,7 +141,9 @@ void Core::on(UnregisterLayout& event) {
 void Core::on(Resolved& event) {
   if (!receiver.resolved(event)) (void)claims.resolved(event);
 }
-void Core::on(PullResolved& event) { sender.pull_resolved(event); }
+void Core::on(PullResolved& event) {
+  sender.pull_resolved(event);
+}
 void Core::on(Compiled& event) {
   if (!sender.compiled(event)) (void)receiver.compiled(event);
 }
@@ -147,20 +153,48 @@ void Core::on(CopyEnded& event) {
 void Core::on(ConditionMet& event) {
   if (!sender.condition_met(event.condition)) (void)receiver.condition_met(event.condition);
 }
-void Core::on(LinkUp& event) { lanes.link_up(event); }
-void Core::on(LinkEnded& event) { lanes.link_ended(event); }
-void Core::on(LaneConnected& event) { lanes.lane_connected(event.lane); }
-void Core::on(LaneFailed& event) { lanes.lane_failed(event.lane); }
-void Core::on(LaneReopened& event) { lanes.lane_reopened(event.lane); }
-void Core::on(LaneReopenFailed& event) { lanes.lane_reopen_failed(event.lane); }
-void Core::on(PeerLaneDown& event) { lanes.peer_lane_down(event.lane); }
-void Core::on(MessageIn& event) { lanes.message_in(event); }
-void Core::on(RefuseIn& event) { lanes.refuse_in(event); }
-void Core::on(OfferIn& event) { lanes.offer_in(event); }
-void Core::on(ReceiveEnded& event) { receiver.receive_ended(event); }
-void Core::on(OfferSendEnded& event) { sender.offer_send_ended(event.offer); }
-void Core::on(RailsUp&) { lanes.rails_up(); }
-void Core::on(RailsDied&) { lanes.rails_died(); }
+void Core::on(LinkUp& event) {
+  lanes.link_up(event);
+}
+void Core::on(LinkEnded& event) {
+  lanes.link_ended(event);
+}
+void Core::on(LaneConnected& event) {
+  lanes.lane_connected(event.lane);
+}
+void Core::on(LaneFailed& event) {
+  lanes.lane_failed(event.lane);
+}
+void Core::on(LaneReopened& event) {
+  lanes.lane_reopened(event.lane);
+}
+void Core::on(LaneReopenFailed& event) {
+  lanes.lane_reopen_failed(event.lane);
+}
+void Core::on(PeerLaneDown& event) {
+  lanes.peer_lane_down(event.lane);
+}
+void Core::on(MessageIn& event) {
+  lanes.message_in(event);
+}
+void Core::on(RefuseIn& event) {
+  lanes.refuse_in(event);
+}
+void Core::on(OfferIn& event) {
+  lanes.offer_in(event);
+}
+void Core::on(ReceiveEnded& event) {
+  receiver.receive_ended(event);
+}
+void Core::on(OfferSendEnded& event) {
+  sender.offer_send_ended(event.offer);
+}
+void Core::on(RailsUp&) {
+  lanes.rails_up();
+}
+void Core::on(RailsDied&) {
+  lanes.rails_died();
+}
 void Core::on(Drain& event) {
   draining = true;
   timers.set({TimerKind::kDrain, 0, 0}, event.limit);

@@ -1,5 +1,5 @@
-// The engine's state and what its parts share: numbers, commands, counters. Each part owns its tables
-// and changes only those; what concerns another part is a call to it.
+// The engine's state and what its parts share: numbers, commands, counters. Each part owns its
+// tables and changes only those; what concerns another part is a call to it.
 //
 //   Workers   attachments, status slots, handles, ids that stay dead
 //   Lanes     links, lanes, sequences, resync

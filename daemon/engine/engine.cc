@@ -35,14 +35,20 @@ void Engine::flush(Time now, Commands& out) {
   core_->flush();
 }
 
-Time Engine::next_timer() const { return core_->timers.next(); }
+Time Engine::next_timer() const {
+  return core_->timers.next();
+}
 
 EngineSnapshot Engine::snapshot(Time now) const {
   return core_->snapshot(now);
 }
 
-const EngineStats& Engine::stats() const { return core_->stats; }
+const EngineStats& Engine::stats() const {
+  return core_->stats;
+}
 
-void Engine::check_invariants() const { core_->check_invariants(); }
+void Engine::check_invariants() const {
+  core_->check_invariants();
+}
 
 }  // namespace kvferry::engine

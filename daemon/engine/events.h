@@ -20,7 +20,7 @@ namespace kvferry::engine {
 
 using mapping::GroupBlocks;
 
-// ---- calls of workers ------------------------------------------------------------------------
+// ---- calls of workers -------------------------------------------------------------------------
 
 // Names a call for its answer (command Reply).
 struct OpRef {
@@ -136,7 +136,7 @@ struct UnregisterLayout {
   Reason reason = Reason::kUnregistered;
 };
 
-// ---- answers of the directory and the compilers ------------------------------------------------
+// ---- answers of the directory and the compilers -----------------------------------------------
 
 struct ReceiverLeg {
   uint32_t sender_rank = 0;
@@ -189,7 +189,7 @@ struct ConditionMet {
   ConditionId condition;
 };
 
-// ---- links and rails ---------------------------------------------------------------------------
+// ---- links and rails --------------------------------------------------------------------------
 
 struct LinkUp {
   LinkId link;

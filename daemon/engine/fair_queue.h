@@ -1,6 +1,6 @@
-// Whose turn it is: legs that want a region, served round robin over tenants, then over each tenant's
-// workers, then over each worker's transfers, then over each transfer's legs. Deterministic: who was
-// served longest ago comes first, newcomers come last.
+// Whose turn it is: legs that want a region, served round robin over tenants, then over each
+// tenant's workers, then over each worker's transfers, then over each transfer's legs.
+// Deterministic: who was served longest ago comes first, newcomers come last.
 #pragma once
 
 #include <compare>
@@ -50,7 +50,7 @@ class FairQueue {
  private:
   struct Node;
   struct Level {
-    std::map<uint64_t, uint64_t> order;   // turn -> child
+    std::map<uint64_t, uint64_t> order;  // turn -> child
     std::map<uint64_t, Node> children;
   };
   struct Node {

@@ -1,5 +1,5 @@
-// Serves those who wait for regions of one kind, in turn, until nobody waits or nothing fits. Who is
-// passed over too often because its size does not fit stops the others until it has its turn.
+// Serves those who wait for regions of one kind, in turn, until nobody waits or nothing fits. Who
+// is passed over too often because its size does not fit stops the others until it has its turn.
 #pragma once
 
 #include <optional>
@@ -11,8 +11,8 @@
 
 namespace kvferry::engine {
 
-// `may`: whether to go on; `size`: bytes that a key asks for; `grant(key, region)` uses the region and
-// may change the queue; `passed(key)`: another was served before it.
+// `may`: whether to go on; `size`: bytes that a key asks for; `grant(key, region)` uses the region
+// and may change the queue; `passed(key)`: another was served before it.
 template <typename May, typename Size, typename Grant, typename Passed>
 void serve_in_turn(FairQueue& queue, Arena& arena, RegionKind kind, std::set<FairKey>& starving,
                    May&& may, Size&& size, Grant&& grant, Passed&& passed) {

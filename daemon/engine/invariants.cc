@@ -1,5 +1,5 @@
-// The invariants that connect the engine's tables. Each is checked as it is said; the first broken one
-// ends the process.
+// The invariants that connect the engine's tables. Each is checked as it is said; the first broken
+// one ends the process.
 #include <algorithm>
 
 #include "daemon/base/check.h"
@@ -41,14 +41,14 @@ void Core::check_invariants() const {
   }
 }
 
-void Sender::check_invariants(
-    std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
+void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
   std::map<uint64_t, uint32_t> gathers;
   for (const auto& [id, staging] : stagings_) {
     regions.emplace_back(RegionKind::kStaging, staging.region);
     KVFERRY_CHECK(staging.wanted || staging.gathering || staging.sends > 0,
                   "staging that nobody wants or touches is freed");
-    KVFERRY_CHECK(!staging.offered || newest_.contains(staging.offer), "an offer that is out is found");
+    KVFERRY_CHECK(!staging.offered || newest_.contains(staging.offer),
+                  "an offer that is out is found");
     if (staging.gathering) ++gathers[staging.send];
     if (!staging.wanted) continue;
     const auto leg = legs_.find(staging.leg);
@@ -82,12 +82,14 @@ void Sender::check_invariants(
         const bool holds = chunk.state != TxState::kIdle && chunk.state != TxState::kAcked;
         KVFERRY_CHECK(holds == (chunk.staging != 0), "a chunk holds staging from gather to ack");
       }
-      KVFERRY_CHECK(acked == slice.acked && gathered == slice.gathered, "a slice counts its chunks");
+      KVFERRY_CHECK(acked == slice.acked && gathered == slice.gathered,
+                    "a slice counts its chunks");
       const bool announced = slice.state == TxSlice::State::kAnnounced;
       ungathered += !announced || gathered < slice.chunks.size();
       unacked += slice.chunks.empty() ? !slice.empty_acked : acked < slice.chunks.size();
     }
-    KVFERRY_CHECK(ungathered == leg.ungathered && unacked == leg.unacked, "a leg counts its slices");
+    KVFERRY_CHECK(ungathered == leg.ungathered && unacked == leg.unacked,
+                  "a leg counts its slices");
   }
   KVFERRY_CHECK(ahead == ahead_total_, "chunks staged ahead are counted");
   for (const auto& [id, send] : sends_) {
@@ -100,8 +102,7 @@ void Sender::check_invariants(
   }
 }
 
-void Receiver::check_invariants(
-    std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
+void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
   std::map<uint64_t, uint64_t> held;
   std::map<uint64_t, uint64_t> granted;
   std::map<uint64_t, uint32_t> scatters;
@@ -127,9 +128,9 @@ void Receiver::check_invariants(
     const RxSlice& slice = leg->second.slices.at(region.slice);
     if (slice.state == RxSlice::State::kDropped) continue;
     const RxState state = slice.chunks.at(region.chunk);
-    KVFERRY_CHECK(state == (region.state == RegionState::kLanding ? RxState::kLanding
-                                                                  : RxState::kLanded),
-                  "a chunk's state fits its region");
+    KVFERRY_CHECK(
+        state == (region.state == RegionState::kLanding ? RxState::kLanding : RxState::kLanded),
+        "a chunk's state fits its region");
   }
   for (const auto& [pull, leg] : legs_) {
     const auto count = held.find(pull);
@@ -152,8 +153,8 @@ void Receiver::check_invariants(
     for (const auto& [ordinal, slice] : leg.slices) {
       if (slice.state != RxSlice::State::kCounts) continue;
       chunks += slice.chunks.size();
-      const auto of_slice =
-          static_cast<uint64_t>(std::count(slice.chunks.begin(), slice.chunks.end(), RxState::kDone));
+      const auto of_slice = static_cast<uint64_t>(
+          std::count(slice.chunks.begin(), slice.chunks.end(), RxState::kDone));
       KVFERRY_CHECK(of_slice == slice.done, "a slice counts its chunks");
       done += of_slice;
     }
@@ -163,7 +164,8 @@ void Receiver::check_invariants(
     const auto running = scatters.find(id);
     KVFERRY_CHECK(receive.scatters == (running == scatters.end() ? 0 : running->second),
                   "a receive counts its scatters");
-    KVFERRY_CHECK(!receive.terminal() || receive.legs.empty(), "a terminal receive has no live leg");
+    KVFERRY_CHECK(!receive.terminal() || receive.legs.empty(),
+                  "a terminal receive has no live leg");
     KVFERRY_CHECK(!receive.record.released || receive.scatters == 0,
                   "released pages are not being written");
   }

@@ -9,8 +9,8 @@
 namespace kvferry::engine {
 namespace {
 
-constexpr uint64_t kMaxHeldBytes = 4 << 20;     // of a link's lane, behind a gap
-constexpr uint32_t kMaxProtocolErrors = 16;     // of a link, then it is closed
+constexpr uint64_t kMaxHeldBytes = 4 << 20;  // of a link's lane, behind a gap
+constexpr uint32_t kMaxProtocolErrors = 16;  // of a link, then it is closed
 
 // Roughly what a held message takes.
 uint64_t size_of(const ControlMessage& message) {
@@ -27,7 +27,9 @@ uint64_t size_of(const ControlMessage& message) {
   return bytes;
 }
 
-TimerKey lane_timer(TimerKind kind, LinkId link, uint32_t lane) { return {kind, link.value, lane}; }
+TimerKey lane_timer(TimerKind kind, LinkId link, uint32_t lane) {
+  return {kind, link.value, lane};
+}
 
 }  // namespace
 
@@ -66,7 +68,7 @@ Lane* Lanes::current(const LaneRef& ref, Link*& link) {
   return &lane;
 }
 
-// ---- links ---------------------------------------------------------------------------------------
+// ---- links ------------------------------------------------------------------------------------
 
 void Lanes::link_up(const LinkUp& event) {
   if (find(event.link) != nullptr) return;
@@ -114,7 +116,7 @@ void Lanes::protocol_error(LinkId id) {
   if (Link* link = find(id)) ++link->protocol_errors;
 }
 
-// ---- lanes coming and going ------------------------------------------------------------------------
+// ---- lanes coming and going -------------------------------------------------------------------
 
 void Lanes::connect(Link& link, uint32_t index) {
   Lane& lane = link.lanes[index];
@@ -191,11 +193,15 @@ void Lanes::lane_down(Link& link, uint32_t index, bool tell) {
   if (was_control) link.control.reset();
   core_.sender.lane_down(link, index, lane.epoch);
   core_.receiver.lane_down(link, index, lane.epoch);
-  if (was_control || !link.control) choose_control(link);
-  else link.resync_due = true;
+  if (was_control || !link.control)
+    choose_control(link);
+  else
+    link.resync_due = true;
   if (tell) {
-    if (link.control) send_on(link, *link.control, MsgLaneDown{index, ref.epoch});
-    else core_.emit(TellLaneDown{ref});
+    if (link.control)
+      send_on(link, *link.control, MsgLaneDown{index, ref.epoch});
+    else
+      core_.emit(TellLaneDown{ref});
   }
   retry_later(link, index);
 }
@@ -279,7 +285,7 @@ void Lanes::rails_died() {
   core_.sender.rails_died();
 }
 
-// ---- sending -------------------------------------------------------------------------------------
+// ---- sending ----------------------------------------------------------------------------------
 
 void Lanes::send_on(Link& link, uint32_t index, ControlMessage message) {
   Lane& lane = link.lanes[index];
@@ -320,7 +326,7 @@ bool Lanes::up(const Link& link, uint32_t lane, uint32_t epoch) const {
          link.lanes[lane].state != LaneState::kDown;
 }
 
-// ---- receiving -----------------------------------------------------------------------------------
+// ---- receiving --------------------------------------------------------------------------------
 
 void Lanes::heard(Link& link, uint32_t index) {
   link.heard = core_.now;
@@ -350,8 +356,7 @@ void Lanes::message_in(MessageIn& event) {
       lane_down(*link, index, true);
       return;
     }
-    if (!flawed(Flaw::kNoGapTimer) &&
-        !core_.timers.pending(lane_timer(TimerKind::kGap, id, index)))
+    if (!flawed(Flaw::kNoGapTimer) && !core_.timers.pending(lane_timer(TimerKind::kGap, id, index)))
       core_.timers.set(lane_timer(TimerKind::kGap, id, index),
                        core_.now + core_.config.silence_limit);
     return;
@@ -389,8 +394,10 @@ void Lanes::dispatch(LinkId id, uint32_t index, ControlMessage& message) {
     return;
   }
   if (const auto* down = std::get_if<MsgLaneDown>(&message)) {
-    if (down->lane == index) protocol_error(id);
-    else peer_lane_down({id, down->lane, down->epoch});
+    if (down->lane == index)
+      protocol_error(id);
+    else
+      peer_lane_down({id, down->lane, down->epoch});
   } else if (auto* pull = std::get_if<MsgPull>(&message)) {
     core_.sender.pull_in(link, *pull);
   } else if (const auto* update = std::get_if<MsgUpdate>(&message)) {
@@ -398,8 +405,10 @@ void Lanes::dispatch(LinkId id, uint32_t index, ControlMessage& message) {
   } else if (auto* slice = std::get_if<MsgSlice>(&message)) {
     core_.receiver.slice_in(link, *slice);
   } else if (const auto* end = std::get_if<MsgEnd>(&message)) {
-    if (end->pull.receiver == core_.config.boot) core_.receiver.end_in(link, *end);
-    else core_.sender.end_in(link, *end);
+    if (end->pull.receiver == core_.config.boot)
+      core_.receiver.end_in(link, *end);
+    else
+      core_.sender.end_in(link, *end);
   } else if (const auto* claim = std::get_if<MsgClaim>(&message)) {
     core_.sender.claim_in(link, *claim);
   } else if (const auto* decline = std::get_if<MsgDecline>(&message)) {
@@ -427,7 +436,7 @@ void Lanes::offer_in(const OfferIn& event) {
   core_.receiver.offer_in(*link, event);
 }
 
-// ---- timers --------------------------------------------------------------------------------------
+// ---- timers -----------------------------------------------------------------------------------
 
 void Lanes::timer(TimerKey key) {
   const LinkId id{key.a};
@@ -453,7 +462,8 @@ void Lanes::timer(TimerKey key) {
     case TimerKind::kLaneRetry:
       if (link->lanes[index].state != LaneState::kDown) break;
       if (rails_) {
-        // Never one that was proposed before: the peer may have taken it up, and its answer was lost.
+        // Never one that was proposed before: the peer may have taken it up, and its answer was
+        // lost.
         Lane& lane = link->lanes[index];
         lane.asked = std::max(lane.asked, lane.epoch) + 1;
         core_.emit(ReopenLane{{id, index, lane.asked}});

@@ -1,8 +1,8 @@
-// Links to peer daemons and their lanes: HELLO and PING, which lane carries control messages, numbers
-// and held messages, silence, lane down and its retry, link death, resync. Part of Core.
+// Links to peer daemons and their lanes: HELLO and PING, which lane carries control messages,
+// numbers and held messages, silence, lane down and its retry, link death, resync. Part of Core.
 //
-// A message is only handed over where a lane is up. Nothing is queued for later: whatever a peer must
-// know is told again by the resync that starts each control lane.
+// A message is only handed over where a lane is up. Nothing is queued for later: whatever a peer
+// must know is told again by the resync that starts each control lane.
 #pragma once
 
 #include <cstdint>

@@ -65,6 +65,8 @@ Proof sender_proof(const Secret& secret, const ProofFields& fields) {
   return proof(secret, 'S', fields);
 }
 
-bool same_proof(const Proof& a, const Proof& b) { return equal_constant_time(a.span(), b.span()); }
+bool same_proof(const Proof& a, const Proof& b) {
+  return equal_constant_time(a.span(), b.span());
+}
 
 }  // namespace kvferry::engine

@@ -1,8 +1,8 @@
-// What two daemons tell each other of a transfer's secret, which itself never travels: an 8-byte tag
-// that names it, and proofs that bind it to one leg. Pure functions; any thread.
+// What two daemons tell each other of a transfer's secret, which itself never travels: an 8-byte
+// tag that names it, and proofs that bind it to one leg. Pure functions; any thread.
 //
-// Each field goes into the hash behind its length, so that no two different lists of fields give the
-// same bytes.
+// Each field goes into the hash behind its length, so that no two different lists of fields give
+// the same bytes.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +22,16 @@ TransferName wire_name(const TransferKey& key, const Incarnation& sender_incarna
 
 // Everything of a leg that a proof binds.
 struct ProofFields {
-  PullId pull;                   // CLAIM, DECLINE: the receiver's boot id and 0
-  SendRef send;                  // zero in what the receiver says
+  PullId pull;   // CLAIM, DECLINE: the receiver's boot id and 0
+  SendRef send;  // zero in what the receiver says
   std::string_view id;
-  std::string_view instance;     // the sender's
-  Incarnation incarnation;       // the sender's
+  std::string_view instance;  // the sender's
+  Incarnation incarnation;    // the sender's
   uint32_t sender_rank = 0;
   uint32_t receiver_rank = 0;
   std::string_view sender_node;
   std::string_view receiver_node;
-  Digest16 cards;                // zero in CLAIM and DECLINE, which carry none
+  Digest16 cards;  // zero in CLAIM and DECLINE, which carry none
 };
 
 // In PULL, CLAIM, DECLINE and the receiver's END.

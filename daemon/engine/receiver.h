@@ -1,5 +1,6 @@
-// The receiver's side: receives, the legs they pull, landing regions and credits, chunks on their way
-// in. Implements the tables "receiver leg", "chunk" and "region and credit" of README.md. Part of Core.
+// The receiver's side: receives, the legs they pull, landing regions and credits, chunks on their
+// way in. Implements the tables "receiver leg", "chunk" and "region and credit" of README.md. Part
+// of Core.
 //
 //   receiver_calls.cc    what workers ask; resolution; a receive's end
 //   receiver_legs.cc     SLICE, DROP, END; dp groups; resync
@@ -110,6 +111,7 @@ class Receiver {
   void grant(RxLeg& leg, const memory::Region& region);
   void grant_all();
   bool withdraw_for(const RxLeg& leg);
+  bool grant_at_once(const RxLeg& leg);
   void withdraw(RxLeg& leg);
   void spend(RxLeg& leg, uint64_t credit);
   void free_region(uint64_t region);
@@ -121,19 +123,19 @@ class Receiver {
   Core& core_;
   std::map<uint64_t, Receive> receives_;
   std::map<RankKey, uint64_t> by_name_;
-  std::map<uint64_t, RxLeg> legs_;                 // by pull, until closed
+  std::map<uint64_t, RxLeg> legs_;  // by pull, until closed
   std::map<uint64_t, RxRegion> regions_;
-  std::map<CopyId, uint64_t> scatters_;            // -> region
+  std::map<CopyId, uint64_t> scatters_;                          // -> region
   std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;  // -> pull, ordinal
-  std::map<ConditionId, uint64_t> conditions_;     // -> receive
-  std::map<ResolveId, uint64_t> resolves_;         // -> receive
-  FairQueue waiting_;                              // legs with a SLICE that want a region
-  FairQueue idle_;                                 // ... without
+  std::map<ConditionId, uint64_t> conditions_;                   // -> receive
+  std::map<ResolveId, uint64_t> resolves_;                       // -> receive
+  FairQueue waiting_;  // legs with a SLICE that want a region
+  FairQueue idle_;     // ... without
   std::set<FairKey> starving_;
   std::set<FairKey> starving_idle_;
-  std::set<uint64_t> withdrawable_;                // pulls with LIVE credits
-  std::set<uint64_t> unsent_;                      // pulls whose first PULL is due
-  std::set<uint64_t> to_update_;                   // pulls with news for the peer
+  std::set<uint64_t> withdrawable_;  // pulls with LIVE credits
+  std::set<uint64_t> unsent_;        // pulls whose first PULL is due
+  std::set<uint64_t> to_update_;     // pulls with news for the peer
   uint64_t last_pull_ = 0;
   uint64_t last_order_ = 0;
 };

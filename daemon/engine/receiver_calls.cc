@@ -10,8 +10,8 @@
 namespace kvferry::engine {
 namespace {
 
-constexpr std::size_t kMostLegs = 1024;      // of a transfer
-constexpr uint64_t kMostRanges = 3500;       // in a PULL: it fits 64 KiB
+constexpr std::size_t kMostLegs = 1024;  // of a transfer
+constexpr uint64_t kMostRanges = 3500;   // in a PULL: it fits 64 KiB
 
 }  // namespace
 
@@ -38,17 +38,17 @@ void Receiver::reply(const OpRef& op, const Receive& receive, bool existing) {
 // The field in which a repeated call differs from the first.
 const char* Receiver::different(const Receive& receive, const ReceiveOp& op) const {
   const ReceiveOp& first = *receive.op;
-  return receive.worker != op.op.worker                         ? "transfer.id"
-         : receive.record.client_handle != op.client_handle     ? "client_handle"
-         : receive.layout != op.layout                          ? "layout"
-         : first.ticket != op.ticket                            ? "ticket"
-         : first.sender_dp_group != op.sender_dp_group          ? "sender_dp_group"
-         : first.needs != op.needs                              ? "needs"
-         : first.blocks != op.blocks                            ? "blocks"
-         : first.num_tokens != op.num_tokens                    ? "num_tokens"
-         : !(first.ready == op.ready)                           ? "ready"
-         : first.wait_for_arena != op.wait_for_arena            ? "wait_for_arena"
-                                                                : nullptr;
+  return receive.worker != op.op.worker                     ? "transfer.id"
+         : receive.record.client_handle != op.client_handle ? "client_handle"
+         : receive.layout != op.layout                      ? "layout"
+         : first.ticket != op.ticket                        ? "ticket"
+         : first.sender_dp_group != op.sender_dp_group      ? "sender_dp_group"
+         : first.needs != op.needs                          ? "needs"
+         : first.blocks != op.blocks                        ? "blocks"
+         : first.num_tokens != op.num_tokens                ? "num_tokens"
+         : !(first.ready == op.ready)                       ? "ready"
+         : first.wait_for_arena != op.wait_for_arena        ? "wait_for_arena"
+                                                            : nullptr;
 }
 
 void Receiver::receive(const ReceiveOp& op) {
@@ -254,7 +254,7 @@ bool Receiver::idle() const {
   });
 }
 
-// ---- a receive's end -------------------------------------------------------------------------------
+// ---- a receive's end --------------------------------------------------------------------------
 
 void Receiver::end_receive(Receive& receive, TransferState state, Reason reason) {
   KVFERRY_CHECK(!receive.terminal(), "a receive ends once");
@@ -303,6 +303,7 @@ void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
   for (const auto& [ordinal, slice] : leg.slices) compiles_.erase(slice.compile);
   leg.slices.clear();
   leg.coverage.clear();
+  leg.refused.clear();
   leg.new_acks.clear();
   leg.new_credits.clear();
   to_update_.erase(leg.pull);
@@ -352,8 +353,7 @@ void Receiver::timer(TimerKey key) {
   }
   Receive* receive = find(key.a);
   if (receive == nullptr || receive->terminal()) return;
-  const Reason reason =
-      key.kind == TimerKind::kReady ? Reason::kNotReady : Reason::kDeadline;
+  const Reason reason = key.kind == TimerKind::kReady ? Reason::kNotReady : Reason::kDeadline;
   end_receive(*receive, TransferState::kFailed, reason);
 }
 

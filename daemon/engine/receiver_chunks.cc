@@ -80,15 +80,14 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
   const auto credit = leg.credits.find(of.credit.value);
   if (credit == leg.credits.end()) {
     ++core_.stats.offers_refused;
-    ++leg.refused;
+    leg.refused.insert({of.slice, of.chunk});
     drop_offer(offer);
     core_.lanes.refuse(offer.lane, {of.pull, of.offer});
     update(leg);
     return;
   }
   const Link& link = *core_.lanes.find(leg.link);
-  const uint64_t bytes =
-      std::min(link.chunk_bytes, it->second.bytes - of.chunk * link.chunk_bytes);
+  const uint64_t bytes = std::min(link.chunk_bytes, it->second.bytes - of.chunk * link.chunk_bytes);
   if (of.bytes != bytes || offer.announced_bytes != bytes ||
       bytes > regions_.at(credit->second).region.bytes || of.check.kind != link.check) {
     fail(Reason::kProtocol);
@@ -102,6 +101,7 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
   RxRegion& region = regions_.at(credit->second);
   leg.credits.erase(credit);
   if (leg.credits.empty()) withdrawable_.erase(leg.pull);
+  leg.refused.erase({offer.offer.slice, offer.offer.chunk});
   region.state = RegionState::kLanding;
   region.slice = offer.offer.slice;
   region.chunk = offer.offer.chunk;
@@ -117,8 +117,8 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
       static_cast<double>(std::max<uint64_t>(core_.config.landing_min_rate, 1))));
   core_.timers.set({TimerKind::kLanding, region.id, 0},
                    core_.now + std::max<Duration>(core_.config.landing_timeout, by_rate));
-  core_.emit(AcceptOffer{offer.lane, offer.descriptor, LandingId{region.id}, region.region,
-                         region.bytes});
+  core_.emit(
+      AcceptOffer{offer.lane, offer.descriptor, LandingId{region.id}, region.region, region.bytes});
 }
 
 // Decides again what the leg holds, in order of arrival.
@@ -152,7 +152,7 @@ void Receiver::drop_held(RxLeg& leg, uint64_t slice, uint64_t chunk) {
   }
 }
 
-// ---- landing -------------------------------------------------------------------------------------------
+// ---- landing ----------------------------------------------------------------------------------
 
 void Receiver::receive_ended(const ReceiveEnded& event) {
   const auto it = regions_.find(event.landing.value);
@@ -280,9 +280,9 @@ void Receiver::scattered(RxRegion& region, const CopyEnded& event) {
   }
   RxLeg& leg = it->second;
   if (event.outcome != CopyOutcome::kOk && !of_dropped) {
-    end_receive(receive, TransferState::kFailed,
-                event.outcome == CopyOutcome::kCheckMismatch ? Reason::kDataLoss
-                                                             : Reason::kScatterFailed);
+    end_receive(
+        receive, TransferState::kFailed,
+        event.outcome == CopyOutcome::kCheckMismatch ? Reason::kDataLoss : Reason::kScatterFailed);
     forget_if_done(id);
     return;
   }
@@ -309,7 +309,7 @@ void Receiver::ack(RxLeg& leg, const Ack& ack) {
   changed(leg);
 }
 
-// ---- lanes ---------------------------------------------------------------------------------------------
+// ---- lanes ------------------------------------------------------------------------------------
 
 void Receiver::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
   std::set<uint64_t> touched;

@@ -9,8 +9,17 @@
 namespace kvferry::engine {
 namespace {
 
-constexpr std::size_t kMostCredits = 64;   // in a message
+constexpr std::size_t kMostCredits = 64;  // in a message
 constexpr std::size_t kMostAcks = 1024;
+
+// More chunks of it stand staged at the peer, after a REFUSE, than it has credits for ...
+bool needy(const RxLeg& leg) {
+  return leg.refused.size() > leg.credits.size();
+}
+// ... or less, so that it can do without one of its credits.
+bool has_spare(const RxLeg& leg) {
+  return leg.credits.size() > leg.refused.size();
+}
 
 }  // namespace
 
@@ -30,7 +39,6 @@ uint64_t Receiver::wanted(const RxLeg& leg) const {
 void Receiver::update(RxLeg& leg) {
   const bool wants = leg.regions_held < wanted(leg);
   const bool idle = !leg.heard;
-  if (!wants) leg.refused = 0;
   if (leg.queued && (!wants || leg.queued_idle != idle)) leave_queues(leg);
   if (wants && !leg.queued) {
     leg.queued = true;
@@ -61,7 +69,6 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   leg.new_credits.push_back({CreditId{fresh.credit}, region.bytes});
   regions_.emplace(fresh.id, std::move(fresh));
   ++leg.regions_held;
-  if (leg.refused > 0) --leg.refused;
   leg.passes = 0;
   withdrawable_.insert(leg.pull);
   receive.granted_any = true;
@@ -104,7 +111,7 @@ void Receiver::grant_all() {
       // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
       waiting_.find_if([&](const FairKey& key) {
         const RxLeg& leg = legs_.at(key.leg);
-        freed = leg.refused > 0 && withdraw_for(leg);
+        freed = needy(leg) && withdraw_for(leg);
         return freed;
       });
     }
@@ -123,21 +130,53 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
     withdraw(other);
     return true;
   }
-  if (leg.refused == 0) return false;
+  if (!needy(leg)) return false;
   for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
     RxLeg& other = legs_.at(*it);
-    if (other.refused > 0 || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
+    if (!has_spare(other) || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
       continue;
     withdraw(other);
-    // Straight to the leg that needs it, whoever's turn it is.
-    if (const auto region = core_.arena.take(RegionKind::kLanding, leg.credit_bytes)) {
-      waiting_.served(leg.turn);
-      starving_.erase(leg.turn);
-      grant(legs_.at(leg.pull), *region);
+    return grant_at_once(leg);
+  }
+  // Nobody has one so large: all the small ones of a frame.
+  std::map<std::pair<uint32_t, uint64_t>, std::vector<uint64_t>> frames;
+  std::set<std::pair<uint32_t, uint64_t>> in_use;
+  for (const auto& [id, region] : regions_) {
+    const std::pair frame{region.region.segment, region.region.offset / core_.arena.frame_bytes()};
+    const bool unused = region.state == RegionState::kGranted && region.leg != leg.pull &&
+                        has_spare(legs_.at(region.leg));
+    if (unused)
+      frames[frame].push_back(id);
+    else
+      in_use.insert(frame);
+  }
+  for (const auto& [frame, regions] : frames) {
+    std::map<uint64_t, uint64_t> losses;
+    for (const uint64_t id : regions) ++losses[regions_.at(id).leg];
+    const bool spared = std::all_of(losses.begin(), losses.end(), [&](const auto& loss) {
+      const RxLeg& other = legs_.at(loss.first);
+      return loss.second <= other.credits.size() - other.refused.size();
+    });
+    if (!spared || in_use.contains(frame)) continue;
+    for (const uint64_t id : regions) {
+      const RxRegion& region = regions_.at(id);
+      ++core_.stats.credits_withdrawn;
+      spend(legs_.at(region.leg), region.credit);
     }
-    return true;
+    return grant_at_once(leg);
   }
   return false;
+}
+
+// What was just freed goes straight to the leg that needs it, whoever's turn it is. True: something
+// has changed.
+bool Receiver::grant_at_once(const RxLeg& leg) {
+  const auto region = core_.arena.take(RegionKind::kLanding, leg.credit_bytes);
+  if (!region) return true;
+  waiting_.served(leg.turn);
+  starving_.erase(leg.turn);
+  grant(legs_.at(leg.pull), *region);
+  return true;
 }
 
 // Silently: an offer that names the credit is refused.
@@ -181,7 +220,7 @@ void Receiver::quarantine(RxRegion& region) {
   update(leg->second);
 }
 
-// ---- PULL and UPDATE -----------------------------------------------------------------------------------
+// ---- PULL and UPDATE --------------------------------------------------------------------------
 
 void Receiver::send_pull(Link& link, RxLeg& leg, std::vector<CreditGrant> credits) {
   MsgPull pull = *leg.message;
@@ -189,8 +228,8 @@ void Receiver::send_pull(Link& link, RxLeg& leg, std::vector<CreditGrant> credit
   const Duration left = receive == nullptr || receive->must_end < core_.now
                             ? Duration{}
                             : receive->must_end - core_.now;
-  pull.remaining_ms = static_cast<uint64_t>(
-      std::chrono::ceil<std::chrono::milliseconds>(left).count());
+  pull.remaining_ms =
+      static_cast<uint64_t>(std::chrono::ceil<std::chrono::milliseconds>(left).count());
   pull.credits = std::move(credits);
   pull.oldest = oldest(link);
   (void)core_.lanes.send(link, std::move(pull));

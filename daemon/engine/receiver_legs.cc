@@ -24,16 +24,16 @@ uint64_t Receiver::oldest(const Link& link) const {
 RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
   const auto it = pull.receiver == core_.config.boot ? legs_.find(pull.counter) : legs_.end();
   if (pull.receiver != core_.config.boot || pull.counter == 0 || pull.counter > last_pull_ ||
-      (it != legs_.end() && (it->second.link != link.id ||
-                             it->second.state == RxLegState::kUnsent))) {
+      (it != legs_.end() &&
+       (it->second.link != link.id || it->second.state == RxLegState::kUnsent))) {
     core_.lanes.protocol_error(link.id);  // it never had such a PULL from us
     return nullptr;
   }
   if (it == legs_.end()) {
     // We made all pulls: one that we do not know has ended.
     core_.dropped(DropCause::kUnknownPull);
-    (void)core_.lanes.send(
-        link, MsgEnd{pull, {}, Outcome::kFailed, Reason::kCancelled, std::nullopt});
+    (void)core_.lanes.send(link,
+                           MsgEnd{pull, {}, Outcome::kFailed, Reason::kCancelled, std::nullopt});
     return nullptr;
   }
   if (it->second.state == RxLegState::kOpen) return &it->second;
@@ -55,7 +55,7 @@ void Receiver::close_leg(uint64_t pull) {
   legs_.erase(it);
 }
 
-// ---- SLICE and DROP ----------------------------------------------------------------------------------
+// ---- SLICE and DROP ---------------------------------------------------------------------------
 
 // The first SLICE decides which dp group has the transfer and starts its timer.
 void Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
@@ -237,6 +237,9 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
   RxLeg* leg = live_leg(link, message.pull);
   if (leg == nullptr) return;
   const auto known = leg->slices.find(message.slice);
+  // Whatever is dropped, the last slice known so far is dropped with it; a new one will come.
+  if (known == leg->slices.end() || known->second.state != RxSlice::State::kDropped)
+    leg->last.reset();
   if (known == leg->slices.end()) {
     if (leg->slices.size() >= core_.config.max_slices) {
       core_.lanes.protocol_error(link.id);
@@ -270,7 +273,6 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
   slice.plan.reset();
   uncover(*leg, *slice.message);
   slice.message.reset();
-  if (leg->last == message.slice) leg->last.reset();
   for (auto it = regions_.begin(); it != regions_.end();) {
     RxRegion& region = it->second;
     ++it;
@@ -285,11 +287,12 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
     }
   }
   slice.chunks.clear();
+  std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
   update(*leg);
   decide_held(leg->pull);
 }
 
-// ---- completion --------------------------------------------------------------------------------------
+// ---- completion -------------------------------------------------------------------------------
 
 // Every byte that this leg had to bring has been scattered.
 bool Receiver::complete(const RxLeg& leg) const {
@@ -322,7 +325,7 @@ void Receiver::check_complete(uint64_t id) {
   forget_if_done(id);
 }
 
-// ---- END ---------------------------------------------------------------------------------------------
+// ---- END --------------------------------------------------------------------------------------
 
 // That dp group does not have the transfer, or is out of reach: dropped while another is left.
 void Receiver::drop_group(Receive& receive, uint32_t group) {
@@ -341,8 +344,7 @@ void Receiver::drop_group(Receive& receive, uint32_t group) {
 
 void Receiver::end_in(Link& link, const MsgEnd& message) {
   const auto it = legs_.find(message.pull.counter);
-  if (it == legs_.end() || it->second.link != link.id ||
-      it->second.state == RxLegState::kUnsent) {
+  if (it == legs_.end() || it->second.link != link.id || it->second.state == RxLegState::kUnsent) {
     core_.dropped(DropCause::kUnknownPull);
     return;
   }
@@ -371,8 +373,7 @@ void Receiver::end_in(Link& link, const MsgEnd& message) {
              receive.resolves < kMostResolves) {
     // Newer cards, new pulls.
     const std::set<uint64_t> legs = std::exchange(receive.legs, {});
-    for (const uint64_t pull : legs)
-      end_leg(legs_.at(pull), Outcome::kReleased, Reason::kReleased);
+    for (const uint64_t pull : legs) end_leg(legs_.at(pull), Outcome::kReleased, Reason::kReleased);
     receive.groups.clear();
     receive.decided = false;
     ask_legs(receive);
@@ -405,7 +406,7 @@ void Receiver::link_dead(Link& link) {
   }
 }
 
-// ---- resync ------------------------------------------------------------------------------------------
+// ---- resync -----------------------------------------------------------------------------------
 
 void Receiver::resync(Link& link) {
   const std::set<uint64_t> pulls = link.own_pulls;

@@ -81,7 +81,7 @@ class Sender {
     std::string node;
     NameAndRank of;
     PullId pull;
-    std::string instance;      // the receiver's
+    std::string instance;  // the receiver's
     Incarnation incarnation;
     uint32_t rank = 0;
     Digest16 cards;
@@ -154,6 +154,8 @@ class Sender {
   void gathered(Staging& staging, const CopyEnded& event);
   void offer(TxLeg& leg);
   void chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk);
+  // END(COMPLETED) acknowledges everything, whatever acks are still on their way.
+  void ack_all(TxLeg& leg);
   void lost_offer(Staging& staging, bool credit_usable);
   void unwant(uint64_t staging);
   void free_if_done(uint64_t staging);
@@ -163,20 +165,20 @@ class Sender {
   std::map<NameAndRank, uint64_t> by_name_;
   std::map<uint64_t, TxLeg> legs_;
   std::map<uint64_t, Staging> stagings_;
-  std::map<OfferId, uint64_t> newest_;      // offers that are out -> staging
-  std::map<OfferId, uint64_t> sends_out_;   // UCX sends that have not ended -> staging
-  std::map<CopyId, uint64_t> gathers_;      // -> staging
-  std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;    // -> leg, ordinal
+  std::map<OfferId, uint64_t> newest_;     // offers that are out -> staging
+  std::map<OfferId, uint64_t> sends_out_;  // UCX sends that have not ended -> staging
+  std::map<CopyId, uint64_t> gathers_;     // -> staging
+  std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;      // -> leg, ordinal
   std::map<ConditionId, std::pair<uint64_t, uint32_t>> conditions_;  // -> send, send index
-  std::map<ResolveId, uint64_t> resolves_;  // -> leg
+  std::map<ResolveId, uint64_t> resolves_;                           // -> leg
   std::map<NameAndRank, std::map<uint64_t, std::pair<LinkId, uint64_t>>> parked_;  // by arrival
-  std::map<uint64_t, Remembered> remembered_;                       // by arrival
+  std::map<uint64_t, Remembered> remembered_;                                      // by arrival
   std::map<NameAndRank, std::set<uint64_t>> remembered_by_name_;
   std::map<LinkId, std::set<uint64_t>> remembered_by_link_;
-  FairQueue credited_;                      // legs with a chunk to gather and a credit for it
-  FairQueue ahead_;                         // ... without
+  FairQueue credited_;  // legs with a chunk to gather and a credit for it
+  FairQueue ahead_;     // ... without
   std::set<FairKey> starving_;
-  std::set<uint64_t> ready_;                // legs with something to offer
+  std::set<uint64_t> ready_;  // legs with something to offer
   uint64_t ahead_total_ = 0;
 };
 

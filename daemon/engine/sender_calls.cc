@@ -1,4 +1,5 @@
-// Sends: the calls of their workers, their receivers' places, their end and the release of the source.
+// Sends: the calls of their workers, their receivers' places, their end and the release of the
+// source.
 #include <algorithm>
 #include <utility>
 
@@ -47,11 +48,11 @@ Send* Sender::admit(const OpRef& op, uint64_t handle, const TransferKey& key,
   const NameAndRank name{wire_name(key, key.incarnation), layout->rank};
   const uint32_t receivers = std::max<uint32_t>(max_receivers, 1);
   if (Send* send = find(name)) {
-    const char* field = send->worker != op.worker                      ? "transfer.id"
-                        : send->record.client_handle != handle         ? "client_handle"
-                        : send->layout != layout                       ? "layout"
-                        : send->max_receivers != receivers             ? "max_receivers"
-                                                                       : nullptr;
+    const char* field = send->worker != op.worker              ? "transfer.id"
+                        : send->record.client_handle != handle ? "client_handle"
+                        : send->layout != layout               ? "layout"
+                        : send->max_receivers != receivers     ? "max_receivers"
+                                                               : nullptr;
     if (field != nullptr) {
       core_.reply_error(op, Code::kAlreadyExists, "TRANSFER_EXISTS",
                         "the transfer exists with another " + std::string(field), field);
@@ -66,8 +67,8 @@ Send* Sender::admit(const OpRef& op, uint64_t handle, const TransferKey& key,
     return nullptr;
   }
   if (core_.workers.find(op.worker, handle)) {
-    core_.reply_error(op, Code::kAlreadyExists, "HANDLE_IN_USE", "the handle names another transfer",
-                      "client_handle");
+    core_.reply_error(op, Code::kAlreadyExists, "HANDLE_IN_USE",
+                      "the handle names another transfer", "client_handle");
     return nullptr;
   }
   if (core_.refused(op, layout.get())) return nullptr;
@@ -105,7 +106,8 @@ void Sender::open_send(const OpenSendOp& op) {
   if (!existing) meet(*send);
 }
 
-bool Sender::same_call(const OpRef& op, const Send& send, const SendOp& call, const SendOp& before) {
+bool Sender::same_call(const OpRef& op, const Send& send, const SendOp& call,
+                       const SendOp& before) {
   const char* field = call.num_tokens != before.num_tokens ? "num_tokens"
                       : call.offer != before.offer         ? "offer"
                       : call.blocks != before.blocks       ? "blocks"
@@ -143,13 +145,13 @@ void Sender::send(const SendOp& op) {
   const bool last_sent = send->last.has_value();
   if (send->terminal() || last_sent || send->by_ordinal.size() >= core_.config.max_slices) {
     const bool full = !send->terminal() && !last_sent;
-    core_.reply_error(
-        op.op, full ? Code::kResourceExhausted : Code::kFailedPrecondition,
-        send->terminal() ? std::string(name_of(send->record.reason))
-                         : (full ? "TOO_MANY_SLICES" : "AFTER_LAST"),
-        send->terminal() ? "the transfer has ended"
-                         : (full ? "the transfer has too many slices" : "the last slice was sent"),
-        send->terminal() ? "transfer.id" : "send_index");
+    core_.reply_error(op.op, full ? Code::kResourceExhausted : Code::kFailedPrecondition,
+                      send->terminal() ? std::string(name_of(send->record.reason))
+                                       : (full ? "TOO_MANY_SLICES" : "AFTER_LAST"),
+                      send->terminal()
+                          ? "the transfer has ended"
+                          : (full ? "the transfer has too many slices" : "the last slice was sent"),
+                      send->terminal() ? "transfer.id" : "send_index");
     return;
   }
   add_slice(*send, op);
@@ -171,8 +173,8 @@ void Sender::add_slice(Send& send, const SendOp& op) {
   SendSlice& slice = send.sends.emplace_back();
   slice.op = std::make_shared<const SendOp>(op);
   if (!send.lease_over && !send.terminal()) {
-    send.lease_end = std::max(
-        send.lease_end, core_.now + core_.limited(op.lease, core_.config.default_lease));
+    send.lease_end =
+        std::max(send.lease_end, core_.now + core_.limited(op.lease, core_.config.default_lease));
   }
   const bool offers = std::any_of(op.offer.begin(), op.offer.end(), [](const GroupRanges& group) {
     return std::any_of(group.ranges.begin(), group.ranges.end(),
@@ -264,7 +266,7 @@ bool Sender::idle() const {
   });
 }
 
-// ---- a send's end ----------------------------------------------------------------------------------
+// ---- a send's end -----------------------------------------------------------------------------
 
 // Its transfer timer runs from the first activity.
 void Sender::start(Send& send) {
@@ -350,9 +352,8 @@ void Sender::release(Send& send) {
 // After anything that may have ended the send or released its source.
 void Sender::evaluate(Send& send) {
   if (!send.terminal()) {
-    const bool resolving = std::any_of(send.legs.begin(), send.legs.end(), [&](uint64_t leg) {
-      return !legs_.at(leg).resolved;
-    });
+    const bool resolving = std::any_of(send.legs.begin(), send.legs.end(),
+                                       [&](uint64_t leg) { return !legs_.at(leg).resolved; });
     const bool full = send.places.size() >= send.max_receivers;
     bool running = resolving || !(full || send.lease_over);
     bool any_delivered = false;
@@ -392,7 +393,7 @@ void Sender::forget_if_done(uint64_t id) {
   sends_.erase(id);
 }
 
-// ---- timers --------------------------------------------------------------------------------------
+// ---- timers -----------------------------------------------------------------------------------
 
 // The lease runs until all places are taken.
 void Sender::lease_timer(Send& send) {

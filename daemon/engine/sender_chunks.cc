@@ -69,12 +69,13 @@ void Sender::flush() {
     TxLeg& leg = legs_.at(key.leg);
     if (++leg.passes >= core_.config.starvation_passes) starving_.insert(key);
   };
-  serve_in_turn(credited_, core_.arena, RegionKind::kStaging, starving_, [] { return true; }, size,
-                grant, passed);
+  serve_in_turn(
+      credited_, core_.arena, RegionKind::kStaging, starving_, [] { return true; }, size, grant,
+      passed);
   std::set<FairKey> nobody;
-  serve_in_turn(ahead_, core_.arena, RegionKind::kStaging, nobody,
-                [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant,
-                [](const FairKey&) {});
+  serve_in_turn(
+      ahead_, core_.arena, RegionKind::kStaging, nobody,
+      [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant, [](const FairKey&) {});
   const std::set<uint64_t> ready = ready_;
   for (const uint64_t leg : ready) offer(legs_.at(leg));
 }
@@ -189,6 +190,7 @@ void Sender::offer(TxLeg& leg) {
     sends_out_[staging.offer] = staging.id;
     leg.staged.erase(leg.staged.begin());
     slice.chunks[chunk].state = TxState::kOffered;
+    slice.chunks[chunk].offered_again = slice.chunks[chunk].offered_once;
     slice.chunks[chunk].offered_once = true;
     ++core_.stats.offers_sent;
     SendOffer command;
@@ -222,6 +224,8 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   TxChunk& of = slice.chunks[chunk];
   Staging& staging = stagings_.at(of.staging);
   if (of.state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
+  if (of.state == TxState::kOffered && of.offered_again)
+    leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
   of.state = TxState::kAcked;
   of.staging = 0;
   core_.stats.bytes_sent += staging.bytes;
@@ -232,6 +236,17 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   unwant(staging.id);
   if (++slice.acked == slice.chunks.size()) --leg.unacked;
   update(leg);
+}
+
+void Sender::ack_all(TxLeg& leg) {
+  for (auto& [ordinal, slice] : leg.slices) {
+    if (slice.dropped) continue;
+    for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
+      const TxState state = slice.chunks[chunk].state;
+      if (state == TxState::kStaged || state == TxState::kOffered)
+        chunk_acked(leg, slice, ordinal, chunk);
+    }
+  }
 }
 
 // Nobody wants the chunk any more; its region is free once nobody touches it.
@@ -284,9 +299,9 @@ void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
     lost_offer(staging, true);
   }
   for (auto& [id, leg] : legs_) {
-    if (leg.link != link.id || leg.dropped_offers.empty()) continue;
+    if (leg.link != link.id || leg.stray_offers.empty()) continue;
     touched.insert(id);
-    std::erase_if(leg.dropped_offers, [&](const DroppedOffer& offer) {
+    std::erase_if(leg.stray_offers, [&](const StrayOffer& offer) {
       if (offer.lane != lane || offer.epoch != epoch) return false;
       leg.returned.push_back(offer.credit);
       return true;

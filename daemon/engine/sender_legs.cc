@@ -38,8 +38,8 @@ bool enter_number(std::map<uint64_t, uint64_t>& intervals, uint64_t number) {
 
 }  // namespace
 
-// The live leg that a message of this link means; else nothing, and the peer is answered if it should
-// know better.
+// The live leg that a message of this link means; else nothing, and the peer is answered if it
+// should know better.
 TxLeg* Sender::leg_of(Link& link, const PullId& pull) {
   const auto it = pull.receiver == link.boot ? link.pulls.find(pull.counter) : link.pulls.end();
   if (it != link.pulls.end() && it->second.kind == PeerPull::Kind::kLeg)
@@ -47,7 +47,7 @@ TxLeg* Sender::leg_of(Link& link, const PullId& pull) {
   return nullptr;
 }
 
-// ---- slices --------------------------------------------------------------------------------------
+// ---- slices -----------------------------------------------------------------------------------
 
 // Compiles slices that are new to the leg and announces, in order, those whose turn has come.
 void Sender::pump(TxLeg& leg) {
@@ -144,7 +144,7 @@ void Sender::announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice) {
   ++sends_.at(leg.send).record.slices;
 }
 
-// ---- credits and acks --------------------------------------------------------------------------------
+// ---- credits and acks -------------------------------------------------------------------------
 
 void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>& credits) {
   for (const CreditGrant& credit : credits) {
@@ -212,8 +212,7 @@ void Sender::ack(TxLeg& leg, const Ack& of) {
     leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
     return;
   }
-  if (slice.chunks[of.chunk].state != TxState::kAcked)
-    chunk_acked(leg, slice, of.slice, of.chunk);
+  if (slice.chunks[of.chunk].state != TxState::kAcked) chunk_acked(leg, slice, of.slice, of.chunk);
 }
 
 bool Sender::delivered(const TxLeg& leg) const {
@@ -236,7 +235,7 @@ void Sender::refuse_in(Link& link, const RefuseIn& event) {
   update(*leg);
 }
 
-// ---- a leg's end -----------------------------------------------------------------------------------
+// ---- a leg's end ------------------------------------------------------------------------------
 
 void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
   Send& send = sends_.at(leg.send);
@@ -332,7 +331,7 @@ void Sender::resync(Link& link) {
   }
 }
 
-// ---- revoke ----------------------------------------------------------------------------------------
+// ---- revoke -----------------------------------------------------------------------------------
 
 void Sender::revoke(uint64_t id, const RevokeOp& op) {
   Send& send = sends_.at(id);
@@ -401,7 +400,7 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
     if (state == TxState::kGathering) --leg.gathering;
     if (state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
     if (state == TxState::kOffered)
-      leg.dropped_offers.push_back({staging.lane, staging.epoch, staging.credit});
+      leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
     slice.chunks[chunk].staging = 0;
     unwant(staging.id);
   }

@@ -1,5 +1,5 @@
-// What receivers' daemons say to the sender: PULL, END, CLAIM and DECLINE, with or without a Send to
-// meet; receivers' places.
+// What receivers' daemons say to the sender: PULL, END, CLAIM and DECLINE, with or without a Send
+// to meet; receivers' places.
 #include <algorithm>
 #include <utility>
 
@@ -10,8 +10,8 @@
 namespace kvferry::engine {
 namespace {
 
-constexpr Duration kMostClaim = std::chrono::seconds(60);       // one CLAIM's ttl
-constexpr Duration kMostClaims = std::chrono::minutes(10);      // all its renewals
+constexpr Duration kMostClaim = std::chrono::seconds(60);   // one CLAIM's ttl
+constexpr Duration kMostClaims = std::chrono::minutes(10);  // all its renewals
 
 Duration from_wire_ms(uint64_t ms, Duration most) {
   const auto limit =
@@ -36,7 +36,7 @@ bool Sender::proven(const Send& send, const std::string& node, const PullId& pul
   return same_proof(receiver_proof(send.key.secret, fields), proof);
 }
 
-// ---- PULL ------------------------------------------------------------------------------------------
+// ---- PULL -------------------------------------------------------------------------------------
 
 void Sender::pull_in(Link& link, MsgPull& message) {
   if (message.pull.receiver != link.boot || message.pull.counter == 0) {
@@ -67,11 +67,11 @@ void Sender::pull_in(Link& link, MsgPull& message) {
   const std::vector<CreditGrant> credits = std::exchange(kept->credits, {});
   const NameAndRank name{kept->transfer, kept->sender_rank};
   // No wait of a receiver is longer than its wait and its deadline.
-  const Time expires =
-      core_.now + from_wire_ms(kept->remaining_ms, 2 * core_.config.max_deadline);
+  const Time expires = core_.now + from_wire_ms(kept->remaining_ms, 2 * core_.config.max_deadline);
   if (Send* send = find(name)) {
     accept_pull(*send, link, std::move(kept), credits, expires);
-  } else if (const auto reason = core_.workers.buried(Role::kSender, sender_key(name.first, name.second))) {
+  } else if (const auto reason =
+                 core_.workers.buried(Role::kSender, sender_key(name.first, name.second))) {
     end_pull(link, pull, name.first, Outcome::kFailed, *reason);
   } else if (core_.draining) {
     end_pull(link, pull, name.first, Outcome::kFailed, Reason::kShutdown);
@@ -258,7 +258,7 @@ void Sender::pull_resolved(PullResolved& event) {
   pump(leg);
 }
 
-// ---- END -------------------------------------------------------------------------------------------
+// ---- END --------------------------------------------------------------------------------------
 
 // The pull is over on this side: told to the peer, and kept so that it can be told again.
 void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outcome outcome,
@@ -347,9 +347,10 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
       break;
     }
     case PeerPull::Kind::kLeg:
-      if (message.outcome == Outcome::kCompleted)
+      if (message.outcome == Outcome::kCompleted) {
+        ack_all(legs_.at(entry.leg));
         leg_over(entry.leg, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
-      else if (released)
+      } else if (released)
         leg_over(entry.leg, LegFate::kReleased, Outcome::kReleased, Reason::kReleased);
       else
         leg_over(entry.leg, LegFate::kFailed, Outcome::kFailed, reason);
@@ -357,7 +358,7 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
   }
 }
 
-// ---- CLAIM and DECLINE -------------------------------------------------------------------------------
+// ---- CLAIM and DECLINE ------------------------------------------------------------------------
 
 void Sender::claim_in(Link& link, const MsgClaim& message) {
   Remembered claim;
@@ -399,7 +400,8 @@ void Sender::decline_in(Link& link, const MsgDecline& message) {
       apply_decline(*send, decline);
     else
       core_.dropped(DropCause::kProof);
-  } else if (!core_.workers.buried(Role::kSender, sender_key(decline.of.first, decline.of.second))) {
+  } else if (!core_.workers.buried(Role::kSender,
+                                   sender_key(decline.of.first, decline.of.second))) {
     remember(std::move(decline));
   }
 }
@@ -434,8 +436,7 @@ void Sender::apply_claim(Send& send, const Remembered& claim) {
   }
   start(send);
   if (send.lease_over) return;
-  send.lease_end =
-      std::max(send.lease_end, std::min(claim.until, send.first_claim + kMostClaims));
+  send.lease_end = std::max(send.lease_end, std::min(claim.until, send.first_claim + kMostClaims));
   lease_timer(send);
 }
 
@@ -448,8 +449,8 @@ void Sender::apply_decline(Send& send, const Remembered& decline) {
   lose_place(send, decline.instance, decline.incarnation, decline.rank, Reason::kDeclined);
 }
 
-// A leg of that receiver ends before it began: the receiver's others end too, and if it had no place
-// yet (nor a known dp group), it takes one and leaves it empty.
+// A leg of that receiver ends before it began: the receiver's others end too, and if it had no
+// place yet (nor a known dp group), it takes one and leaves it empty.
 void Sender::lose_place(Send& send, const std::string& instance, const Incarnation& incarnation,
                         uint32_t rank, Reason reason) {
   std::optional<ReceiverKey> lost;
@@ -468,7 +469,7 @@ void Sender::lose_place(Send& send, const std::string& instance, const Incarnati
   if (!send.terminal()) evaluate(send);
 }
 
-// ---- what came before the Send -------------------------------------------------------------------
+// ---- what came before the Send ----------------------------------------------------------------
 
 void Sender::remember(Remembered entry) {
   std::set<uint64_t>& same_name = remembered_by_name_[entry.of];

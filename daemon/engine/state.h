@@ -1,7 +1,8 @@
 // The engine's records: links and lanes, sends and their legs, receives and their legs, regions and
 // staging. Plain data; who changes what stands in lanes.h, sender.h and receiver.h.
 //
-// Records point to each other by number, never by address: a number that is gone is simply not found.
+// Records point to each other by number, never by address: a number that is gone is simply not
+// found.
 #pragma once
 
 #include <deque>
@@ -20,7 +21,7 @@
 
 namespace kvferry::engine {
 
-// ---- links -------------------------------------------------------------------------------------
+// ---- links ------------------------------------------------------------------------------------
 
 enum class LaneState : uint8_t {
   kDown,
@@ -32,12 +33,12 @@ enum class LaneState : uint8_t {
 struct Lane {
   LaneState state = LaneState::kDown;
   uint32_t epoch = 0;
-  uint32_t asked = 0;                         // the newest epoch that was proposed to the peer
-  uint64_t next_out = 0;                      // number of the next control message
-  uint64_t next_in = 0;                       // ... and of the one that is due from the peer
-  std::map<uint64_t, ControlMessage> held;    // behind a gap
+  uint32_t asked = 0;                       // the newest epoch that was proposed to the peer
+  uint64_t next_out = 0;                    // number of the next control message
+  uint64_t next_in = 0;                     // ... and of the one that is due from the peer
+  std::map<uint64_t, ControlMessage> held;  // behind a gap
   uint64_t held_bytes = 0;
-  bool hello_seen = false;                    // the peer's HELLO came before we were connected
+  bool hello_seen = false;  // the peer's HELLO came before we were connected
   Time heard;
   Duration backoff{};
 };
@@ -53,9 +54,9 @@ struct ParkedPull {
 // What this side, as sender, knows of one pull of the peer.
 struct PeerPull {
   enum class Kind : uint8_t { kParked, kLeg, kEnded } kind = Kind::kEnded;
-  uint64_t leg = 0;                           // kLeg
-  std::unique_ptr<ParkedPull> parked;         // kParked
-  Outcome outcome = Outcome::kFailed;         // kEnded: our END
+  uint64_t leg = 0;                    // kLeg
+  std::unique_ptr<ParkedPull> parked;  // kParked
+  Outcome outcome = Outcome::kFailed;  // kEnded: our END
   Reason reason = Reason::kNone;
 };
 
@@ -68,20 +69,20 @@ struct Link {
   uint32_t max_credits = 64;
   CheckKind check = CheckKind::kNone;
   std::vector<Lane> lanes;
-  std::optional<uint32_t> control;            // the lane that our control messages travel on
+  std::optional<uint32_t> control;  // the lane that our control messages travel on
   bool had_control = false;
   bool resync_due = false;
-  bool dying = false;                         // no control lane is chosen any more
+  bool dying = false;  // no control lane is chosen any more
   uint32_t next_offer_lane = 0;
   uint32_t protocol_errors = 0;
   Time heard;
 
   // As sender.
-  std::map<uint64_t, PeerPull> pulls;         // the peer's, by number
-  uint64_t oldest = 0;                        // pulls below that are not in `pulls` are history
-  std::map<uint64_t, uint64_t> parked;        // order of arrival -> pull
+  std::map<uint64_t, PeerPull> pulls;   // the peer's, by number
+  uint64_t oldest = 0;                  // pulls below that are not in `pulls` are history
+  std::map<uint64_t, uint64_t> parked;  // order of arrival -> pull
   uint32_t legs_out = 0;
-  uint32_t ended_out = 0;                     // tombstones
+  uint32_t ended_out = 0;  // tombstones
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
 };
@@ -89,8 +90,8 @@ struct Link {
 // One rank's part of a transfer: several instances on one daemon may receive the same one.
 struct RankKey {
   TransferName transfer;
-  std::string instance;        // the rank's
-  Incarnation incarnation;     // ... and its life
+  std::string instance;     // the rank's
+  Incarnation incarnation;  // ... and its life
   uint32_t rank = 0;
   auto operator<=>(const RankKey&) const = default;
 };
@@ -101,20 +102,20 @@ inline RankKey rank_key(const TransferName& transfer, const LayoutHandle& layout
   return {transfer, layout.instance, layout.incarnation, layout.rank};
 }
 
-// ---- what both sides' transfers share --------------------------------------------------------------
+// ---- what both sides' transfers share ---------------------------------------------------------
 
 struct Transfer {
   uint64_t id = 0;
   WorkerId worker;
   uint64_t tenant = 0;
-  bool attached = true;                       // its worker lives: the slot is shown
+  bool attached = true;  // its worker lives: the slot is shown
   uint32_t slot = 0;
   TransferKey key;
   TransferName name;
   std::shared_ptr<const LayoutHandle> layout;
   TransferRecord record;
   Time created;
-  Time first_move;                            // when its first region was taken
+  Time first_move;  // when its first region was taken
   bool moved = false;
   uint64_t chunks = 0;
   uint64_t runs = 0;
@@ -127,13 +128,14 @@ struct Transfer {
   }
 };
 
-// ---- sender --------------------------------------------------------------------------------------
+// ---- sender -----------------------------------------------------------------------------------
 
 enum class TxState : uint8_t { kIdle, kGathering, kStaged, kOffered, kAcked };
 
 struct TxChunk {
   TxState state = TxState::kIdle;
   bool offered_once = false;
+  bool offered_again = false;  // so that an ack may answer an earlier offer
   uint64_t staging = 0;
 };
 
@@ -149,9 +151,10 @@ struct TxSlice {
   bool dropped = false;
 };
 
-// A chunk of a dropped slice whose offer may not have arrived: if its lane goes down, the credit is
-// usable again.
-struct DroppedOffer {
+// An offer that nobody waits for any more, though it may not have arrived: its chunk's slice was
+// dropped, or an earlier offer of the chunk has been acknowledged. If its lane goes down, its
+// credit is usable again; else it would stay LIVE at the receiver and never be used.
+struct StrayOffer {
   uint32_t lane = 0;
   uint32_t epoch = 0;
   CreditGrant credit;
@@ -161,31 +164,31 @@ struct TxLeg {
   uint64_t id = 0;
   LinkId link;
   uint64_t send = 0;
-  bool resolved = false;                      // its receiver's place is known
-  bool in_time = true;                        // its PULL came before the lease was over
+  bool resolved = false;  // its receiver's place is known
+  bool in_time = true;    // its PULL came before the lease was over
   ResolveId resolve;
   std::shared_ptr<const MsgPull> pull;
   std::shared_ptr<const LegContext> context;
-  uint32_t dp_group = 0;                      // the receiver's
+  uint32_t dp_group = 0;  // the receiver's
   bool carries_aux = false;
-  Proof proof;                                // of what we say
-  std::map<uint64_t, TxSlice> slices;         // by ordinal
-  uint64_t created = 0;                       // ordinals below have an entry or were dropped
-  uint64_t announced = 0;                     // ordinals below are announced or dropped
-  uint64_t ungathered = 0;                    // entries that count and are not wholly gathered
-  uint64_t unacked = 0;                       // ... and not wholly acked
-  std::pair<uint64_t, uint64_t> cursor{};     // next chunk to gather: slice, chunk
+  Proof proof;                                     // of what we say
+  std::map<uint64_t, TxSlice> slices;              // by ordinal
+  uint64_t created = 0;                            // ordinals below have an entry or were dropped
+  uint64_t announced = 0;                          // ordinals below are announced or dropped
+  uint64_t ungathered = 0;                         // entries that count and are not wholly gathered
+  uint64_t unacked = 0;                            // ... and not wholly acked
+  std::pair<uint64_t, uint64_t> cursor{};          // next chunk to gather: slice, chunk
   std::set<std::pair<uint64_t, uint64_t>> staged;  // gathered, waiting for credit or lane
   uint32_t gathering = 0;
-  uint32_t ahead = 0;                         // of those: without a credit in hand
-  uint32_t passes = 0;                        // passed over while others were served
-  // Credits in hand. The receiver withdraws silently, its oldest first: so the newest are used first,
-  // and those that came back from a lost offer, which it may have spent, last.
+  uint32_t ahead = 0;   // of those: without a credit in hand
+  uint32_t passes = 0;  // passed over while others were served
+  // Credits in hand. The receiver withdraws silently, its oldest first: so the newest are used
+  // first, and those that came back from a lost offer, which it may have spent, last.
   std::deque<CreditGrant> credits;
   std::deque<CreditGrant> returned;
   std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
-  std::vector<DroppedOffer> dropped_offers;
-  bool queued = false;                        // in one of the queues for staging
+  std::vector<StrayOffer> stray_offers;
+  bool queued = false;  // in one of the queues for staging
   bool queued_ahead = false;
   FairKey turn;
 };
@@ -202,22 +205,22 @@ struct Staging {
   uint64_t bytes = 0;
   Check check;
   bool gathering = true;
-  bool wanted = true;                         // the chunk is not ACKED, dropped or of an ended leg
-  uint32_t sends = 0;                         // UCX sends that have not ended
-  OfferId offer;                              // the newest
-  bool offered = false;                       // ... is out and neither refused nor lost
-  bool newest_send_out = false;               // ... and its UCX send has not ended
+  bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
+  uint32_t sends = 0;            // UCX sends that have not ended
+  OfferId offer;                 // the newest
+  bool offered = false;          // ... is out and neither refused nor lost
+  bool newest_send_out = false;  // ... and its UCX send has not ended
   uint32_t lane = 0;
   uint32_t epoch = 0;
   CreditGrant credit;
-  Time since;                                 // gather or offer began
+  Time since;  // gather or offer began
 };
 
 struct SendSlice {
   std::shared_ptr<const SendOp> op;
   bool ready = false;
   bool dropped = false;
-  bool gone = false;                          // rounds to nothing, not the last: never goes out
+  bool gone = false;  // rounds to nothing, not the last: never goes out
   uint64_t ordinal = 0;
   ConditionId condition;
 };
@@ -225,7 +228,7 @@ struct SendSlice {
 struct ReceiverKey {
   std::string instance;
   Incarnation incarnation;
-  bool group_known = true;                    // false: a DECLINE came first, only its rank is known
+  bool group_known = true;  // false: a DECLINE came first, only its rank is known
   uint32_t dp_group = 0;
   auto operator<=>(const ReceiverKey&) const = default;
 };
@@ -238,7 +241,7 @@ struct Place {
     LegFate fate = LegFate::kExpected;
     uint64_t leg = 0;
   };
-  std::map<uint32_t, Leg> legs;               // by receiver rank, all that exist by holdings
+  std::map<uint32_t, Leg> legs;  // by receiver rank, all that exist by holdings
   bool failed = false;
   Reason reason = Reason::kNone;
 };
@@ -257,19 +260,19 @@ struct Send : Transfer {
   Time first_claim;
   bool claimed = false;
   bool lease_over = false;
-  bool started = false;                       // the transfer timer runs
-  std::vector<SendSlice> sends;               // by send index
-  std::vector<uint32_t> by_ordinal;           // ordinal -> send index
-  std::optional<uint64_t> last;               // ordinal of the last slice
+  bool started = false;              // the transfer timer runs
+  std::vector<SendSlice> sends;      // by send index
+  std::vector<uint32_t> by_ordinal;  // ordinal -> send index
+  std::optional<uint64_t> last;      // ordinal of the last slice
   std::map<ReceiverKey, Place> places;
-  std::set<uint64_t> legs;                    // live ones
+  std::set<uint64_t> legs;  // live ones
   std::set<std::pair<std::string, std::pair<Incarnation, uint32_t>>> declined;
-  uint32_t gathers = 0;                       // running ones read the source
-  bool all_offered = true;                    // no leg ended with a chunk that was never offered
+  uint32_t gathers = 0;     // running ones read the source
+  bool all_offered = true;  // no leg ended with a chunk that was never offered
   std::vector<PendingRevoke> revokes;
 };
 
-// ---- receiver ------------------------------------------------------------------------------------
+// ---- receiver ---------------------------------------------------------------------------------
 
 enum class RxState : uint8_t { kNeeded, kLanding, kLanded, kScattering, kDone };
 
@@ -291,7 +294,7 @@ struct HeldOffer {
 };
 
 enum class RxLegState : uint8_t {
-  kUnsent,    // its first PULL goes out with the next flush
+  kUnsent,  // its first PULL goes out with the next flush
   kOpen,
   kReleased,  // another dp group has the transfer
   kEnded,     // our side is terminal; waits for the peer's END
@@ -306,36 +309,37 @@ struct RxLeg {
   LinkId link;
   uint64_t receive = 0;
   uint32_t sender_rank = 0;
-  uint32_t dp_group = 0;                      // the sender's
+  uint32_t dp_group = 0;  // the sender's
   bool empty = false;
   bool carries_aux = false;
   uint64_t expected_bytes = 0;
-  uint64_t credit_bytes = 0;                  // size of its credits
+  uint64_t credit_bytes = 0;  // size of its credits
   std::shared_ptr<const LegContext> context;
   RxLegState state = RxLegState::kUnsent;
   bool peer_ended = false;
-  bool heard = false;                         // a SLICE has come
-  std::shared_ptr<MsgPull> message;           // its PULL without credits
+  bool heard = false;                // a SLICE has come
+  std::shared_ptr<MsgPull> message;  // its PULL without credits
   TransferName name;
-  Outcome outcome = Outcome::kFailed;         // of our END
+  Outcome outcome = Outcome::kFailed;  // of our END
   Reason reason = Reason::kNone;
-  SendRef send;                               // bound by the first SLICE
-  Proof expected_proof;                       // of that send
+  SendRef send;          // bound by the first SLICE
+  Proof expected_proof;  // of that send
   std::map<uint64_t, RxSlice> slices;
   Coverage coverage;
   std::optional<uint64_t> last;
   uint64_t compiling = 0;
-  uint64_t known_bytes = 0;                   // of slices that count
+  uint64_t known_bytes = 0;  // of slices that count
   uint64_t known_chunks = 0;
   uint64_t done_chunks = 0;
   uint64_t next_credit = 1;
-  std::map<uint64_t, uint64_t> credits;       // LIVE: number -> region
-  uint64_t regions_held = 0;                  // QUARANTINED not counted
-  std::map<uint64_t, HeldOffer> held;         // by order of arrival
-  uint64_t refused = 0;                       // chunks that wait, staged, for another credit
-  std::vector<CreditGrant> new_credits;       // for the next UPDATE
+  std::map<uint64_t, uint64_t> credits;  // LIVE: number -> region
+  uint64_t regions_held = 0;             // QUARANTINED not counted
+  std::map<uint64_t, HeldOffer> held;    // by order of arrival
+  // Chunks that wait, staged, for another credit than the one that was refused.
+  std::set<std::pair<uint64_t, uint64_t>> refused;
+  std::vector<CreditGrant> new_credits;  // for the next UPDATE
   std::vector<Ack> new_acks;
-  uint32_t dropped_scatters = 0;              // running scatters of dropped slices
+  uint32_t dropped_scatters = 0;  // running scatters of dropped slices
   uint32_t passes = 0;
   bool queued = false;
   bool queued_idle = false;
@@ -360,7 +364,7 @@ struct RxRegion {
   uint32_t epoch = 0;
   Check check;
   Time since;
-  bool of_dropped = false;                    // SCATTERING, its slice has been dropped since
+  bool of_dropped = false;  // SCATTERING, its slice has been dropped since
 };
 
 struct Receive : Transfer {
@@ -369,14 +373,14 @@ struct Receive : Transfer {
   uint32_t resolves = 0;
   Incarnation sender_incarnation;
   Duration deadline{};
-  Time must_end;                              // when our timers end it at the latest
-  std::set<uint64_t> legs;                    // pulls that are not ended
-  std::set<uint32_t> groups;                  // sender dp groups still in question
-  bool decided = false;                       // one group is left
+  Time must_end;              // when our timers end it at the latest
+  std::set<uint64_t> legs;    // pulls that are not ended
+  std::set<uint32_t> groups;  // sender dp groups still in question
+  bool decided = false;       // one group is left
   bool first_slice = false;
   ConditionId condition;
   bool ready = false;
-  std::set<uint64_t> landed;                  // regions that wait for their scatter
+  std::set<uint64_t> landed;  // regions that wait for their scatter
   uint32_t scatters = 0;
   bool granted_any = false;
 };

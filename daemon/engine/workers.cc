@@ -60,10 +60,9 @@ void Workers::changed(const Transfer& transfer, Role role) {
 
 void Workers::publish() {
   for (const auto& [where, ref] : changed_) {
-    const Transfer* transfer =
-        ref.role == Role::kSender
-            ? static_cast<const Transfer*>(core_.sender.find(ref.id))
-            : static_cast<const Transfer*>(core_.receiver.find(ref.id));
+    const Transfer* transfer = ref.role == Role::kSender
+                                   ? static_cast<const Transfer*>(core_.sender.find(ref.id))
+                                   : static_cast<const Transfer*>(core_.receiver.find(ref.id));
     if (transfer != nullptr) core_.emit(Publish{where.first, where.second, transfer->record});
   }
   changed_.clear();

@@ -1,5 +1,5 @@
-// Attached workers: their status slots, the handles by which they name transfers, which slots changed,
-// and the transfers that were closed and whose ids stay dead for a while. Part of Core.
+// Attached workers: their status slots, the handles by which they name transfers, which slots
+// changed, and the transfers that were closed and whose ids stay dead for a while. Part of Core.
 #pragma once
 
 #include <cstdint>

@@ -260,6 +260,8 @@ class Checker {
   void check_rest() {
     if (config_.checks.kind < config_.checks.min_check)
       problem("checks.kind", "is less than checks.min_check asks of peers");
+    if (config_.shares != SharesConfig{})
+      warning("shares", "not enforced by this version: room is given in turn");
     if (config_.pools.kinds.empty()) problem("pools.kinds", "must name at least one kind");
     for (const std::string& kind : config_.pools.kinds)
       if (kind != "host_shm")

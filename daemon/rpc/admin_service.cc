@@ -2,9 +2,7 @@
 
 #include <grp.h>
 #include <grpcpp/grpcpp.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,7 +11,7 @@
 #include <cstring>
 #include <utility>
 
-#include "daemon/base/unique_fd.h"
+#include "daemon/rpc/unix_socket.h"
 #include "kvferry/v1/admin.grpc.pb.h"
 #include "kvferry/v1/worker.pb.h"
 
@@ -341,18 +339,6 @@ class AdminService final : public pb::Admin::CallbackService {
 
 tl::unexpected<Error> listen_failed(const std::string& path, const std::string& why) {
   return fail(Code::kUnavailable, "LISTEN_FAILED", "cannot serve on " + path + ": " + why);
-}
-
-// gRPC would take a living daemon's socket away; a dead one's may go.
-bool somebody_listens(const std::string& path) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) return false;
-  path.copy(address.sun_path, path.size());
-  const UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return false;
-  return ::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0 ||
-         errno == EAGAIN;
 }
 
 Status set_owner(const AdminServerConfig& config) {

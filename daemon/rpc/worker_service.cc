@@ -13,6 +13,7 @@
 #include "daemon/rpc/grpc_status.h"
 #include "daemon/rpc/layout_proto.h"
 #include "daemon/rpc/submit_stream.h"
+#include "daemon/rpc/unix_socket.h"
 #include "kvferry/v1/worker.grpc.pb.h"
 
 namespace kvferry::rpc {
@@ -533,6 +534,9 @@ Result<std::unique_ptr<WorkerServer>> WorkerServer::start(const WorkerServerConf
   }();
   (void)reflection;
   for (const WorkerServerConfig::Socket& socket : impl->config.sockets) {
+    if (somebody_listens(socket.path))
+      return fail(Code::kUnavailable, "LISTEN_FAILED",
+                  "cannot listen on " + socket.path + ": another daemon serves it");
     auto service = std::make_unique<Service>(backend, impl->config, socket.index);
     ::unlink(socket.path.c_str());
     // The socket is made under a mask that lets nobody in, then opened to its mode.

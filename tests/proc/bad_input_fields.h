@@ -1,6 +1,6 @@
-// Fields of messages by reflection: which a request has, which a row of a table changes, and whether
-// the field that an error names exists. Used by the tables of wrong requests, so that a new field
-// without a row fails a test. Paths are like "groups.tokens.begin": dots, no indices.
+// Fields of messages by reflection: which a request has, which a row of a table changes, and
+// whether the field that an error names exists. Used by the tables of wrong requests, so that a new
+// field without a row fails a test. Paths are like "groups.tokens.begin": dots, no indices.
 #pragma once
 
 #include <google/protobuf/message.h>

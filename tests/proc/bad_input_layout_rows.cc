@@ -41,7 +41,9 @@ Spoil group(int g, std::function<void(v1::Group&)> spoil) {
 Spoil plane(int g, int p, std::function<void(v1::Plane&)> spoil) {
   return [=](v1::RankLayout& layout) { spoil(*layout.mutable_groups(g)->mutable_planes(p)); };
 }
-Spoil plane(std::function<void(v1::Plane&)> spoil) { return plane(0, 0, std::move(spoil)); }
+Spoil plane(std::function<void(v1::Plane&)> spoil) {
+  return plane(0, 0, std::move(spoil));
+}
 
 constexpr Code kInvalid = Code::kInvalidArgument;
 
@@ -119,14 +121,13 @@ Rows<v1::RankLayout> content_rows() {
        "BAD_NAME", "groups[0].planes[0].role"},
       {"a cell held twice", plane(0, 1, [](auto& p) { p.set_role("key"); }), kInvalid,
        "CELL_HELD_TWICE", "groups[0].planes[1].unit_begin"},
-      {"too many units", plane([](auto& p) { p.set_units_total(65537); }), kInvalid,
-       "OUT_OF_RANGE", "groups[0].planes[0].units_total"},
+      {"too many units", plane([](auto& p) { p.set_units_total(65537); }), kInvalid, "OUT_OF_RANGE",
+       "groups[0].planes[0].units_total"},
       {"a first unit beyond all", plane([](auto& p) { p.set_unit_begin(2); }), kInvalid,
        "OUT_OF_RANGE", "groups[0].planes[0].unit_begin"},
       {"more units than there are", plane([](auto& p) { p.set_unit_count(3); }), kInvalid,
        "OUT_OF_RANGE", "groups[0].planes[0].unit_count"},
-      {"units that overflow",
-       plane([](auto& p) {
+      {"units that overflow", plane([](auto& p) {
          p.set_unit_begin(1);
          p.set_unit_count(std::numeric_limits<uint32_t>::max());
        }),
@@ -136,15 +137,14 @@ Rows<v1::RankLayout> content_rows() {
       {"an unknown granularity",
        plane([](auto& p) { p.set_granularity(static_cast<v1::Granularity>(9)); }), kInvalid,
        "UNKNOWN_VALUE", "groups[0].planes[0].granularity"},
-      {"a state among tokens",
-       plane([](auto& p) { p.set_granularity(v1::GRANULARITY_REQUEST); }), kInvalid,
-       "GRANULARITY_MIXED", "groups[0].planes"},
+      {"a state among tokens", plane([](auto& p) { p.set_granularity(v1::GRANULARITY_REQUEST); }),
+       kInvalid, "GRANULARITY_MIXED", "groups[0].planes"},
       {"no type", plane([](auto& p) { p.clear_type(); }), kInvalid, "BAD_NAME",
        "groups[0].planes[0].type"},
       {"an order without all axes", plane([](auto& p) { p.set_order("lrb"); }), kInvalid,
        "BAD_ORDER", "groups[0].planes[0].order"},
-      {"an order with tokens before blocks", plane([](auto& p) { p.set_order("lrtub"); }),
-       kInvalid, "BAD_ORDER", "groups[0].planes[0].order"},
+      {"an order with tokens before blocks", plane([](auto& p) { p.set_order("lrtub"); }), kInvalid,
+       "BAD_ORDER", "groups[0].planes[0].order"},
   };
 }
 
@@ -156,8 +156,8 @@ Rows<v1::RankLayout> address_rows() {
        "OUT_OF_RANGE", "groups[0].planes[0].cell_bytes"},
       {"cells longer than a token", plane([](auto& p) { p.set_cell_bytes(33); }), kInvalid,
        "PLANES_OVERLAP", "groups[0].planes[0].block_stride_bytes"},
-      {"a pool that is not listed", plane([](auto& p) { p.set_pool(1); }), kInvalid,
-       "UNKNOWN_POOL", "groups[0].planes[0].pool"},
+      {"a pool that is not listed", plane([](auto& p) { p.set_pool(1); }), kInvalid, "UNKNOWN_POOL",
+       "groups[0].planes[0].pool"},
       {"a plane behind its pool", plane([](auto& p) { p.set_offset_bytes(kPoolBytes); }), kInvalid,
        "OUT_OF_RANGE", "groups[0].planes[0].offset_bytes"},
       {"an offset that overflows", plane([](auto& p) { p.set_offset_bytes(kHuge - 16); }), kInvalid,

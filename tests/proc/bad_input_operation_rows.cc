@@ -46,9 +46,7 @@ Rows<Request> handle_rows() {
 template <typename Request>
 Rows<Request> transfer_rows(const std::string& other_instance) {
   using Transfer = std::function<void(v1::TransferRef&)>;
-  const auto on = [](Transfer spoil) {
-    return [=](Request& r) { spoil(*r.mutable_transfer()); };
-  };
+  const auto on = [](Transfer spoil) { return [=](Request& r) { spoil(*r.mutable_transfer()); }; };
   return {
       {"no transfer", [](Request& r) { r.clear_transfer(); }, kInvalid, "TRANSFER_ID_SIZE",
        "transfer.transfer_id"},
@@ -133,22 +131,25 @@ Rows<Request> group_rows() {
        },
        kInvalid, "TOO_MANY_GROUPS", "groups"},
       {"a first block beyond a transfer's",
-       first([](auto& g) { g.set_first_block((uint64_t{1} << 20) + 1); }), kInvalid,
-       "OUT_OF_RANGE", "groups[0].first_block"},
+       first([](auto& g) { g.set_first_block((uint64_t{1} << 20) + 1); }), kInvalid, "OUT_OF_RANGE",
+       "groups[0].first_block"},
       {"first block 2^64 - 1", first([](auto& g) { g.set_first_block(kHuge); }), kInvalid,
        "OUT_OF_RANGE", "groups[0].first_block"},
       {"block ids of 7 bytes", first([](auto& g) { g.set_block_ids("1234567"); }), kInvalid,
        "WRONG_SIZE", "groups[0].block_ids"},
-      {"a block id beyond the group's", first([](auto& g) { g.set_block_ids(ids({0, 8, 2})); }),
+      {"a block id beyond the group's", first([](auto& g) {
+         g.set_block_ids(ids({0, 8, 2}));
+       }),
        kInvalid, "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[1]"},
-      {"a block id of -2", first([](auto& g) { g.set_block_ids(ids({0, 1, -2})); }), kInvalid,
-       "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[2]"},
+      {"a block id of -2", first([](auto& g) {
+         g.set_block_ids(ids({0, 1, -2}));
+       }),
+       kInvalid, "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[2]"},
       {"block id -2^31",
        first([](auto& g) { g.set_block_ids(ids({std::numeric_limits<int32_t>::min()})); }),
        kInvalid, "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[0]"},
-      {"a slot beyond the states",
-       [](Request& r) { r.mutable_groups(1)->set_block_ids(ids({4})); }, kInvalid,
-       "BLOCK_OUT_OF_RANGE", "groups[1].block_ids[0]"},
+      {"a slot beyond the states", [](Request& r) { r.mutable_groups(1)->set_block_ids(ids({4})); },
+       kInvalid, "BLOCK_OUT_OF_RANGE", "groups[1].block_ids[0]"},
       {"more block ids than a transfer has",
        first([](auto& g) { g.set_block_ids(std::string(((std::size_t{1} << 20) + 1) * 4, '\0')); }),
        kInvalid, "TOO_MANY_BLOCKS", "groups[0].block_ids"},
@@ -191,9 +192,8 @@ Rows<v1::SendRequest> slice_rows() {
       {"a group's tokens that end before they begin",
        [](Request& r) { r.mutable_groups(0)->mutable_tokens()->set_begin(8); }, kInvalid,
        "TOKENS_OUT_OF_RANGE", "groups[0].tokens"},
-      {"tokens of a state",
-       [](Request& r) { r.mutable_groups(1)->mutable_tokens()->set_end(2); }, kInvalid,
-       "TOKENS_OUT_OF_RANGE", "groups[1].tokens"},
+      {"tokens of a state", [](Request& r) { r.mutable_groups(1)->mutable_tokens()->set_end(2); },
+       kInvalid, "TOKENS_OUT_OF_RANGE", "groups[1].tokens"},
       {"cached tokens of a sender", [](Request& r) { r.mutable_groups(0)->set_cached_tokens(1); },
        kInvalid, "RECEIVER_ONLY", "groups[0].cached_tokens"},
       {"layers that end before they begin",
@@ -212,9 +212,8 @@ Rows<v1::SendRequest> slice_rows() {
          r.set_aux("x");
        },
        kInvalid, "AUX_NOT_LAST", "aux"},
-      {"aux of 64 KiB and a byte",
-       [](Request& r) { r.set_aux(std::string(64 * 1024 + 1, 'a')); }, kInvalid, "AUX_TOO_LARGE",
-       "aux"},
+      {"aux of 64 KiB and a byte", [](Request& r) { r.set_aux(std::string(64 * 1024 + 1, 'a')); },
+       kInvalid, "AUX_TOO_LARGE", "aux"},
       {"a packed copy", [](Request& r) { r.set_packed_copy(true); }, Code::kUnimplemented,
        "FEATURE_NOT_SERVED", "packed_copy"},
       {"more ranges than a slice has",
@@ -240,8 +239,10 @@ Rows<v1::ReceiveRequest> need_rows() {
       {"a state cached twice", [](Request& r) { r.mutable_groups(1)->set_cached_tokens(2); },
        kInvalid, "OUT_OF_RANGE", "groups[1].cached_tokens"},
       {"a block twice in a group",
-       [](Request& r) { r.mutable_groups(0)->set_block_ids(ids({3, 1, 3})); }, kInvalid,
-       "BLOCK_TWICE", "groups[0].block_ids[2]"},
+       [](Request& r) {
+         r.mutable_groups(0)->set_block_ids(ids({3, 1, 3}));
+       },
+       kInvalid, "BLOCK_TWICE", "groups[0].block_ids[2]"},
       {"a block in two groups of one storage",
        [](Request& r) {
          v1::GroupBlocks& other = *r.add_groups();
@@ -259,8 +260,8 @@ Rows<v1::ReceiveRequest> need_rows() {
          hashes.add_hashes("h");
        },
        Code::kUnimplemented, "FEATURE_NOT_SERVED", "prompt_hashes"},
-      {"more ranges than a transfer has", [](Request& r) { fragment(r); },
-       Code::kResourceExhausted, "TOO_FRAGMENTED", "groups[0].block_ids"},
+      {"more ranges than a transfer has", [](Request& r) { fragment(r); }, Code::kResourceExhausted,
+       "TOO_FRAGMENTED", "groups[0].block_ids"},
   };
 }
 

@@ -1,6 +1,6 @@
-// Wrong requests as tables: a good request, and rows that spoil one thing of it each, with the error
-// that must come. The unit test runs them against the conversions, the process test sends them to a
-// daemon.
+// Wrong requests as tables: a good request, and rows that spoil one thing of it each, with the
+// error that must come. The unit test runs them against the conversions, the process test sends
+// them to a daemon.
 #pragma once
 
 #include <cstdint>

@@ -2,12 +2,15 @@
 
 #include <grpcpp/grpcpp.h>
 #include <poll.h>
+#include <signal.h>
+#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iostream>
@@ -606,6 +609,50 @@ TEST_CASE("after the daemon's end the client attaches and registers by itself") 
   REQUIRE(client->receive(receive_of("later")));
   CHECK(daemon->service.wait([&] { return daemon->service.operations.size() == 1; }));
   CHECK(client->stats().reconnects == 1);
+}
+
+// Not a test: a daemon in a process of its own, which the next test starts and kills.
+TEST_CASE("a daemon to be killed", "[.daemon]") {
+  const char* path = std::getenv("KVFERRY_TEST_DIRECTORY");
+  REQUIRE(path != nullptr);
+  rpc::TemporaryDirectory directory{std::string(path)};
+  FakeDaemon daemon(directory, 7);
+  for (;;) ::pause();
+}
+
+TEST_CASE("a killed daemon fails the open transfers and releases their memory") {
+  rpc::TemporaryDirectory directory;
+  const std::string variable = "KVFERRY_TEST_DIRECTORY=" + directory.path();
+  std::string program = "client_test", filter = "a daemon to be killed";
+  std::string environment = variable;
+  char* argv[] = {program.data(), filter.data(), nullptr};
+  char* envp[] = {environment.data(), nullptr};
+  pid_t daemon = -1;
+  REQUIRE(::posix_spawn(&daemon, "/proc/self/exe", nullptr, nullptr, argv, envp) == 0);
+  AttachOptions options;
+  options.socket = directory.file("worker.sock");
+  options.name = "rank0";
+  const auto deadline = soon();
+  auto client = Client::attach(options);
+  while (!client && std::chrono::steady_clock::now() < deadline) {
+    ::poll(nullptr, 0, 5);  // between two tries
+    client = Client::attach(options);
+  }
+  REQUIRE(client);
+  const TransferHandle handle = *(*client)->receive(receive_of("t1"));
+  while ((*client)->stats().operations_accepted == 0 && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::yield();
+  ::kill(daemon, SIGKILL);
+  auto status = (*client)->wait(handle, soon());
+  REQUIRE(status);
+  CHECK(status->state == TransferState::kFailed);
+  CHECK(status->reason == "DAEMON_RESTARTED");
+  CHECK(status->released);
+  CHECK(kinds(take(**client, 1)) == std::vector<EventKind>{EventKind::kDaemonRestarted});
+  CHECK((*client)->close(handle));
+  int result = 0;
+  ::waitpid(daemon, &result, 0);
+  CHECK(WIFSIGNALED(result));
 }
 
 TEST_CASE("memory of a lost daemon is released when its process has ended") {

@@ -23,11 +23,17 @@ class TemporaryDirectory {
     REQUIRE(::mkdtemp(path.data()) != nullptr);
     path_ = path;
   }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path_); }
+  // Somebody else's.
+  explicit TemporaryDirectory(std::string path) : path_(std::move(path)), owned_(false) {}
+  ~TemporaryDirectory() {
+    if (owned_) std::filesystem::remove_all(path_);
+  }
+  const std::string& path() const { return path_; }
   std::string file(const std::string& name) const { return path_ + "/" + name; }
 
  private:
   std::string path_;
+  bool owned_ = true;
 };
 
 // Collects callbacks; waits for them with a generous deadline.

@@ -511,17 +511,21 @@ std::vector<Cell> cells_of(const Run& run, const Slice& slice, uint32_t s, uint3
 // Every stream byte of the plan, and whether its runs are maximal.
 std::vector<Where> bytes_of(const Plan& plan, uint64_t begin, uint64_t end) {
   std::vector<Where> bytes;
+  bytes.reserve(end - begin);
   uint64_t expected = begin;
+  bool in_order = true;
+  bool maximal = true;
   std::optional<Where> last_end;
   plan.for_each_run(begin, end - begin,
                     [&](uint32_t pool, uint64_t offset, uint64_t at, uint64_t length) {
-                      REQUIRE(at == expected);
-                      REQUIRE(length > 0);
-                      REQUIRE(last_end != Where{pool, offset});
+                      in_order = in_order && at == expected && length > 0;
+                      maximal = maximal && last_end != Where{pool, offset};
                       for (uint64_t i = 0; i < length; ++i) bytes.push_back({pool, offset + i});
                       expected += length;
                       last_end = Where{pool, offset + length};
                     });
+  REQUIRE(in_order);
+  REQUIRE(maximal);
   REQUIRE(expected == end);
   return bytes;
 }

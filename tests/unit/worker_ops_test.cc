@@ -152,9 +152,9 @@ TEST_CASE("Handles and tickets that are none are refused by their name") {
   CHECK(check_handle(0).error().field == "client_handle");
   CHECK(check_ticket_text("kvferry:host:1/name"));
   CHECK(check_ticket_text(std::string(kMaxTicketBytes, 't')));
-  for (const std::string& ticket :
-       {std::string(), std::string(kMaxTicketBytes + 1, 't'), std::string("a b"),
-        std::string("a\nb"), std::string("a\x7f"), std::string("a\0b", 3), std::string("\xc3\xa9")}) {
+  for (const std::string& ticket : {std::string(), std::string(kMaxTicketBytes + 1, 't'),
+                                    std::string("a b"), std::string("a\nb"), std::string("a\x7f"),
+                                    std::string("a\0b", 3), std::string("\xc3\xa9")}) {
     INFO(ticket);
     const Status status = check_ticket_text(ticket);
     REQUIRE_FALSE(status);

@@ -68,16 +68,20 @@ Worker start_worker(const std::string& socket, const std::string& instance) {
 kc::TransferStatus finish(Worker& worker, kc::TransferHandle transfer, const char* what) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(30);
   const kc::TransferStatus status = must(worker.client->wait(transfer, deadline), what);
-  std::printf("%s: %s\n", what, std::string(kc::name_of(status.state)).c_str());
+  std::printf("%s: %s (%s)\n", what, std::string(kc::name_of(status.state)).c_str(),
+              std::string(status.reason).c_str());
   return status;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string socket = argc > 1 ? argv[1] : "/run/kvferry/kvferry.sock";
-  Worker prefill = start_worker(socket, "example-prefill");
-  Worker decode = start_worker(socket, "example-decode");
+  if (argc != 3) {
+    std::fprintf(stderr, "usage: %s PREFILL_SOCKET DECODE_SOCKET\n", argv[0]);
+    return 64;
+  }
+  Worker prefill = start_worker(argv[1], "example-prefill");
+  Worker decode = start_worker(argv[2], "example-decode");
 
   // What a scheduler or router makes up, and what it carries from one side to the other.
   kc::TransferKey key;

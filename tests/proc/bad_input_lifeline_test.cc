@@ -1,0 +1,446 @@
+// Wrong descriptors and wrong messages on the lifeline, against a real daemon.
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/statfs.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <catch2/catch.hpp>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#include "proto/kvferry/lifeline.h"
+#include "tests/proc/bad_input_subject.h"
+
+using namespace kvferry;
+using namespace kvferry::bad_input;
+using Stub = v1::WorkerService::Stub;
+
+namespace {
+
+constexpr int kPatienceMs = 20'000;
+constexpr uint64_t kBytes = 8192;
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW;
+
+// ---- descriptors -------------------------------------------------------------------------------
+
+struct Hostile {
+  std::string name;
+  std::function<UniqueFd(Subject&)> make;
+  Code code = Code::kInvalidArgument;
+  std::string reason;
+  std::string field;
+  uint64_t told = kBytes;   // over the lifeline
+  uint64_t asked = kBytes;  // by RegisterPools
+  lifeline::PoolKind kind = lifeline::PoolKind::kHostShm;
+};
+
+UniqueFd opened(const std::string& path, int flags) {
+  UniqueFd fd(::open(path.c_str(), flags | O_CLOEXEC, 0600));
+  REQUIRE(fd);
+  return fd;
+}
+
+UniqueFd reopened(const UniqueFd& fd, int flags) {
+  return opened("/proc/self/fd/" + std::to_string(fd.get()), flags);
+}
+
+UniqueFd unix_socket() {
+  int ends[2];
+  REQUIRE(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
+  UniqueFd(ends[1]).reset();
+  return UniqueFd(ends[0]);
+}
+
+// A file of the right size in the build's directory; on a tmpfs it lacks only the seal.
+UniqueFd file_on_disk(Subject&) {
+  std::string path = std::string(KVFERRY_BIN_DIR) + "/bad-input.XXXXXX";
+  UniqueFd fd(::mkostemp(path.data(), O_CLOEXEC));
+  REQUIRE(fd);
+  ::unlink(path.c_str());
+  REQUIRE(::posix_fallocate(fd.get(), 0, kBytes) == 0);
+  return fd;
+}
+
+const char* reason_on_disk() {
+  struct statfs volume {};
+  REQUIRE(::statfs(KVFERRY_BIN_DIR, &volume) == 0);
+  constexpr unsigned kTmpfs = 0x01021994;
+  return static_cast<unsigned>(volume.f_type) == kTmpfs ? "POOL_NOT_SEALED"
+                                                        : "POOL_WRONG_FILESYSTEM";
+}
+
+std::vector<Hostile> hostile_files() {
+  constexpr Code kInvalid = Code::kInvalidArgument;
+  return {
+      {"memory that can shrink", [](auto&) { return make_pool(kBytes, F_SEAL_GROW); }, kInvalid,
+       "POOL_NOT_SEALED", "pools[0]"},
+      {"memory with holes", [](auto&) { return make_pool(kBytes, kSeals, false); }, kInvalid,
+       "POOL_SPARSE", "pools[0]"},
+      {"memory sealed against writing",
+       [](auto&) { return make_pool(kBytes, kSeals | F_SEAL_WRITE); }, kInvalid,
+       "POOL_NOT_WRITABLE", "pools[0]"},
+      {"memory opened for reading", [](auto&) { return reopened(good_pool(kBytes), O_RDONLY); },
+       kInvalid, "POOL_NOT_WRITABLE", "pools[0]"},
+      {"memory opened as a path", [](auto&) { return reopened(good_pool(kBytes), O_PATH); },
+       kInvalid, "POOL_NOT_A_FILE", "pools[0]"},
+      {"memory that is too small", [](auto&) { return good_pool(4096); }, kInvalid,
+       "POOL_TOO_SMALL", "pools[0].bytes"},
+      {"/dev/null", [](auto&) { return opened("/dev/null", O_RDWR); }, kInvalid, "POOL_NOT_A_FILE",
+       "pools[0]"},
+      {"a directory",
+       [](Subject& subject) { return opened(subject.directory(), O_RDONLY | O_DIRECTORY); },
+       kInvalid, "POOL_NOT_WRITABLE", "pools[0]"},
+      {"a socket", [](auto&) { return unix_socket(); }, kInvalid, "POOL_NOT_A_FILE", "pools[0]"},
+      {"a file on disk", file_on_disk, kInvalid, reason_on_disk(), "pools[0]"},
+  };
+}
+
+std::vector<Hostile> hostile_numbers() {
+  const auto good = [](Subject&) { return good_pool(kBytes); };
+  constexpr Code kInvalid = Code::kInvalidArgument;
+  std::vector<Hostile> rows = {
+      {"another size than was told", good, kInvalid, "POOL_SIZE_DIFFERS", "pools[0].bytes", 4096},
+      {"another kind than was told", good, kInvalid, "POOL_KIND_DIFFERS", "pools[0].kind"},
+      {"more than the worker may have", good, Code::kResourceExhausted, "POOL_LIMIT",
+       "pools[0].bytes", uint64_t{2} << 40, uint64_t{2} << 40},
+      {"2^64 - 1 bytes", good, kInvalid, "POOL_SIZE_INVALID", "pools[0].bytes", UINT64_MAX,
+       UINT64_MAX},
+  };
+  rows[1].kind = lifeline::PoolKind::kCudaVmmFd;
+  return rows;
+}
+
+client::Status send_pools(const client::Connection& worker,
+                          const std::vector<client::PoolToSend>& pools) {
+  return worker.attachment->send_pools(
+      pools, std::chrono::steady_clock::now() + std::chrono::milliseconds(kPatienceMs));
+}
+
+}  // namespace
+
+TEST_CASE("Memory that a pool cannot be is refused, and nothing of it stays") {
+  Subject subject;
+  Calls calls(subject);
+  const auto& type = *v1::RegisterPoolsRequest::descriptor();
+  const std::size_t descriptors = subject.descriptors();
+  std::vector<Hostile> rows = hostile_files();
+  for (Hostile& row : hostile_numbers()) rows.push_back(std::move(row));
+  for (const Hostile& row : rows) {
+    const UniqueFd fd = row.make(subject);
+    const auto sent = send_pools(subject.worker(), {{"hostile", row.kind, row.told, fd.get()}});
+    INFO(row.name);
+    REQUIRE(sent.ok());
+    const auto answer = subject.worker().call(
+        &Stub::RegisterPools, pools_request({{"hostile", row.asked}}), std::chrono::seconds(20));
+    REQUIRE_FALSE(answer.ok());
+    calls.compare(row.name, type, row.code, row.reason, row.field, answer.error());
+    CHECK(subject.descriptors_become(descriptors));
+  }
+}
+
+TEST_CASE("One wrong pool among several keeps all of them out") {
+  Subject subject;
+  Calls calls(subject);
+  const std::size_t descriptors = subject.descriptors();
+  const UniqueFd right = good_pool(kBytes);
+  const UniqueFd wrong = make_pool(kBytes, F_SEAL_GROW);
+  const auto kind = lifeline::PoolKind::kHostShm;
+  REQUIRE(send_pools(subject.worker(),
+                     {{"a", kind, kBytes, right.get()}, {"b", kind, kBytes, wrong.get()}})
+              .ok());
+  const v1::RegisterPoolsRequest both = pools_request({{"a", kBytes}, {"b", kBytes}});
+  const auto refused = subject.worker().call(&Stub::RegisterPools, both, std::chrono::seconds(20));
+  REQUIRE_FALSE(refused.ok());
+  calls.compare("one wrong pool of two", *v1::RegisterPoolsRequest::descriptor(),
+                Code::kInvalidArgument, "POOL_NOT_SEALED", "pools[1]", refused.error());
+  CHECK(subject.descriptors_become(descriptors));
+
+  REQUIRE(send_pools(subject.worker(),
+                     {{"a", kind, kBytes, right.get()}, {"b", kind, kBytes, right.get()}})
+              .ok());
+  CHECK_FALSE(subject.good(&Stub::RegisterPools, both).existing());
+  CHECK(subject.good(&Stub::RegisterPools, both).existing());
+}
+
+// ---- messages ----------------------------------------------------------------------------------
+
+namespace {
+
+// A connection to the lifeline without a client behind it.
+class RawLifeline {
+ public:
+  explicit RawLifeline(const std::string& path)
+      : fd_(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path.data(), path.size());
+    REQUIRE(::connect(fd_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0);
+  }
+
+  void send(const void* data, std::size_t bytes, const std::vector<int>& fds = {}) {
+    iovec part{const_cast<void*>(data), bytes};
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    std::vector<char> control(CMSG_SPACE(fds.size() * sizeof(int)));
+    if (!fds.empty()) {
+      message.msg_control = control.data();
+      message.msg_controllen = control.size();
+      cmsghdr* header = CMSG_FIRSTHDR(&message);
+      header->cmsg_level = SOL_SOCKET;
+      header->cmsg_type = SCM_RIGHTS;
+      header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
+      std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
+    }
+    // A daemon that has closed already is as good an answer as any.
+    (void)::sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
+  }
+  template <typename T>
+  void send(const T& message, const std::vector<int>& fds = {}) {
+    send(&message, sizeof message, fds);
+  }
+
+  // The next message without its descriptors; false if the daemon has closed.
+  template <typename T>
+  bool receive(T& out) {
+    for (;;) {
+      pollfd entry{fd_.get(), POLLIN, 0};
+      REQUIRE(::poll(&entry, 1, kPatienceMs) > 0);
+      const ssize_t got = ::recv(fd_.get(), &out, sizeof out, MSG_DONTWAIT);
+      // Told once when what we sent last was not read; an answer may lie behind it.
+      if (got < 0 && (errno == ECONNRESET || errno == EAGAIN) && !std::exchange(reset_, true))
+        continue;
+      return got == static_cast<ssize_t>(sizeof out);
+    }
+  }
+  bool closed() {
+    char byte = 0;
+    return !receive(byte);
+  }
+
+ private:
+  UniqueFd fd_;
+  bool reset_ = false;
+};
+
+lifeline::AttachRequest attach_request(const std::string& name) {
+  lifeline::AttachRequest request;
+  std::memcpy(request.name, name.data(), std::min(name.size(), sizeof request.name));
+  return request;
+}
+
+lifeline::PoolsMessage pools_message(uint32_t count, const std::string& name = "pool") {
+  lifeline::PoolsMessage message;
+  message.count = count;
+  for (std::size_t i = 0; i < std::size(message.pools); ++i) {
+    const std::string own = name + (i == 0 ? "" : std::to_string(i));
+    std::memcpy(message.pools[i].name, own.data(), own.size());
+    message.pools[i].bytes = kBytes;
+  }
+  return message;
+}
+
+std::string text_of(const char (&field)[lifeline::kNameBytes]) {
+  return {field, ::strnlen(field, sizeof field)};
+}
+
+struct Refusal {
+  std::string name;
+  std::function<void(lifeline::AttachRequest&)> spoil;
+  std::string reason;
+};
+
+std::vector<Refusal> refusals() {
+  using Request = lifeline::AttachRequest;
+  const auto name = [](std::string text) {
+    return [=](Request& r) {
+      std::memset(r.name, 0, sizeof r.name);
+      std::memcpy(r.name, text.data(), std::min(text.size(), sizeof r.name));
+    };
+  };
+  return {
+      {"no name", name(""), "NAME_INVALID"},
+      {"a name with a slash", name("a/b"), "NAME_INVALID"},
+      {"a name without an end", name(std::string(64, 'n')), "NAME_INVALID"},
+      {"a name that is taken", name("bad-input"), "NAME_IN_USE"},
+      {"no role", [](Request& r) { r.role = static_cast<lifeline::Role>(0); }, "ROLE_INVALID"},
+      {"role 7", [](Request& r) { r.role = static_cast<lifeline::Role>(7); }, "ROLE_INVALID"},
+      {"an old protocol", [](Request& r) { r.protocol_min = r.protocol_max = 0; },
+       "PROTOCOL_MISMATCH"},
+      {"a new protocol", [](Request& r) { r.protocol_min = r.protocol_max = 99; },
+       "PROTOCOL_MISMATCH"},
+      {"a protocol range upside down",
+       [](Request& r) {
+         r.protocol_min = 2;
+         r.protocol_max = 1;
+       },
+       "PROTOCOL_MISMATCH"},
+  };
+}
+
+}  // namespace
+
+TEST_CASE("An attachment that is refused is told why and changes nothing") {
+  Subject subject;
+  const std::string state = subject.state();
+  const std::size_t descriptors = subject.descriptors();
+  for (const Refusal& row : refusals()) {
+    INFO(row.name);
+    RawLifeline line(subject.daemon().socket());
+    lifeline::AttachRequest request = attach_request("newcomer");
+    row.spoil(request);
+    line.send(request);
+    lifeline::AttachReply reply;
+    REQUIRE(line.receive(reply));
+    CHECK(reply.code != 0);
+    CHECK(text_of(reply.reason) == row.reason);
+    CHECK(reply.token[0] == 0);
+    CHECK(line.closed());
+    CHECK(subject.state() == state);
+  }
+  CHECK(subject.descriptors_become(descriptors));
+}
+
+TEST_CASE("Who sends what is no message loses the connection and nobody else anything") {
+  Subject subject;
+  const std::string state = subject.state();
+  const std::size_t descriptors = subject.descriptors();
+  const UniqueFd pool = good_pool(kBytes);
+  const auto attach = attach_request("newcomer");
+  auto wrong_magic = attach;
+  wrong_magic.header.magic = 7;
+  auto wrong_type = attach;
+  wrong_type.header.type = lifeline::MessageType::kPoolsReply;
+  const std::string garbage(4096, '\x5a');
+  const std::vector<std::pair<std::string, std::function<void(RawLifeline&)>>> rows = {
+      {"a byte", [](RawLifeline& l) { l.send("x", 1); }},
+      {"garbage", [&](RawLifeline& l) { l.send(garbage.data(), garbage.size()); }},
+      {"64 KiB", [](RawLifeline& l) { l.send(std::string(65536, 'x').data(), 65536); }},
+      {"another magic", [&](RawLifeline& l) { l.send(wrong_magic); }},
+      {"a reply", [&](RawLifeline& l) { l.send(wrong_type); }},
+      {"half a message", [&](RawLifeline& l) { l.send(&attach, sizeof attach / 2); }},
+      {"a message and a byte",
+       [&](RawLifeline& l) {
+         char longer[sizeof attach + 1] = {};
+         std::memcpy(longer, &attach, sizeof attach);
+         l.send(longer, sizeof longer);
+       }},
+      {"a descriptor with the attachment", [&](RawLifeline& l) { l.send(attach, {pool.get()}); }},
+      {"pools before the attachment",
+       [&](RawLifeline& l) { l.send(pools_message(1), {pool.get()}); }},
+  };
+  for (const auto& [name, send] : rows) {
+    INFO(name);
+    RawLifeline line(subject.daemon().socket());
+    send(line);
+    CHECK(line.closed());
+    CHECK(subject.state() == state);
+  }
+  CHECK(subject.descriptors_become(descriptors));
+}
+
+TEST_CASE("A worker that breaks the protocol loses its attachment and nobody else anything") {
+  Subject subject;
+  const std::string state = subject.state();
+  const std::size_t descriptors = subject.descriptors();
+  const UniqueFd pool = good_pool(kBytes);
+  const auto many = [&](std::size_t count) { return std::vector<int>(count, pool.get()); };
+  const std::vector<std::pair<std::string, std::function<void(RawLifeline&)>>> rows = {
+      {"a second attachment", [](RawLifeline& l) { l.send(attach_request("newcomer")); }},
+      {"no pool", [](RawLifeline& l) { l.send(pools_message(0)); }},
+      {"17 pools", [&](RawLifeline& l) { l.send(pools_message(17), many(16)); }},
+      {"2^32 - 1 pools", [&](RawLifeline& l) { l.send(pools_message(UINT32_MAX), many(16)); }},
+      {"a pool without a descriptor", [](RawLifeline& l) { l.send(pools_message(1)); }},
+      {"a descriptor without a pool", [&](RawLifeline& l) { l.send(pools_message(1), many(2)); }},
+      {"more descriptors than a message takes",
+       [&](RawLifeline& l) { l.send(pools_message(16), many(64)); }},
+  };
+  for (const auto& [name, send] : rows) {
+    INFO(name);
+    RawLifeline line(subject.daemon().socket());
+    line.send(attach_request("newcomer"));
+    lifeline::AttachReply reply;
+    REQUIRE(line.receive(reply));
+    REQUIRE(reply.code == 0);
+    send(line);
+    CHECK(line.closed());
+    CHECK(subject.state_becomes(state));
+  }
+  CHECK(subject.descriptors_become(descriptors));
+}
+
+TEST_CASE("A descriptor that cannot be a pool's is refused and the attachment stays") {
+  Subject subject;
+  const UniqueFd pool = good_pool(kBytes);
+  const std::string state = subject.state();
+  {
+    RawLifeline line(subject.daemon().socket());
+    line.send(attach_request("newcomer"));
+    lifeline::AttachReply attached;
+    REQUIRE(line.receive(attached));
+    REQUIRE(attached.code == 0);
+    auto unknown_kind = pools_message(2);
+    unknown_kind.pools[1].kind = static_cast<lifeline::PoolKind>(9);
+    const std::vector<std::tuple<lifeline::PoolsMessage, uint32_t, std::string>> rows = {
+        {pools_message(1, ""), 0, "NAME_INVALID"},
+        {pools_message(1, "a/b"), 0, "NAME_INVALID"},
+        {unknown_kind, 1, "POOL_KIND_INVALID"},
+        {pools_message(16), 0, ""},
+    };
+    for (const auto& [message, index, reason] : rows) {
+      line.send(message, std::vector<int>(message.count, pool.get()));
+      lifeline::PoolsReply reply;
+      REQUIRE(line.receive(reply));
+      CHECK(text_of(reply.reason) == reason);
+      CHECK(reply.index == index);
+      CHECK((reply.code == 0) == reason.empty());
+    }
+  }
+  CHECK(subject.state_becomes(state));
+}
+
+TEST_CASE("A controller has no pools and no transfers of its own") {
+  Subject subject;
+  const std::string state = subject.state();
+  {
+    const auto controller = subject.attach("scheduler", client::WorkerRole::kController);
+    const UniqueFd pool = good_pool(kBytes);
+    const auto sent =
+        send_pools(*controller, {{"kv", lifeline::PoolKind::kHostShm, kBytes, pool.get()}});
+    REQUIRE_FALSE(sent.ok());
+    CHECK(sent.error().reason == "ROLE_WITHOUT_POOLS");
+    v1::ClaimRequest claim = good_claim(subject.ticket());
+    claim.clear_layout();
+    const auto answer = controller->call(&Stub::Claim, claim, std::chrono::seconds(20));
+    REQUIRE_FALSE(answer.ok());
+    CHECK(answer.error().code == client::Code::kUnimplemented);
+    CHECK(answer.error().field == "layout");
+  }
+  CHECK(subject.state_becomes(state));
+}
+
+TEST_CASE("A daemon that finds its sockets taken leaves them to their owner") {
+  Subject subject;
+  const std::string state = subject.state();
+  bench::DaemonOptions options;
+  options.binary_directory = KVFERRY_BIN_DIR;
+  options.settings = {"arena.bytes=16MiB", "arena.segment_bytes=16MiB"};
+  auto second =
+      bench::DaemonProcess::start(subject.directory(), {"subject", 0, "nobody", 9}, options);
+  REQUIRE(second.ok());
+  CHECK_FALSE((*second)->wait_until_serving().ok());
+  CHECK(subject.state() == state);
+  // Newcomers still reach the first one.
+  const auto newcomer = subject.attach("newcomer");
+  v1::GetTicketRequest ticket;
+  ticket.set_instance(kInstance);
+  const auto answer = newcomer->call(&Stub::GetTicket, ticket, std::chrono::seconds(20));
+  REQUIRE(answer.ok());
+  CHECK(answer->ticket() == subject.ticket());
+}

@@ -1,0 +1,79 @@
+// Pairs of daemons for the process tests, and small things said often in them. KVFERRY_BIN_DIR says
+// where the programs are, KVFERRY_RAILS_BINARY names another kvferry-rails for the daemons (built
+// with another UCX); both in the environment.
+#pragma once
+
+#include <catch2/catch.hpp>
+#include <chrono>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "client/bench/daemons.h"
+#include "tests/proc/hand_off_party.h"
+
+namespace kvferry::testing {
+
+using bench::DaemonPair;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+inline constexpr seconds kPatience(30);  // for what should take a moment
+
+inline std::string binary_directory() {
+  const char* const given = std::getenv("KVFERRY_BIN_DIR");
+  return given != nullptr ? given : KVFERRY_BIN_DIR;
+}
+
+// Daemons with small arenas; `settings` win over the defaults here.
+inline std::unique_ptr<DaemonPair> start_pair(std::vector<std::string> settings = {}) {
+  bench::DaemonOptions options;
+  options.binary_directory = binary_directory();
+  options.settings = {"arena.bytes=32MiB", "arena.segment_bytes=16MiB"};
+  if (const char* const rails = std::getenv("KVFERRY_RAILS_BINARY"))
+    options.settings.push_back("rails.binary=" + std::string(rails));
+  options.settings.insert(options.settings.end(), settings.begin(), settings.end());
+  auto pair = DaemonPair::start(options);
+  if (!pair) FAIL(pair.error().to_string());
+  return std::move(*pair);
+}
+
+// Looks again and again until it is so; false after `limit`.
+inline bool comes_true(const std::function<bool()>& condition,
+                       std::chrono::steady_clock::duration limit = kPatience) {
+  const auto until = std::chrono::steady_clock::now() + limit;
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > until) return false;
+    std::this_thread::sleep_for(milliseconds(5));  // between two looks
+  }
+  return true;
+}
+
+// The sum of a metric's series whose labels hold `part`; 0 if the daemon does not answer.
+inline double metric(const bench::DaemonProcess& daemon, const std::string& name,
+                     const std::string& part = {}) {
+  const auto metrics = daemon.metrics();
+  double sum = 0;
+  if (!metrics) return sum;
+  for (const auto& [series, value] : *metrics) {
+    const bool same = series == name || series.starts_with(name + "{");
+    if (same && series.find(part) != std::string::npos) sum += value;
+  }
+  return sum;
+}
+
+// Bytes of the arena that are not free. Negative while the daemon does not answer.
+inline double arena_in_use(const bench::DaemonProcess& daemon) {
+  const double all = metric(daemon, "kvferry_arena_bytes");
+  return all > 0 ? all - metric(daemon, "kvferry_arena_bytes", "state=\"free\"") : -1;
+}
+
+template <typename T>
+void require_ok(const client::Result<T>& result) {
+  if (!result) FAIL(result.error().to_string());
+}
+
+}  // namespace kvferry::testing

@@ -1,0 +1,321 @@
+// The ends of hand-offs between two real daemons other than the good one: cancels, timers, wrong
+// secrets, repeated calls, and daemons that are told to stop.
+#include <signal.h>
+
+#include <future>
+
+#include "tests/proc/hand_off_daemons.h"
+
+namespace kvferry::testing {
+namespace {
+
+using client::Code;
+using client::TransferState;
+
+bench::Shape small_shape() {
+  bench::Shape shape;
+  shape.name = "test";
+  shape.layers = 4;
+  shape.kv_heads = 4;
+  shape.head_bytes = 256;
+  shape.tokens = 512;
+  return shape;
+}
+
+// Two daemons, a sender of two ranks and a receiver of one.
+struct Scene {
+  std::unique_ptr<DaemonPair> pair;
+  std::unique_ptr<Party> sender;
+  std::unique_ptr<Party> receiver;
+  std::string ticket;
+
+  explicit Scene(std::vector<std::string> settings = {}) : pair(start_pair(std::move(settings))) {
+    sender = attach("prefill", 0, true, "tp2");
+    receiver = attach("decode", 1, false, "tp1");
+    const auto got = sender->ticket();
+    require_ok(got);
+    ticket = *got;
+  }
+  std::unique_ptr<Party> attach(const std::string& instance, int side, bool sends,
+                                const char* topology) {
+    Party::Options options;
+    options.instance = instance;
+    options.socket = pair->side(side).socket();
+    options.shape = small_shape();
+    const auto parsed = bench::parse_topology(topology);
+    require_ok(parsed);
+    options.topology = *parsed;
+    options.sends = sends;
+    options.seed = sends ? 1 : 2;
+    auto party = Party::make(options);
+    require_ok(party);
+    return std::move(*party);
+  }
+
+  // A first slice is sent and received; the last one stays out, so that the transfer stays open.
+  TransferKey half_way(milliseconds sender_deadline = {}, milliseconds receiver_deadline = {}) {
+    receiver->clean();
+    const TransferKey key = new_key("prefill");
+    Party::Send slice;
+    slice.tokens = client::TokenRange{0, 256};
+    slice.last = false;
+    slice.deadline = sender_deadline;
+    require_ok(sender->send(key, slice));
+    Party::Receive receive;
+    receive.deadline = receiver_deadline;
+    require_ok(receiver->receive(key, ticket, receive));
+    REQUIRE(comes_true([&] {
+      const auto status = receiver->rank(0).status(receiver->handle(key.id, 0));
+      return status && (status->slices > 0 || is_terminal(status->state));
+    }));
+    return key;
+  }
+  void send_rest(const TransferKey& key) {
+    Party::Send slice;
+    slice.index = 1;
+    slice.tokens = client::TokenRange{256, 512};
+    require_ok(sender->send(key, slice));
+  }
+  void require_hand_over() {
+    receiver->clean();
+    const TransferKey key = new_key("prefill");
+    require_ok(sender->send(key, {}));
+    require_ok(receiver->receive(key, ticket, {}));
+    require_end(*receiver, key.id, TransferState::kCompleted, "NONE");
+    require_end(*sender, key.id, TransferState::kDelivered, "NONE");
+    CHECK(receiver->verify() == "");
+  }
+  void require_nothing_held() {
+    for (int side = 0; side < 2; ++side) {
+      CAPTURE(side, pair->side(side).log_tail());
+      CHECK(comes_true([&] { return arena_in_use(pair->side(side)) == 0; }, seconds(5)));
+      CHECK(metric(pair->side(side), "kvferry_arena_bytes", "quarantined") == 0);
+    }
+  }
+  static void require_end(Party& party, const std::string& id, TransferState state,
+                          const std::string& reason) {
+    const auto ended = party.wait(id, kPatience);
+    require_ok(ended);
+    for (const TransferStatus& status : *ended) {
+      CHECK(name_of(status.state) == name_of(state));
+      CHECK(status.reason == reason);
+      CHECK(status.released);
+      CHECK_FALSE(status.memory_in_use);
+    }
+  }
+};
+
+Scene& scene() {
+  static Scene shared({"engine.chunk_bytes=64KiB"});
+  return shared;
+}
+
+// The next rejection of a rank; other events are passed over.
+client::Error next_rejection(client::Client& rank) {
+  const auto until = std::chrono::steady_clock::now() + kPatience;
+  client::Event event;
+  while (rank.wait_any({&event, 1}, until) == 1)
+    if (event.kind == client::EventKind::kRejected) return event.error.value();
+  FAIL("no operation was refused");
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("a receiver cancels before anybody sends, and once more after that") {
+  Scene& s = scene();
+  const TransferKey key = new_key("prefill");
+  require_ok(s.receiver->receive(key, s.ticket, {}));
+  client::Client& rank = s.receiver->rank(0);
+  REQUIRE(comes_true([&] { return rank.status(s.receiver->handle(key.id, 0)).ok(); }));
+  for (int times = 0; times < 2; ++times) {
+    const auto cancelled = rank.cancel(s.receiver->handle(key.id, 0));
+    require_ok(cancelled);
+    CHECK(cancelled->state == TransferState::kCancelled);
+    CHECK_FALSE(cancelled->memory_in_use);
+  }
+  Scene::require_end(*s.receiver, key.id, TransferState::kCancelled, "CANCELLED");
+  require_ok(s.receiver->close(key.id));
+  // A sender that comes too late learns of it.
+  require_ok(s.sender->send(key, {}));
+  const auto sent = s.sender->wait(key.id, kPatience);
+  require_ok(sent);
+  CHECK(is_terminal(sent->front().state));
+  CHECK(sent->front().state != TransferState::kDelivered);
+  s.require_nothing_held();
+}
+
+TEST_CASE("a receiver cancels half way and both senders' ranks learn why") {
+  Scene& s = scene();
+  const TransferKey key = s.half_way();
+  const auto cancelled = s.receiver->rank(0).cancel(s.receiver->handle(key.id, 0));
+  require_ok(cancelled);
+  CHECK(cancelled->state == TransferState::kCancelled);
+  Scene::require_end(*s.receiver, key.id, TransferState::kCancelled, "CANCELLED");
+  Scene::require_end(*s.sender, key.id, TransferState::kFailed, "CANCELLED");
+  s.require_nothing_held();
+  s.require_hand_over();
+}
+
+TEST_CASE("a sender's rank cancels half way and the receiver learns why") {
+  Scene& s = scene();
+  const TransferKey key = s.half_way();
+  require_ok(s.sender->rank(1).cancel(s.sender->handle(key.id, 1)));
+  Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "CANCELLED");
+  const auto sent = s.sender->wait(key.id, kPatience);
+  require_ok(sent);
+  CHECK(sent->at(0).state == TransferState::kFailed);  // its receiver has failed
+  CHECK(sent->at(1).state == TransferState::kCancelled);
+  s.require_nothing_held();
+  s.require_hand_over();
+}
+
+TEST_CASE("a cancel after the end changes nothing") {
+  Scene& s = scene();
+  s.receiver->clean();
+  const TransferKey key = new_key("prefill");
+  require_ok(s.sender->send(key, {}));
+  require_ok(s.receiver->receive(key, s.ticket, {}));
+  Scene::require_end(*s.receiver, key.id, TransferState::kCompleted, "NONE");
+  const auto cancelled = s.receiver->rank(0).cancel(s.receiver->handle(key.id, 0));
+  require_ok(cancelled);
+  CHECK(cancelled->state == TransferState::kCompleted);
+  Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
+  CHECK(s.receiver->verify() == "");
+}
+
+TEST_CASE("a receiver that waits in vain ends by its deadline") {
+  Scene& s = scene();
+  const TransferKey key = new_key("prefill");
+  Party::Receive receive;
+  receive.wait = milliseconds(300);
+  require_ok(s.receiver->receive(key, s.ticket, receive));
+  Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "DEADLINE");
+}
+
+TEST_CASE("a send that nobody comes for expires and gives its pages back") {
+  Scene& s = scene();
+  const TransferKey key = new_key("prefill");
+  Party::Send send;
+  send.lease = milliseconds(300);
+  require_ok(s.sender->send(key, send));
+  Scene::require_end(*s.sender, key.id, TransferState::kFailed, "EXPIRED");
+  // A receiver that comes after it hears that at once.
+  require_ok(s.receiver->receive(key, s.ticket, {}));
+  Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "EXPIRED");
+}
+
+TEST_CASE("a transfer that stays open ends by the deadline of either side") {
+  Scene& s = scene();
+  SECTION("the sender's") {
+    const TransferKey key = s.half_way(milliseconds(400), seconds(20));
+    Scene::require_end(*s.sender, key.id, TransferState::kFailed, "DEADLINE");
+    Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "DEADLINE");
+  }
+  SECTION("the receiver's") {
+    const TransferKey key = s.half_way(seconds(20), milliseconds(400));
+    Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "DEADLINE");
+    Scene::require_end(*s.sender, key.id, TransferState::kFailed, "DEADLINE");
+  }
+  s.require_nothing_held();
+}
+
+TEST_CASE("a receiver with the wrong secret gets no byte, the right one still does") {
+  Scene& s = scene();
+  s.receiver->clean();
+  const TransferKey key = new_key("prefill");
+  TransferKey wrong = key;
+  wrong.secret[3] ^= 1;
+  require_ok(s.sender->send(key, {}));
+  require_ok(s.receiver->receive(wrong, s.ticket, {}));
+  Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "PERMISSION");
+  CHECK(s.receiver->verify() != "");
+  {
+    std::unique_ptr<Party> other = s.attach("other-decode", 1, false, "tp1");
+    require_ok(other->receive(key, s.ticket, {}));
+    Scene::require_end(*other, key.id, TransferState::kCompleted, "NONE");
+    CHECK(other->verify() == "");
+  }
+  Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
+}
+
+TEST_CASE("the same Receive again starts nothing, another one under its id is refused") {
+  Scene& s = scene();
+  s.receiver->clean();
+  client::Client& rank = s.receiver->rank(0);
+  const TransferKey key = new_key("prefill");
+  const uint64_t accepted = rank.stats().operations_accepted;
+  require_ok(s.receiver->receive(key, s.ticket, {}));
+  require_ok(s.receiver->receive(key, s.ticket, {}));
+  REQUIRE(comes_true([&] { return rank.stats().operations_accepted == accepted + 2; }));
+  Party::Receive shorter;
+  shorter.num_tokens = 256;
+  require_ok(s.receiver->receive(key, s.ticket, shorter));
+  const client::Error error = next_rejection(rank);
+  CHECK(error.code == Code::kAlreadyExists);
+  CHECK_FALSE(error.field.empty());
+  // The first one goes on.
+  require_ok(s.sender->send(key, {}));
+  Scene::require_end(*s.receiver, key.id, TransferState::kCompleted, "NONE");
+  Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
+  CHECK(s.receiver->verify() == "");
+}
+
+TEST_CASE("a receiver on the sender's daemon is told so") {
+  Scene& s = scene();
+  std::unique_ptr<Party> local = s.attach("local-decode", 0, false, "tp1");
+  const TransferKey key = new_key("prefill");
+  Party::Send send;
+  send.lease = milliseconds(500);
+  require_ok(s.sender->send(key, send));
+  require_ok(local->receive(key, s.ticket, {}));
+  const auto ended = local->wait(key.id, kPatience);
+  require_ok(ended);
+  CAPTURE(ended->front().reason);
+  CHECK(ended->front().state == TransferState::kFailed);
+  CHECK(local->verify() != "");
+  const auto sent = s.sender->wait(key.id, kPatience);
+  require_ok(sent);
+}
+
+TEST_CASE("a daemon told to stop finishes what runs and exits with 0") {
+  for (const int side : {0, 1}) {
+    CAPTURE(side);
+    Scene s({"drain.limit=20s"});
+    const TransferKey key = s.half_way();
+    auto status = std::async(std::launch::async, [&] { return s.pair->side(side).terminate(); });
+    Party& here = side == 0 ? *s.sender : *s.receiver;
+    REQUIRE(comes_true([&] { return here.rank(0).draining(); }));
+    // New work is refused.
+    const TransferKey late = new_key("prefill");
+    if (side == 0)
+      require_ok(here.send(late, {}));
+    else
+      require_ok(here.receive(late, s.ticket, {}));
+    const auto refused = here.wait(late.id, kPatience);
+    REQUIRE_FALSE(refused);
+    CHECK(refused.error().code == Code::kUnavailable);
+    // What runs may even go on.
+    s.send_rest(key);
+    Scene::require_end(*s.receiver, key.id, TransferState::kCompleted, "NONE");
+    Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
+    CHECK(s.receiver->verify() == "");
+    CHECK(status.get() == 0);
+  }
+}
+
+TEST_CASE("a daemon told to stop fails what does not end and tells its peer") {
+  for (const int side : {0, 1}) {
+    CAPTURE(side);
+    Scene s({"drain.limit=500ms"});
+    const TransferKey key = s.half_way();
+    auto status = std::async(std::launch::async, [&] { return s.pair->side(side).terminate(); });
+    Scene::require_end(*s.sender, key.id, TransferState::kFailed, "SHUTDOWN");
+    Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "SHUTDOWN");
+    CHECK(status.get() == 0);
+    CAPTURE(s.pair->side(1 - side).log_tail());
+    CHECK(comes_true([&] { return arena_in_use(s.pair->side(1 - side)) == 0; }, seconds(5)));
+  }
+}
+
+}  // namespace kvferry::testing

@@ -1,0 +1,149 @@
+#include "tests/proc/hand_off_party.h"
+
+#include <unistd.h>
+
+namespace kvferry::testing {
+namespace {
+
+constexpr uint64_t kPattern = 77;
+
+}  // namespace
+
+TransferKey new_key(const std::string& instance) {
+  TransferKey key;
+  key.instance = instance;
+  key.id = client::to_text(client::random_bytes16());
+  key.secret = client::random_bytes16();
+  return key;
+}
+
+Result<std::unique_ptr<Party>> Party::make(Options options) {
+  std::unique_ptr<Party> party(new Party(std::move(options)));
+  for (uint32_t rank = 0; rank < party->options_.topology.ranks(); ++rank)
+    if (Status attached = party->attach(rank); !attached) return attached.error();
+  return party;
+}
+
+Status Party::attach(uint32_t rank) {
+  bench::Shape shape = options_.shape;
+  shape.tokens *= options_.requests;
+  auto memory =
+      bench::rank_memory(shape, options_.topology, rank, 1.25, options_.seed * 1000 + rank);
+  if (!memory) return memory.error();
+  client::AttachOptions attach;
+  attach.socket = options_.socket;
+  attach.name = options_.instance + "-" + std::to_string(rank) + "-" + std::to_string(::getpid());
+  attach.reconnect = options_.reconnect;
+  auto client = client::Client::attach(attach);
+  if (!client) return client.error();
+  auto pool = (*client)->alloc_pool("kv", memory->pool_bytes);
+  if (!pool) return pool.error();
+  bench::fill_untouched(memory->pool_bytes, pool->data);
+  if (options_.sends) bench::fill_cells(*memory, shape.tokens, kPattern, pool->data);
+  client::LayoutRegistration registration;
+  registration.instance = options_.instance;
+  registration.layout = memory->layout;
+  auto layout = (*client)->register_layout(registration);
+  if (!layout) return layout.error();
+  ranks_.push_back({std::move(*client), std::move(*memory), *pool});
+  return {};
+}
+
+std::vector<int32_t> Party::blocks(uint32_t rank, uint32_t request,
+                                   client::TokenRange tokens) const {
+  const uint64_t per_block = options_.shape.tokens_per_block;
+  const uint64_t first = request * ((options_.shape.tokens + per_block - 1) / per_block);
+  const std::vector<int32_t>& ids = ranks_[rank].memory.block_ids;
+  const auto at = [&](uint64_t block) {
+    return ids.begin() + static_cast<std::ptrdiff_t>(first + block);
+  };
+  return {at(tokens.begin / per_block), at((tokens.end + per_block - 1) / per_block)};
+}
+
+Status Party::send(TransferKey key, const Send& what) {
+  if (key.instance.empty()) key.instance = options_.instance;
+  const uint64_t num_tokens = what.num_tokens != 0 ? what.num_tokens : options_.shape.tokens;
+  const client::TokenRange tokens = what.tokens.value_or(client::TokenRange{0, num_tokens});
+  std::vector<client::TransferHandle> handles;
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    const std::vector<int32_t> ids = blocks(rank, what.request, tokens);
+    const client::GroupBlocks group{0, tokens.begin / options_.shape.tokens_per_block, ids, {}, 0};
+    client::SendRequest request;
+    request.key = key;
+    request.layout = {options_.instance, rank};
+    request.index = what.index;
+    request.num_tokens = num_tokens;
+    request.tokens = tokens;
+    request.groups = {&group, 1};
+    request.last = what.last;
+    if (what.aux) request.aux = *what.aux;
+    request.lease = what.lease;
+    request.deadline = what.deadline;
+    auto transfer = ranks_[rank].client->send(request);
+    if (!transfer) return transfer.error();
+    handles.push_back(*transfer);
+  }
+  transfers_[key.id] = std::move(handles);
+  return {};
+}
+
+Status Party::receive(TransferKey key, const std::string& ticket, const Receive& what) {
+  const uint64_t num_tokens = what.num_tokens != 0 ? what.num_tokens : options_.shape.tokens;
+  std::vector<client::TransferHandle> handles;
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    const std::vector<int32_t> ids = blocks(rank, what.request, {0, num_tokens});
+    const client::GroupBlocks group{0, 0, ids, {}, 0};
+    client::ReceiveRequest request;
+    request.key = key;
+    request.layout = {options_.instance, rank};
+    request.ticket = ticket;
+    request.num_tokens = num_tokens;
+    request.groups = {&group, 1};
+    request.wait = what.wait;
+    request.deadline = what.deadline;
+    auto transfer = ranks_[rank].client->receive(request);
+    if (!transfer) return transfer.error();
+    handles.push_back(*transfer);
+  }
+  transfers_[key.id] = std::move(handles);
+  return {};
+}
+
+Result<std::vector<TransferStatus>> Party::wait(const std::string& id,
+                                                std::chrono::milliseconds limit) {
+  const auto until = std::chrono::steady_clock::now() + limit;
+  std::vector<TransferStatus> out;
+  for (uint32_t rank = 0; rank < ranks(); ++rank) {
+    auto status = ranks_[rank].client->wait(handle(id, rank), until);
+    if (!status) return status.error();
+    out.push_back(*status);
+  }
+  return out;
+}
+
+Status Party::close(const std::string& id) {
+  for (uint32_t rank = 0; rank < ranks(); ++rank)
+    if (Status closed = ranks_[rank].client->close(handle(id, rank)); !closed)
+      return closed.error();
+  transfers_.erase(id);
+  return {};
+}
+
+std::string Party::verify(uint64_t tokens) const {
+  if (tokens == 0) tokens = options_.shape.tokens * options_.requests;
+  for (const Rank& rank : ranks_) {
+    const bench::Verdict verdict = bench::verify(rank.memory, tokens, kPattern, rank.pool.data);
+    if (!verdict.ok()) {
+      return "rank " + std::to_string(rank.memory.layout.rank) + ": " +
+             std::to_string(verdict.wrong_bytes) + " wrong bytes of " +
+             std::to_string(verdict.cell_bytes) + ", first at " + verdict.first;
+    }
+  }
+  return {};
+}
+
+void Party::clean() {
+  for (Rank& rank : ranks_) bench::fill_untouched(rank.memory.pool_bytes, rank.pool.data);
+}
+
+}  // namespace kvferry::testing

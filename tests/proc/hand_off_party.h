@@ -1,0 +1,100 @@
+// One side of hand-offs in a test: the workers of an instance, one client for each rank, with
+// recognisable bytes in their pools. Used in the test's own process and in kvferry-test-worker.
+// One thread at a time.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "client/bench/shapes.h"
+#include "kvferry/client.h"
+
+namespace kvferry::testing {
+
+using client::Result;
+using client::Status;
+using client::TransferKey;
+using client::TransferStatus;
+
+class Party {
+ public:
+  struct Options {
+    std::string instance;
+    std::string socket;
+    bench::Shape shape;       // tokens: of one request
+    bench::Topology topology;
+    bool sends = false;       // its pools hold the pattern
+    uint32_t requests = 1;    // that fit the pools; above 1, whole blocks only
+    uint64_t seed = 1;        // of block ids; the pattern is the same for all
+    bool reconnect = false;
+  };
+  // Attaches, fills the pools, registers the layouts. The errors are the client's.
+  static Result<std::unique_ptr<Party>> make(Options options);
+
+  Result<std::string> ticket() { return ranks_[0].client->ticket(options_.instance); }
+
+  // What all ranks of a side say of one transfer.
+  struct Send {
+    uint32_t request = 0;
+    uint64_t num_tokens = 0;                   // 0: the shape's
+    uint32_t index = 0;                        // of the slice
+    std::optional<client::TokenRange> tokens;  // absent: all
+    bool last = true;
+    std::optional<std::string> aux;
+    std::chrono::milliseconds lease{0};
+    std::chrono::milliseconds deadline{0};
+  };
+  struct Receive {
+    uint32_t request = 0;
+    uint64_t num_tokens = 0;
+    std::chrono::milliseconds wait{0};
+    std::chrono::milliseconds deadline{0};
+  };
+  // These queue the operation on all ranks. The key's instance is filled in when it is empty.
+  Status send(TransferKey key, const Send& what);
+  Status receive(TransferKey key, const std::string& ticket, const Receive& what);
+
+  // The end of all ranks' sides of a transfer, in rank order; the first error, which is a
+  // rejection's or WAIT_TIMEOUT.
+  Result<std::vector<TransferStatus>> wait(const std::string& id, std::chrono::milliseconds limit);
+  // Closes and forgets it.
+  Status close(const std::string& id);
+
+  // Every byte of all pools: cells of the first `tokens` of the pattern must be there, all others
+  // untouched. tokens 0: all requests. The first fault as text; empty if there is none.
+  std::string verify(uint64_t tokens = 0) const;
+  // Receivers: as if nothing had come.
+  void clean();
+
+  client::Client& rank(uint32_t rank) { return *ranks_[rank].client; }
+  client::TransferHandle handle(const std::string& id, uint32_t rank) const {
+    return transfers_.at(id).at(rank);
+  }
+  uint32_t ranks() const { return static_cast<uint32_t>(ranks_.size()); }
+  const std::string& instance() const { return options_.instance; }
+  // One rank's blocks of one request, to make calls by hand.
+  std::vector<int32_t> blocks(uint32_t rank, uint32_t request, client::TokenRange tokens) const;
+
+ private:
+  struct Rank {
+    std::unique_ptr<client::Client> client;
+    bench::RankMemory memory;
+    client::PoolMemory pool;
+  };
+  explicit Party(Options options) : options_(std::move(options)) {}
+  Status attach(uint32_t rank);
+
+  Options options_;
+  std::vector<Rank> ranks_;
+  std::map<std::string, std::vector<client::TransferHandle>> transfers_;  // by id, one a rank
+};
+
+// A fresh id and secret.
+TransferKey new_key(const std::string& instance);
+
+}  // namespace kvferry::testing
