@@ -152,6 +152,8 @@ class Sender {
   void leave_queues(TxLeg& leg);
   void gather(TxLeg& leg, const memory::Region& region);
   void gathered(Staging& staging, const CopyEnded& event);
+  std::set<std::pair<uint64_t, uint64_t>>::const_iterator unknown_to_peer(const TxLeg& leg) const;
+  bool must_ask(const TxLeg& leg) const;
   void offer(TxLeg& leg);
   void chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk);
   // END(COMPLETED) acknowledges everything, whatever acks are still on their way.

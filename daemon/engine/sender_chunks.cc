@@ -30,7 +30,7 @@ void Sender::update(TxLeg& leg) {
   ahead_total_ += ahead;
   ahead_total_ -= leg.ahead;
   leg.ahead = ahead;
-  if (!leg.staged.empty() && credits > 0)
+  if (!leg.staged.empty() && (credits > 0 || must_ask(leg)))
     ready_.insert(leg.id);
   else
     ready_.erase(leg.id);
@@ -162,23 +162,41 @@ void Sender::gathered(Staging& staging, const CopyEnded& event) {
   }
 }
 
+// A staged chunk of which the peer does not know that it waits.
+std::set<std::pair<uint64_t, uint64_t>>::const_iterator Sender::unknown_to_peer(
+    const TxLeg& leg) const {
+  return std::find_if(leg.staged.begin(), leg.staged.end(), [&](const auto& of) {
+    return !leg.slices.at(of.first).chunks[of.second].refused;
+  });
+}
+
+// A REFUSE that comes after the credit which replaces the refused one leaves a chunk that was gathered
+// for that credit with none. Beyond what may be staged ahead nobody would wait for such a chunk: it is
+// offered under the spent credit, so that the peer refuses it and knows.
+bool Sender::must_ask(const TxLeg& leg) const {
+  return leg.spent && leg.ahead > 0 && ahead_total_ > core_.config.staged_ahead &&
+         unknown_to_peer(leg) != leg.staged.end();
+}
+
 void Sender::offer(TxLeg& leg) {
   Link& link = *core_.lanes.find(leg.link);
   while (!leg.staged.empty()) {
-    const auto [ordinal, chunk] = *leg.staged.begin();
+    std::deque<CreditGrant>& credits = leg.credits.empty() ? leg.returned : leg.credits;
+    const bool asks = credits.empty();
+    if (asks && !must_ask(leg)) break;
+    const auto [ordinal, chunk] = asks ? *unknown_to_peer(leg) : *leg.staged.begin();
     TxSlice& slice = leg.slices.at(ordinal);
     Staging& staging = stagings_.at(slice.chunks[chunk].staging);
-    std::deque<CreditGrant>& credits = leg.credits.empty() ? leg.returned : leg.credits;
-    if (credits.empty()) break;
-    if (credits.back().bytes < staging.bytes) {
+    if (!asks && credits.back().bytes < staging.bytes) {
       // All credits of a leg are of one size, that of its largest chunk.
       leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
       return;
     }
     const std::optional<uint32_t> lane = core_.lanes.offer_lane(link);
     if (!lane) break;
-    staging.credit = credits.back();
-    credits.pop_back();
+    staging.credit = asks ? *leg.spent : credits.back();
+    staging.asks = asks;
+    if (!asks) credits.pop_back();
     staging.lane = *lane;
     staging.epoch = link.lanes[*lane].epoch;
     staging.offer = OfferId{core_.next_number()};
@@ -188,10 +206,11 @@ void Sender::offer(TxLeg& leg) {
     ++staging.sends;
     newest_[staging.offer] = staging.id;
     sends_out_[staging.offer] = staging.id;
-    leg.staged.erase(leg.staged.begin());
+    leg.staged.erase({ordinal, chunk});
+    slice.chunks[chunk].refused = false;
     slice.chunks[chunk].state = TxState::kOffered;
     slice.chunks[chunk].offered_again = slice.chunks[chunk].offered_once;
-    slice.chunks[chunk].offered_once = true;
+    slice.chunks[chunk].offered_once = slice.chunks[chunk].offered_once || !asks;
     ++core_.stats.offers_sent;
     SendOffer command;
     command.lane = {link.id, *lane, staging.epoch};
@@ -216,7 +235,7 @@ void Sender::lost_offer(Staging& staging, bool credit_usable) {
   staging.offered = false;
   leg.slices.at(staging.slice).chunks[staging.chunk].state = TxState::kStaged;
   leg.staged.insert({staging.slice, staging.chunk});
-  if (credit_usable && !flawed(Flaw::kFresh)) leg.returned.push_back(staging.credit);
+  if (credit_usable && !staging.asks && !flawed(Flaw::kFresh)) leg.returned.push_back(staging.credit);
 }
 
 void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk) {

@@ -231,7 +231,10 @@ void Sender::refuse_in(Link& link, const RefuseIn& event) {
     core_.dropped(DropCause::kLate);
     return;
   }
-  lost_offer(stagings_.at(it->second), false);
+  Staging& staging = stagings_.at(it->second);
+  leg->spent = staging.credit;
+  leg->slices.at(staging.slice).chunks[staging.chunk].refused = true;
+  lost_offer(staging, false);
   update(*leg);
 }
 

@@ -136,6 +136,7 @@ struct TxChunk {
   TxState state = TxState::kIdle;
   bool offered_once = false;
   bool offered_again = false;  // so that an ack may answer an earlier offer
+  bool refused = false;        // the newest one was: the peer knows that the chunk waits
   uint64_t staging = 0;
 };
 
@@ -186,6 +187,7 @@ struct TxLeg {
   // first, and those that came back from a lost offer, which it may have spent, last.
   std::deque<CreditGrant> credits;
   std::deque<CreditGrant> returned;
+  std::optional<CreditGrant> spent;  // the newest that was refused
   std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
   std::vector<StrayOffer> stray_offers;
   bool queued = false;  // in one of the queues for staging
@@ -213,7 +215,8 @@ struct Staging {
   uint32_t lane = 0;
   uint32_t epoch = 0;
   CreditGrant credit;
-  Time since;  // gather or offer began
+  bool asks = false;  // the newest offer names a spent credit, to be refused
+  Time since;         // gather or offer began
 };
 
 struct SendSlice {

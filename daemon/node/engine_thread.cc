@@ -20,6 +20,7 @@ namespace {
 constexpr std::size_t kBatch = 512;
 constexpr Duration kLongestSleep = std::chrono::milliseconds(100);
 constexpr Duration kConditionPoll = std::chrono::microseconds(50);
+constexpr Duration kLastWords = std::chrono::milliseconds(250);  // for messages at the end
 constexpr Duration kRefresh = std::chrono::milliseconds(100);
 
 // The first byte of each pool that the plan's layout names.
@@ -105,6 +106,7 @@ void EngineThread::attach(std::shared_ptr<rpc::Session> session) {
   ask([this, session = std::move(session)](const engine::Engine&, Time) {
     const rpc::Session::Facts& facts = session->facts();
     sessions_[facts.id] = session;
+    if (draining_) session->page().set_draining(true);
     follow_up_.push_back(
         engine::WorkerAttached{facts.id, facts.tenant, session->page().config().slots});
   });
@@ -174,7 +176,19 @@ void EngineThread::run() {
     refresh_views(monotonic_now());
     wait();
   }
+  let_messages_go();
   parts_.rails->stop();
+}
+
+void EngineThread::let_messages_go() {
+  const Time until = monotonic_now() + kLastWords;
+  while (controls_under_way_ > 0 && monotonic_now() < until) {
+    parts_.rails->poll(monotonic_now(), *this, kBatch);
+    follow_up_.clear();  // the engine takes nothing more
+    if (controls_under_way_ == 0 || !parts_.rails->prepare_wait()) continue;
+    std::vector<pollfd> fds = parts_.rails->pollfds();
+    (void)::poll(fds.data(), fds.size(), 10);
+  }
 }
 
 void EngineThread::wait() {
@@ -218,6 +232,10 @@ void EngineThread::handle(engine::Event event) {
     const std::optional<link::LinkKeys> keys = parts_.links->keys(up->link);
     if (!keys || links_.contains(up->link)) return;
     links_.add(up->link, *keys);
+  }
+  if (std::holds_alternative<engine::Drain>(event)) {
+    draining_ = true;
+    for (auto& [worker, session] : sessions_) session->page().set_draining(true);
   }
   engine_.handle(std::move(event), monotonic_now(), commands_);
 }

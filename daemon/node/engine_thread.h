@@ -102,6 +102,9 @@ class EngineThread final : private rails::RailsEvents {
   };
 
   void run();
+  // Gives the control messages that were sent last, the ends of transfers above all, a moment to
+  // leave the rails process.
+  void let_messages_go();
   void wait();
   void take(Posted posted, Time now);
   void handle(engine::Event event);
@@ -174,6 +177,8 @@ class EngineThread final : private rails::RailsEvents {
   std::unordered_map<uint64_t, engine::LaneRef> refs_;  // by lane key
   uint64_t next_lane_key_ = 1;
   uint64_t next_control_token_ = 1;
+  uint64_t controls_under_way_ = 0;  // sends that have not ended
+  bool draining_ = false;
   std::unordered_map<uint64_t, ReplyFn> replies_;        // by op id
   uint64_t next_op_id_ = 1;
   std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;

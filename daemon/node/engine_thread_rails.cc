@@ -116,6 +116,7 @@ void EngineThread::send_sealed(const engine::LaneRef& ref) {
     lane_failed(ref);
     return;
   }
+  ++controls_under_way_;
   parts_.metrics->messages_sent.add();
 }
 
@@ -247,7 +248,9 @@ void EngineThread::on_offer(const rails::OfferIn& offer) {
 }
 
 void EngineThread::on_send_ended(rails::SendToken token, bool) {
-  if ((token.value & kControlToken) == 0)
+  if ((token.value & kControlToken) != 0)
+    --controls_under_way_;
+  else
     follow_up_.push_back(engine::OfferSendEnded{OfferId{token.value}});
 }
 
@@ -259,6 +262,7 @@ void EngineThread::on_died(const rails::RailsExit& exit) {
   ops::log_error("rails process ended", {ops::field("why", exit.why),
                                 ops::field("status", exit.status),
                                 ops::field("signal", exit.signal)});
+  controls_under_way_ = 0;
   lanes_.clear();
   refs_.clear();
   {

@@ -21,7 +21,8 @@ Duration time_of(uint32_t ms, Duration fallback, Duration most) {
 template <typename Tag, std::size_t N>
 Status take_bytes(const std::string& text, const std::string& field, FixedBytes<Tag, N>& out) {
   if (text.size() != N)
-    return invalid(field, "WRONG_SIZE", std::to_string(text.size()) + " bytes, not " + std::to_string(N));
+    return invalid(field, "WRONG_SIZE",
+                   std::to_string(text.size()) + " bytes, not " + std::to_string(N));
   std::memcpy(out.bytes.data(), text.data(), N);
   return {};
 }
@@ -82,7 +83,8 @@ Result<engine::ReadyCondition> ready_of(const v1::ReadyCondition& ready, const O
   engine::ReadyCondition out;
   switch (ready.kind_case()) {
     case v1::ReadyCondition::KIND_NOT_SET:
-    case v1::ReadyCondition::kHostSynced: break;
+    case v1::ReadyCondition::kHostSynced:
+      break;
     case v1::ReadyCondition::kTimeline:
       if (ready.timeline().word() >= limits.timeline_words) {
         return invalid("ready.timeline.word", "WORD_OUT_OF_RANGE",
@@ -146,6 +148,25 @@ Status check_range(const v1::TokenRange& tokens, uint64_t prompt, std::string fi
                      std::to_string(prompt));
 }
 
+// Needs and offers travel whole in one message between daemons: what would not fit is refused here,
+// where the caller can still send smaller slices. `room_bytes`: what the message has for them.
+template <typename Groups>
+Status check_fits_message(const Groups& groups, std::size_t room_bytes) {
+  constexpr std::size_t kGroupBytes = 24;
+  constexpr std::size_t kRangeBytes = 16;
+  std::size_t bytes = 0;
+  for (const auto& group : groups) bytes += kGroupBytes + group.ranges.size() * kRangeBytes;
+  if (bytes > room_bytes) {
+    return invalid("groups", "TOO_FRAGMENTED",
+                   "the holes cut the tokens into more ranges than one message carries");
+  }
+  return {};
+}
+// Of 64 KiB a PULL's names and credits need less than 2 KiB; beside aux a SLICE has 4,000 bytes.
+constexpr std::size_t kPullRoom = 62 * 1024;
+constexpr std::size_t kSliceRoom = 63 * 1024;
+constexpr std::size_t kSliceRoomBesideAux = 3'600;
+
 bool is_request_group(const mapping::RankLayout& layout, uint32_t group) {
   return group < layout.groups.size() && !layout.groups[group].planes.empty() &&
          layout.groups[group].planes.front().granularity == mapping::Granularity::kRequest;
@@ -155,8 +176,10 @@ bool is_request_group(const mapping::RankLayout& layout, uint32_t group) {
 
 Error as_spelled(Error error) {
   static constexpr std::pair<std::string_view, std::string_view> kWhole[] = {
-      {"transfer.id", "transfer.transfer_id"}, {"wait_for_arena", "arena_full"},
-      {"needs", "groups"},                     {"offer", "groups"},
+      {"transfer.id", "transfer.transfer_id"},
+      {"wait_for_arena", "arena_full"},
+      {"needs", "groups"},
+      {"offer", "groups"},
       {"blocks", "groups"}};
   static constexpr std::pair<std::string_view, std::string_view> kLast[] = {
       {"cp_interleave", "cp_interleave_tokens"}, {"offset", "offset_bytes"},
@@ -196,15 +219,15 @@ Status check_handle(uint64_t client_handle) {
 }
 
 Status check_ticket_text(const std::string& ticket) {
-  const bool printable = std::all_of(ticket.begin(), ticket.end(),
-                                     [](char c) { return c > ' ' && c < '\x7f'; });
+  const bool printable =
+      std::all_of(ticket.begin(), ticket.end(), [](char c) { return c > ' ' && c < '\x7f'; });
   if (ticket.empty() || ticket.size() > kMaxTicketBytes || !printable)
     return invalid("ticket", "TICKET_INVALID", "1 to 512 printable characters");
   return {};
 }
 
-Result<engine::OpenSendOp> to_open_send(const v1::OpenSendRequest& request, const LayoutView& layout,
-                                        const OpLimits& limits) {
+Result<engine::OpenSendOp> to_open_send(const v1::OpenSendRequest& request,
+                                        const LayoutView& layout, const OpLimits& limits) {
   engine::OpenSendOp op;
   KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
   op.client_handle = request.client_handle();
@@ -271,6 +294,7 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
   auto rounded = mapping::round_offer(*layout.layout, offers);
   if (!rounded) return tl::unexpected<Error>(as_spelled(rounded.error()));
   op.offer = std::move(*rounded);
+  KVFERRY_RETURN_IF_ERROR(check_fits_message(op.offer, op.aux ? kSliceRoomBesideAux : kSliceRoom));
   op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
   auto receivers = receivers_of(request.max_receivers(), limits);
@@ -322,6 +346,7 @@ Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const La
   auto needs = mapping::compute_needs(*layout.layout, receives);
   if (!needs) return tl::unexpected<Error>(as_spelled(needs.error()));
   op.needs = std::move(*needs);
+  KVFERRY_RETURN_IF_ERROR(check_fits_message(op.needs, kPullRoom));
   op.wait = time_of(request.wait_ms(), limits.wait, limits.wait_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
   return op;

@@ -1,6 +1,7 @@
 #include "tests/proc/bad_input_subject.h"
 
 #include <fcntl.h>
+#include <google/protobuf/descriptor.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <poll.h>
 #include <sys/mman.h>
@@ -176,7 +177,8 @@ v1::OperationResult Subject::submit(v1::Operation operation) {
   v1::SubmitResponse response;
   const bool answered = stream->Write(request) && stream->Read(&response);
   stream->WritesDone();
-  while (v1::SubmitResponse more; stream->Read(&more)) {
+  v1::SubmitResponse more;
+  while (stream->Read(&more)) {
   }
   const grpc::Status status = stream->Finish();
   INFO(status.error_message());
@@ -234,7 +236,7 @@ void Calls::not_served(const std::string& method, const std::string& feature) {
 }
 
 void Calls::check_complete() const {
-  const auto* service = v1::WorkerService::descriptor();
+  const google::protobuf::ServiceDescriptor* service = &worker_service();
   for (int i = 0; i < service->method_count(); ++i) {
     const auto& method = *service->method(i);
     // The stream carries the unary calls' requests, each of which is counted with its call.
@@ -251,6 +253,10 @@ void Calls::check_complete() const {
     INFO(kinds->field(i)->name() << " was not tried on the stream");
     CHECK(operations_.contains(kinds->field(i)->name()));
   }
+}
+
+const google::protobuf::ServiceDescriptor& worker_service() {
+  return *v1::Operation::descriptor()->file()->FindServiceByName("WorkerService");
 }
 
 RawAnswer call_raw(const client::Connection& connection, const std::string& method,

@@ -142,6 +142,9 @@ class Calls {
   std::set<std::string> operations_;  // that went over the stream
 };
 
+// The workers' service as the contract has it.
+const google::protobuf::ServiceDescriptor& worker_service();
+
 // A unary call with any bytes in it, and with any token or none.
 struct RawAnswer {
   grpc::Status status;

@@ -1,5 +1,7 @@
 // Wrong calls of a worker, against a real daemon: each is refused by the name of its field, and the
 // daemon is afterwards as it was before.
+#include <google/protobuf/descriptor.h>
+
 #include <catch2/catch.hpp>
 
 #include "tests/proc/bad_input_subject.h"
@@ -470,7 +472,7 @@ TEST_CASE("A call without the token of a live worker is refused and changes noth
   const std::string longer = subject.worker().attachment->token() + "x";
   const std::string empty;
   const std::vector<const std::string*> tokens = {nullptr, &empty, &wrong, &cut, &longer, &dead};
-  const auto* service = v1::WorkerService::descriptor();
+  const google::protobuf::ServiceDescriptor* service = &worker_service();
   for (int i = 0; i < service->method_count(); ++i) {
     const std::string& method = service->method(i)->name();
     for (const std::string* token : tokens) {
@@ -493,7 +495,7 @@ TEST_CASE("A call whose bytes are no message is refused and changes nothing") {
   Subject subject;
   const std::string state = subject.state();
   const std::string token = subject.worker().attachment->token();
-  const auto* service = v1::WorkerService::descriptor();
+  const google::protobuf::ServiceDescriptor* service = &worker_service();
   for (int i = 0; i < service->method_count(); ++i) {
     const auto& method = *service->method(i);
     if (method.client_streaming()) continue;  // a message that cannot be read ends the stream

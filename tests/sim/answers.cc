@@ -52,7 +52,7 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
       if (!ok && side.accepted && !side.closing) unexpected("Cancel");
       break;
     case PendingOp::Kind::kRevoke:
-      if (!ok && side.accepted && !side.terminal() && !side.released()) unexpected("Revoke");
+      if (!ok && causes == 0) unexpected("Revoke");
       revoked(side, reply.dropped_sends);
       break;
     case PendingOp::Kind::kClose:
@@ -131,6 +131,14 @@ void Workload::link_lost(uint32_t a, uint32_t b) {
 void Workload::unreachable(const TransferKey& key, uint32_t cause) {
   for (auto& transfer : transfers_)
     if (transfer->id == key.id) blame(*transfer, cause);
+}
+
+// All that this node's workers send is taken back.
+void Workload::revoke_all(uint32_t node) {
+  for (auto& side : sides_)
+    if (side->role == Role::kSender && side->worker->node == node && side->called && !side->lost &&
+        !side->closing)
+      later(*side, rng_.micros(0, 1500), [this](Side& s) { call_revoke(s, 0); });
 }
 
 void Workload::data_corrupted() {

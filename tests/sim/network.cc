@@ -312,18 +312,46 @@ bool Network::loses(const WireKey& key, uint32_t to_side, bool survives) {
 }
 
 void Network::carry(const WireKey& key, uint32_t from_side, Duration delay, Event event) {
-  const bool survives = !world_.rng.chance(world_.scenario.faults.lost_in_break);
+  carry(key, from_side, delay, std::move(event),
+        !world_.rng.chance(world_.scenario.faults.lost_in_break));
+}
+
+void Network::carry(const WireKey& key, uint32_t from_side, Duration delay, Event event,
+                    bool survives) {
   world_.after(delay, [this, key, from_side, survives, event = std::move(event)]() mutable {
     const uint32_t to = other(from_side);
     const End& end = links_.at(std::get<0>(key)).ends[to];
     if (loses(key, to, survives)) return;
     if (!end.told) {  // the handshake's answer is still on its way to that daemon
-      carry(key, from_side, std::chrono::microseconds(200), std::move(event));
+      carry(key, from_side, std::chrono::microseconds(200), std::move(event), survives);
       return;
     }
     rename_lane(event, lane_at(key, to));
     post(end, std::move(event));
   });
+}
+
+// A SLICE is held up on its lane; its sender alone sees the lane break, and its worker takes the slice
+// back. So what is said over the next lane (that the slice is dropped, and that the first lane is down)
+// comes before the SLICE, and the second of these may come after it.
+bool Network::ambush(const WireKey& key, uint32_t side, const SendMessage& command) {
+  if (world_.scenario.faults.ambush == 0) return false;
+  if (std::holds_alternative<MsgLaneDown>(command.message)) {
+    if (!world_.mishap(700)) return false;
+    carry(key, side, world_.rng.micros(3000, 30000),
+          MessageIn{command.lane, command.sequence, command.message}, true);
+    return true;
+  }
+  if (!std::holds_alternative<MsgSlice>(command.message) ||
+      !world_.mishap(world_.scenario.faults.ambush))
+    return false;
+  world_.note("ambush: " + describe(command.message));
+  carry(key, side, world_.rng.micros(4000, 25000),
+        MessageIn{command.lane, command.sequence, command.message}, true);
+  world_.workload->revoke_all(links_.at(std::get<0>(key)).ends[side].node);
+  wire_of(key).broken = true;
+  learn(key, side, world_.rng.micros(500, 3000));
+  return true;
 }
 
 void Network::send_message(uint32_t node, const SendMessage& command) {
@@ -344,6 +372,7 @@ void Network::send_message(uint32_t node, const SendMessage& command) {
     }
     return;
   }
+  if (ambush(key, side, command)) return;
   if (world_.mishap(world_.scenario.faults.duplicate))
     carry(key, side, latency(), MessageIn{command.lane, command.sequence, command.message});
   carry(key, side, latency(), MessageIn{command.lane, command.sequence, command.message});
@@ -439,6 +468,8 @@ void Network::accept_offer(uint32_t node, const AcceptOffer& command) {
     const bool survives = !world_.rng.chance(world_.scenario.faults.lost_in_break);
     world_.after(latency(), [this, id, i, survives] { move_piece(id, i, survives); });
   }
+  if (world_.mishap(world_.scenario.faults.break_landing))
+    world_.after(world_.rng.micros(0, 500), [this, key = flight.wire] { break_wire(key); });
 }
 
 void Network::drop_offer(uint32_t node, const DropOffer& command) {
@@ -469,7 +500,8 @@ void Network::move_piece(uint64_t id, std::size_t index, bool survives) {
     world_.workload->data_corrupted();
     world_.note("a piece of offer " + std::to_string(flight.offer.offer.value) + " is corrupted");
   }
-  world_.after(latency(), [this, id, index, survives] { write_piece(id, index, survives); });
+  const Duration delay = latency() + (wire_of(flight.wire).broken ? lateness() : Duration{0});
+  world_.after(delay, [this, id, index, survives] { write_piece(id, index, survives); });
   const bool all =
       std::all_of(flight.pieces.begin(), flight.pieces.end(), [](const Data& d) { return d.read; });
   if (all) world_.after(latency(), [this, id] { end_send(id); });
@@ -479,6 +511,11 @@ void Network::write_piece(uint64_t id, std::size_t index, bool survives) {
   Flight& flight = flights_.at(id);
   if (!flight.landing_open || (wire_of(flight.wire).broken && !survives)) return;
   Data& piece = flight.pieces[index];
+  if (wire_of(flight.wire).broken && !piece.late) {
+    piece.late = true;
+    world_.after(lateness(), [this, id, index, survives] { write_piece(id, index, survives); });
+    return;
+  }
   const End& to = links_.at(std::get<0>(flight.wire)).ends[other(flight.side)];
   uint8_t* target = world_.nodes[to.node]->arena(flight.region, piece.begin, piece.bytes.size());
   std::copy(piece.bytes.begin(), piece.bytes.end(), target);

@@ -88,6 +88,7 @@ class Network {
     uint64_t begin = 0;
     std::vector<uint8_t> bytes;
     bool read = false;
+    bool late = false;
     bool written = false;
   };
   struct Flight {  // an offer
@@ -124,6 +125,11 @@ class Network {
   void end_requests(const WireKey& key, uint32_t side, uint64_t most_us);
   // Delivers `event` for the other side's engine after `delay`, unless the wire loses it.
   void carry(const WireKey& key, uint32_t from_side, Duration delay, engine::Event event);
+  void carry(const WireKey& key, uint32_t from_side, Duration delay, engine::Event event,
+             bool survives);
+  bool ambush(const WireKey& key, uint32_t side, const engine::SendMessage& command);
+  // How much later what was on a broken wire arrives, if it does.
+  Duration lateness() { return world_.rng.micros(0, 25000); }
   bool loses(const WireKey& key, uint32_t to_side, bool survives);
   void arrive(uint64_t flight, bool survives);
   void move_piece(uint64_t flight, std::size_t piece, bool survives);

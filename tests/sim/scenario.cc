@@ -27,6 +27,7 @@ std::vector<uint64_t> segments_of(uint64_t regions, uint64_t chunk_bytes) {
 void lossy(Faults& faults, Rng& rng) {
   faults.lane_breaks = rng.pick(0, 8);
   faults.silent = rng.pick(0, 500);
+  faults.break_landing = rng.chance(500) ? rng.pick(0, 60) : 0;
   faults.vanish = rng.chance(500) ? rng.pick(0, 15) : 0;
   faults.duplicate = rng.pick(0, 40);
   faults.slow_message = rng.pick(0, 60);
@@ -142,6 +143,7 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
     case Profile::kRevoke:
       lossy(s.faults, rng);
       s.habits.revoke = rng.pick(300, 900);
+      s.faults.ambush = rng.chance(500) ? rng.pick(0, 80) : 0;
       break;
     case Profile::kEnds:
       if (rng.chance(500)) lossy(s.faults, rng);

@@ -192,6 +192,7 @@ class Workload {
   void link_lost(uint32_t a, uint32_t b);
   void unreachable(const engine::TransferKey& key, uint32_t cause);
   void data_corrupted();
+  void revoke_all(uint32_t node);
   void copy_failed(uint64_t side);
   void worker_dies();
   void unregister_something();

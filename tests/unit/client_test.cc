@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -615,6 +616,7 @@ TEST_CASE("after the daemon's end the client attaches and registers by itself") 
 TEST_CASE("a daemon to be killed", "[.daemon]") {
   const char* path = std::getenv("KVFERRY_TEST_DIRECTORY");
   REQUIRE(path != nullptr);
+  REQUIRE(::prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);  // also when the test that started it fails
   rpc::TemporaryDirectory directory{std::string(path)};
   FakeDaemon daemon(directory, 7);
   for (;;) ::pause();

@@ -51,9 +51,11 @@ template <typename Request, typename Convert>
 void check_rows(const Request& good, const Rows<Request>& rows, const std::vector<Exempt>& exempt,
                 Convert&& convert) {
   const google::protobuf::Descriptor& type = *Request::descriptor();
-  const Outcome accepted = convert(good);
-  INFO(type.name() << ": " << accepted.error.to_string());
-  REQUIRE(accepted.accepted);
+  {
+    const Outcome outcome = convert(good);
+    INFO(type.name() << ": " << outcome.error.to_string());
+    REQUIRE(outcome.accepted);
+  }
   Paths covered;
   for (const Row<Request>& row : rows) {
     Request spoiled = good;

@@ -1,0 +1,273 @@
+// Engines joined by a perfect network, or one engine whose commands a test answers by hand. Nothing
+// takes time unless the test lets it pass.
+#pragma once
+
+#include <catch2/catch.hpp>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/engine/engine.h"
+
+namespace kvferry::engine::test {
+
+struct TestLayout : LayoutHandle {};
+struct TestPlan : Plan {};
+struct TestContext : LegContext {};
+
+inline BootId boot_of(uint8_t n) {
+  BootId boot;
+  boot.bytes[0] = n;
+  return boot;
+}
+inline Incarnation incarnation_of(uint8_t n) {
+  Incarnation incarnation;
+  incarnation.bytes[0] = n;
+  return incarnation;
+}
+
+inline std::shared_ptr<const TestLayout> make_layout(WorkerId worker, std::string instance,
+                                                     uint8_t life, uint32_t rank) {
+  auto layout = std::make_shared<TestLayout>();
+  layout->worker = worker;
+  layout->instance = std::move(instance);
+  layout->incarnation = incarnation_of(life);
+  layout->rank = rank;
+  return layout;
+}
+
+inline EngineConfig small_config(uint8_t node) {
+  EngineConfig config;
+  config.boot = boot_of(node);
+  config.node = "node" + std::to_string(node);
+  config.segment_bytes = {1024};
+  config.min_region_bytes = 16;
+  config.chunk_bytes = 64;
+  config.staged_ahead = 1;
+  config.leg_credits = 4;
+  return config;
+}
+
+inline TransferKey key_of(const std::string& id, uint8_t secret = 7) {
+  TransferKey key;
+  key.instance = "default/prefill";
+  key.incarnation = incarnation_of(1);
+  key.id = id;
+  key.secret.bytes.fill(secret);
+  return key;
+}
+
+// One engine and the commands it gave.
+class Box {
+ public:
+  explicit Box(EngineConfig config) : engine(std::move(config)) {}
+
+  void post(Event event) {
+    engine.handle(std::move(event), now, commands);
+    engine.flush(now, commands);
+    engine.check_invariants();
+  }
+  // Feeds several events as one batch.
+  void post_all(std::vector<Event> events) {
+    for (Event& event : events) engine.handle(std::move(event), now, commands);
+    engine.flush(now, commands);
+    engine.check_invariants();
+  }
+  void pass(Duration time) {
+    const Time until = now + time;
+    while (engine.next_timer() <= until) {
+      now = std::max(now, engine.next_timer());
+      engine.advance(now, commands);
+      engine.flush(now, commands);
+    }
+    now = until;
+    engine.check_invariants();
+  }
+
+  // The commands of one kind since the last take(), which forgets all.
+  template <typename Kind>
+  std::vector<Kind> seen() const {
+    std::vector<Kind> found;
+    for (const Command& command : commands)
+      if (const auto* of = std::get_if<Kind>(&command)) found.push_back(*of);
+    return found;
+  }
+  template <typename Message>
+  std::vector<Message> told() const {
+    std::vector<Message> found;
+    for (const SendMessage& command : seen<SendMessage>())
+      if (const auto* of = std::get_if<Message>(&command.message)) found.push_back(*of);
+    return found;
+  }
+  void forget() { commands.clear(); }
+  Reply last_reply() const {
+    const auto replies = seen<Reply>();
+    REQUIRE_FALSE(replies.empty());
+    return replies.back();
+  }
+  TransferRecord record(WorkerId worker, uint64_t handle) const {
+    TransferRecord found;
+    bool any = false;
+    for (const Publish& publish : seen<Publish>()) {
+      if (publish.worker != worker || publish.record.client_handle != handle) continue;
+      found = publish.record;
+      any = true;
+    }
+    REQUIRE(any);
+    return found;
+  }
+
+  Engine engine;
+  Time now{1'000'000'000};
+  Commands commands;
+  std::map<uint32_t, uint64_t> next_in;  // by lane, of a peer that the test plays
+};
+
+// A world of two daemons, node1 sending and node2 receiving, in which each command is answered at
+// once. `bytes_per_token` of each slice's tokens travel on the one leg there is.
+class Pair {
+ public:
+  static constexpr uint64_t kBytesPerToken = 10;
+
+  Pair() : Pair(small_config(1), small_config(2)) {}
+  Pair(EngineConfig sender, EngineConfig receiver) : s(std::move(sender)), r(std::move(receiver)) {
+    s_layout = make_layout({1}, "default/prefill", 1, 0);
+    r_layout = make_layout({2}, "default/decode", 2, 0);
+    s.post(WorkerAttached{{1}, "default", 64});
+    r.post(WorkerAttached{{2}, "default", 64});
+    s.post(LinkUp{{1}, "node2", boot_of(2), true, lanes, 64, 64, CheckKind::kNone});
+    r.post(LinkUp{{1}, "node1", boot_of(1), false, lanes, 64, 64, CheckKind::kNone});
+    run();
+  }
+
+  SendOp send_op(const std::string& id, uint32_t index, Range tokens, bool last) const {
+    SendOp op;
+    op.op = {{1}, 100 + index};
+    op.client_handle = handle_of(id);
+    op.key = key_of(id);
+    op.layout = s_layout;
+    op.send_index = index;
+    op.num_tokens = 64;
+    if (!tokens.empty()) op.offer = {{0, {tokens}}};
+    op.last = last;
+    return op;
+  }
+  ReceiveOp receive_op(const std::string& id, Range tokens) const {
+    ReceiveOp op;
+    op.op = {{2}, 200};
+    op.client_handle = handle_of(id);
+    op.key = key_of(id);
+    op.layout = r_layout;
+    op.needs = {{0, tokens.begin, tokens.end, {tokens}}};
+    op.num_tokens = 64;
+    return op;
+  }
+  static uint64_t handle_of(const std::string& id) { return std::hash<std::string>{}(id) | 1; }
+
+  // Answers commands until both engines are silent.
+  void run() {
+    bool busy = true;
+    while (busy) {
+      busy = step(s, r, s_done_);
+      busy = step(r, s, r_done_) || busy;
+    }
+  }
+  void pass(Duration time) {
+    for (Duration left = time; left > Duration{}; left -= tick) {
+      s.pass(std::min(left, tick));
+      r.pass(std::min(left, tick));
+      run();
+    }
+  }
+
+  TransferRecord sent(const std::string& id) const { return s.record({1}, handle_of(id)); }
+  TransferRecord received(const std::string& id) const { return r.record({2}, handle_of(id)); }
+
+  static constexpr Duration tick = std::chrono::milliseconds(100);
+  uint32_t lanes = 2;
+  Box s;
+  Box r;
+  std::shared_ptr<const TestLayout> s_layout;
+  std::shared_ptr<const TestLayout> r_layout;
+  uint64_t skew = 0;                          // added to the receiver's digests
+  CopyOutcome scatter_outcome = CopyOutcome::kOk;
+  bool answer_gathers = true;
+  std::function<bool(const Command&)> swallow = [](const Command&) { return false; };
+  Reason resolve_reason = Reason::kNone;
+  Range needed{0, 64};                        // what the directory thinks the transfer needs
+
+ private:
+  bool step(Box& from, Box& to, std::size_t& done) {
+    bool any = false;
+    while (done < from.commands.size()) {
+      const Command command = from.commands[done++];
+      any = true;
+      if (!swallow(command)) answer(from, to, command);
+    }
+    return any;
+  }
+
+  static uint64_t tokens_of(const std::vector<GroupRanges>& offer) {
+    uint64_t tokens = 0;
+    for (const GroupRanges& group : offer)
+      for (const Range& range : group.ranges) tokens += range.size();
+    return tokens;
+  }
+
+  void answer(Box& from, Box& to, const Command& command) {
+    if (const auto* of = std::get_if<ConnectLane>(&command)) {
+      from.post(LaneConnected{of->lane});
+    } else if (const auto* of = std::get_if<ReopenLane>(&command)) {
+      to.post(LaneReopened{of->lane});
+      from.post(LaneReopened{of->lane});
+    } else if (const auto* of = std::get_if<TellLaneDown>(&command)) {
+      to.post(PeerLaneDown{of->lane});
+    } else if (const auto* of = std::get_if<SendMessage>(&command)) {
+      to.post(MessageIn{of->lane, of->sequence, of->message});
+    } else if (const auto* of = std::get_if<SendRefuse>(&command)) {
+      to.post(RefuseIn{of->lane, of->message});
+    } else if (const auto* of = std::get_if<SendOffer>(&command)) {
+      const DescriptorId descriptor{++last_descriptor_};
+      offers_[descriptor] = of->offer.offer;
+      to.post(OfferIn{of->lane, of->offer, descriptor, of->offer.bytes});
+    } else if (const auto* of = std::get_if<AcceptOffer>(&command)) {
+      to.post(OfferSendEnded{offers_.at(of->descriptor)});
+      from.post(ReceiveEnded{of->landing, true});
+    } else if (const auto* of = std::get_if<DropOffer>(&command)) {
+      to.post(OfferSendEnded{offers_.at(of->descriptor)});
+    } else if (const auto* of = std::get_if<Gather>(&command)) {
+      if (answer_gathers) from.post(CopyEnded{of->copy, CopyOutcome::kOk, {}});
+    } else if (const auto* of = std::get_if<Scatter>(&command)) {
+      from.post(CopyEnded{of->copy, scatter_outcome, {}});
+    } else if (const auto* of = std::get_if<Compile>(&command)) {
+      auto plan = std::make_shared<TestPlan>();
+      plan->bytes = tokens_of(of->offer) * kBytesPerToken;
+      plan->digest = 42 + (of->side == Role::kReceiver ? skew : 0);
+      from.post(Compiled{of->compile, Reason::kNone, {}, std::move(plan)});
+    } else if (const auto* of = std::get_if<Resolve>(&command)) {
+      Resolved resolved;
+      resolved.resolve = of->resolve;
+      resolved.reason = resolve_reason;
+      resolved.sender_incarnation = incarnation_of(1);
+      resolved.legs.push_back({0, 0, "node1", false, true, needed.size() * kBytesPerToken,
+                               std::make_shared<TestContext>()});
+      from.post(std::move(resolved));
+    } else if (const auto* of = std::get_if<ResolvePull>(&command)) {
+      PullResolved resolved;
+      resolved.resolve = of->resolve;
+      resolved.legs.push_back({0, false, true});
+      resolved.context = std::make_shared<TestContext>();
+      from.post(std::move(resolved));
+    }
+  }
+
+  std::map<DescriptorId, OfferId> offers_;
+  uint64_t last_descriptor_ = 0;
+  std::size_t s_done_ = 0;
+  std::size_t r_done_ = 0;
+};
+
+}  // namespace kvferry::engine::test
