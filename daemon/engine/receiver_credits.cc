@@ -30,7 +30,7 @@ uint64_t Receiver::wanted(const RxLeg& leg) const {
   if (leg.state != RxLegState::kOpen && leg.state != RxLegState::kUnsent) return 0;
   if (!receives_.at(leg.receive).decided) return 0;
   uint64_t to_come = leg.known_chunks - leg.done_chunks;
-  if (!leg.last && leg.expected_bytes > leg.known_bytes)
+  if ((!leg.last || leg.compiling > 0) && leg.expected_bytes > leg.known_bytes)
     to_come += ceil_div(leg.expected_bytes - leg.known_bytes, link->chunk_bytes);
   return std::min<uint64_t>({core_.config.leg_credits, link->max_credits, to_come});
 }

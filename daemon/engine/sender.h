@@ -115,7 +115,7 @@ class Sender {
                    const std::vector<CreditGrant>& credits, Time expires);
   void end_pull(Link& link, uint64_t pull, const TransferName& name, Outcome outcome,
                 Reason reason);
-  void answer_end(Link& link, uint64_t pull, const TransferName& name, const PeerPull& ended);
+  void answer_end(Link& link, uint64_t pull, const PeerPull& ended);
   void forget_below(Link& link, uint64_t oldest);
   Place* place_for(Send& send, const TxLeg& leg, const PullResolved& event, Reason& refusal);
   bool proven(const Send& send, const std::string& node, const PullId& pull, uint32_t receiver_rank,

@@ -177,7 +177,7 @@ void Sender::update_in(Link& link, const MsgUpdate& message) {
           parked.credits.push_back(credit);
     } else {
       core_.dropped(DropCause::kLate);
-      answer_end(link, message.pull.counter, {}, it->second);
+      answer_end(link, message.pull.counter, it->second);
     }
   } else {
     const uint64_t id = leg->id;
@@ -317,7 +317,7 @@ void Sender::resync(Link& link) {
   for (auto& [pull, entry] : link.pulls) {
     // Until the peer has closed the pull: that its END was seen says nothing of our answer to it.
     if (entry.kind == PeerPull::Kind::kEnded) {
-      answer_end(link, pull, {}, entry);
+      answer_end(link, pull, entry);
     } else if (entry.kind == PeerPull::Kind::kLeg) {
       TxLeg& leg = legs_.at(entry.leg);
       for (const auto& [ordinal, slice] : leg.slices)

@@ -50,7 +50,7 @@ void Sender::pull_in(Link& link, MsgPull& message) {
     PeerPull& entry = known->second;
     core_.dropped(DropCause::kDuplicate);
     if (entry.kind == PeerPull::Kind::kEnded)
-      answer_end(link, pull, message.transfer, entry);
+      answer_end(link, pull, entry);
     else if (entry.kind == PeerPull::Kind::kLeg)
       take_credits(link, legs_.at(entry.leg), message.credits);
     return;
@@ -269,9 +269,10 @@ void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outco
   entry.kind = PeerPull::Kind::kEnded;
   entry.leg = 0;
   entry.parked.reset();
+  entry.name = name;
   entry.outcome = outcome;
   entry.reason = reason;
-  answer_end(link, pull, name, entry);
+  answer_end(link, pull, entry);
   if (link.ended_out <= core_.config.max_tombstones) return;
   // Too many: the lowest ended one becomes history.
   const auto lowest = std::find_if(link.pulls.begin(), link.pulls.end(), [](const auto& of) {
@@ -282,10 +283,9 @@ void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outco
   --link.ended_out;
 }
 
-void Sender::answer_end(Link& link, uint64_t pull, const TransferName& name,
-                        const PeerPull& ended) {
+void Sender::answer_end(Link& link, uint64_t pull, const PeerPull& ended) {
   (void)core_.lanes.send(
-      link, MsgEnd{PullId{link.boot, pull}, name, ended.outcome, ended.reason, std::nullopt});
+      link, MsgEnd{PullId{link.boot, pull}, ended.name, ended.outcome, ended.reason, std::nullopt});
 }
 
 // The peer has closed all its pulls below `oldest`.
@@ -323,7 +323,7 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
   switch (entry.kind) {
     case PeerPull::Kind::kEnded:
       // Our END may be lost, and the peer repeats its own until it has seen ours.
-      answer_end(link, pull, message.transfer, entry);
+      answer_end(link, pull, entry);
       return;
     case PeerPull::Kind::kParked: {
       const std::unique_ptr<ParkedPull> parked = unpark(link, pull);

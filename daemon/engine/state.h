@@ -56,6 +56,7 @@ struct PeerPull {
   enum class Kind : uint8_t { kParked, kLeg, kEnded } kind = Kind::kEnded;
   uint64_t leg = 0;                    // kLeg
   std::unique_ptr<ParkedPull> parked;  // kParked
+  TransferName name;                   // kEnded: goes into every END
   Outcome outcome = Outcome::kFailed;  // kEnded: our END
   Reason reason = Reason::kNone;
 };

@@ -121,10 +121,14 @@ void EngineThread::send_sealed(const engine::LaneRef& ref) {
 }
 
 void EngineThread::execute(engine::SendMessage& command) {
-  if (links_.seal(command.lane, command.sequence, command.message, sealed_))
-    send_sealed(command.lane);
-  else
+  if (Status sealed = links_.seal(command.lane, command.sequence, command.message, sealed_);
+      !sealed) {
+    // A link that has ended in between, or a message that no daemon may send.
+    ops::log_warning("lane given up: message not sealed", {ops::field("error", sealed.error())});
     lane_failed(command.lane);
+    return;
+  }
+  send_sealed(command.lane);
 }
 
 void EngineThread::execute(engine::SendRefuse& command) {

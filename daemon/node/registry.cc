@@ -124,8 +124,8 @@ void Registry::export_gauges() {
 }
 
 std::shared_ptr<rpc::Session> Registry::find_session(std::string_view token) {
-  if (lifeline_ == nullptr) return nullptr;
-  return lifeline_->find(bytes_of(token));
+  rpc::Lifeline* const lifeline = lifeline_.load(std::memory_order_acquire);
+  return lifeline == nullptr ? nullptr : lifeline->find(bytes_of(token));
 }
 
 std::string Registry::worker_name(WorkerId id) const {
@@ -223,14 +223,12 @@ void Registry::unregister_pools(rpc::Session& session, std::vector<std::string> 
   const std::set<std::string_view> named(names.begin(), names.end());
   std::vector<std::shared_ptr<const RegisteredLayout>> users;
   bool existed = false;
+  // A session that ended meanwhile has no pools any more.
   {
     MutexLock lock(mutex_);
+    Worker none;
     const auto it = workers_.find(session.id());
-    if (it == workers_.end()) {
-      done(gone());
-      return;
-    }
-    Worker& worker = it->second;
+    Worker& worker = it == workers_.end() ? none : it->second;
     for (auto layout = worker.layouts.begin(); layout != worker.layouts.end();) {
       const auto& used = layout->second.registered->layout.pools;
       const bool uses = std::any_of(used.begin(), used.end(), [&](const mapping::PoolSpan& span) {

@@ -28,7 +28,9 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics);
 
   // For sessions by token; set once, before the worker service serves.
-  void set_lifeline(rpc::Lifeline* lifeline) { lifeline_ = lifeline; }
+  void set_lifeline(rpc::Lifeline* lifeline) {
+    lifeline_.store(lifeline, std::memory_order_release);
+  }
   // New attachments' registrations are refused from now on.
   void drain() { draining_.store(true, std::memory_order_relaxed); }
   std::vector<rpc::WorkerInfo> workers() const KVFERRY_EXCLUDES(mutex_);
@@ -51,8 +53,7 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   void unregister_pools(rpc::Session& session, std::vector<std::string> names,
                         rpc::Done<bool> done) override;
   void join_instance(rpc::Session& session, std::string instance, std::vector<std::string> cards,
-                     Secret instance_key, Time deadline,
-                     rpc::Done<rpc::JoinOutcome> done) override;
+                     Secret instance_key, Time deadline, rpc::Done<rpc::JoinOutcome> done) override;
   Result<rpc::TicketOutcome> get_ticket(rpc::Session& session,
                                         const std::string& instance) override;
   Result<rpc::LayoutView> find_layout(const rpc::Session& session, const std::string& instance,
@@ -70,7 +71,7 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   };
   struct Layout {
     std::shared_ptr<const RegisteredLayout> registered;
-    rpc::LayoutRequest request;      // as it came, to compare a second call with
+    rpc::LayoutRequest request;  // as it came, to compare a second call with
     rpc::LayoutRegistration answer;
   };
   struct Worker {
@@ -93,7 +94,7 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   EngineThread& engine_;
   Directory& directory_;
   ops::Metrics& metrics_;
-  rpc::Lifeline* lifeline_ = nullptr;
+  std::atomic<rpc::Lifeline*> lifeline_{nullptr};
   std::atomic<bool> draining_{false};
   mutable Mutex mutex_;
   std::map<WorkerId, Worker> workers_ KVFERRY_GUARDED_BY(mutex_);

@@ -342,9 +342,10 @@ bool Network::ambush(const WireKey& key, uint32_t side, const SendMessage& comma
           MessageIn{command.lane, command.sequence, command.message}, true);
     return true;
   }
-  if (!std::holds_alternative<MsgSlice>(command.message) ||
+  if (!std::holds_alternative<MsgSlice>(command.message) || ambushes_left_ == 0 ||
       !world_.mishap(world_.scenario.faults.ambush))
     return false;
+  --ambushes_left_;
   world_.note("ambush: " + describe(command.message));
   carry(key, side, world_.rng.micros(4000, 25000),
         MessageIn{command.lane, command.sequence, command.message}, true);

@@ -147,6 +147,7 @@ class Network {
   std::set<DescriptorId> gone_descriptors_;  // that ended with their rails process
   std::set<std::pair<uint32_t, uint32_t>> dialling_;
   std::map<std::pair<uint32_t, uint32_t>, Time> partitions_;
+  uint32_t ambushes_left_ = 6;
   uint64_t next_link_ = 1;
   uint64_t next_flight_ = 1;
   uint64_t next_descriptor_ = 1;

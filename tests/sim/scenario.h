@@ -29,7 +29,7 @@ struct Faults {
   Duration until{};            // from the start; then the world is well
   uint32_t lane_breaks = 0;    // in the whole run
   uint32_t break_landing = 0;  // of an accepted offer: its wire breaks while the data are on their way
-  uint32_t ambush = 0;         // of a SLICE: overtaken by its Revoke over another lane
+  uint32_t ambush = 0;         // of a SLICE: overtaken by its Revoke over another lane (a few a run)
   uint32_t silent = 0;         // of a break: a side learns of it by silence only
   uint32_t vanish = 0;         // of a control message: lost while its lane stays up
   uint32_t duplicate = 0;      // of a control message

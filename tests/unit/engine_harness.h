@@ -192,12 +192,12 @@ class Pair {
   Box r;
   std::shared_ptr<const TestLayout> s_layout;
   std::shared_ptr<const TestLayout> r_layout;
-  uint64_t skew = 0;                          // added to the receiver's digests
+  uint64_t skew = 0;  // added to the receiver's digests
   CopyOutcome scatter_outcome = CopyOutcome::kOk;
   bool answer_gathers = true;
   std::function<bool(const Command&)> swallow = [](const Command&) { return false; };
   Reason resolve_reason = Reason::kNone;
-  Range needed{0, 64};                        // what the directory thinks the transfer needs
+  Range needed{0, 64};  // what the directory thinks the transfer needs
 
  private:
   bool step(Box& from, Box& to, std::size_t& done) {
@@ -218,50 +218,59 @@ class Pair {
   }
 
   void answer(Box& from, Box& to, const Command& command) {
-    if (const auto* of = std::get_if<ConnectLane>(&command)) {
-      from.post(LaneConnected{of->lane});
-    } else if (const auto* of = std::get_if<ReopenLane>(&command)) {
-      to.post(LaneReopened{of->lane});
-      from.post(LaneReopened{of->lane});
-    } else if (const auto* of = std::get_if<TellLaneDown>(&command)) {
-      to.post(PeerLaneDown{of->lane});
-    } else if (const auto* of = std::get_if<SendMessage>(&command)) {
-      to.post(MessageIn{of->lane, of->sequence, of->message});
-    } else if (const auto* of = std::get_if<SendRefuse>(&command)) {
-      to.post(RefuseIn{of->lane, of->message});
-    } else if (const auto* of = std::get_if<SendOffer>(&command)) {
-      const DescriptorId descriptor{++last_descriptor_};
-      offers_[descriptor] = of->offer.offer;
-      to.post(OfferIn{of->lane, of->offer, descriptor, of->offer.bytes});
-    } else if (const auto* of = std::get_if<AcceptOffer>(&command)) {
-      to.post(OfferSendEnded{offers_.at(of->descriptor)});
-      from.post(ReceiveEnded{of->landing, true});
-    } else if (const auto* of = std::get_if<DropOffer>(&command)) {
-      to.post(OfferSendEnded{offers_.at(of->descriptor)});
-    } else if (const auto* of = std::get_if<Gather>(&command)) {
-      if (answer_gathers) from.post(CopyEnded{of->copy, CopyOutcome::kOk, {}});
-    } else if (const auto* of = std::get_if<Scatter>(&command)) {
-      from.post(CopyEnded{of->copy, scatter_outcome, {}});
-    } else if (const auto* of = std::get_if<Compile>(&command)) {
-      auto plan = std::make_shared<TestPlan>();
-      plan->bytes = tokens_of(of->offer) * kBytesPerToken;
-      plan->digest = 42 + (of->side == Role::kReceiver ? skew : 0);
-      from.post(Compiled{of->compile, Reason::kNone, {}, std::move(plan)});
-    } else if (const auto* of = std::get_if<Resolve>(&command)) {
-      Resolved resolved;
-      resolved.resolve = of->resolve;
-      resolved.reason = resolve_reason;
-      resolved.sender_incarnation = incarnation_of(1);
-      resolved.legs.push_back({0, 0, "node1", false, true, needed.size() * kBytesPerToken,
-                               std::make_shared<TestContext>()});
-      from.post(std::move(resolved));
-    } else if (const auto* of = std::get_if<ResolvePull>(&command)) {
-      PullResolved resolved;
-      resolved.resolve = of->resolve;
-      resolved.legs.push_back({0, false, true});
-      resolved.context = std::make_shared<TestContext>();
-      from.post(std::move(resolved));
-    }
+    std::visit([&](const auto& of) { on(from, to, of); }, command);
+  }
+  template <typename Other>
+  void on(Box&, Box&, const Other&) {}
+  void on(Box& from, Box&, const ConnectLane& of) { from.post(LaneConnected{of.lane}); }
+  void on(Box& from, Box& to, const ReopenLane& of) {
+    to.post(LaneReopened{of.lane});
+    from.post(LaneReopened{of.lane});
+  }
+  void on(Box&, Box& to, const TellLaneDown& of) { to.post(PeerLaneDown{of.lane}); }
+  void on(Box&, Box& to, const SendMessage& of) {
+    to.post(MessageIn{of.lane, of.sequence, of.message});
+  }
+  void on(Box&, Box& to, const SendRefuse& of) { to.post(RefuseIn{of.lane, of.message}); }
+  void on(Box&, Box& to, const SendOffer& of) {
+    const DescriptorId descriptor{++last_descriptor_};
+    offers_[descriptor] = of.offer.offer;
+    to.post(OfferIn{of.lane, of.offer, descriptor, of.offer.bytes});
+  }
+  void on(Box& from, Box& to, const AcceptOffer& of) {
+    to.post(OfferSendEnded{offers_.at(of.descriptor)});
+    from.post(ReceiveEnded{of.landing, true});
+  }
+  void on(Box&, Box& to, const DropOffer& of) {
+    to.post(OfferSendEnded{offers_.at(of.descriptor)});
+  }
+  void on(Box& from, Box&, const Gather& of) {
+    if (answer_gathers) from.post(CopyEnded{of.copy, CopyOutcome::kOk, {}});
+  }
+  void on(Box& from, Box&, const Scatter& of) {
+    from.post(CopyEnded{of.copy, scatter_outcome, {}});
+  }
+  void on(Box& from, Box&, const Compile& of) {
+    auto plan = std::make_shared<TestPlan>();
+    plan->bytes = tokens_of(of.offer) * kBytesPerToken;
+    plan->digest = 42 + (of.side == Role::kReceiver ? skew : 0);
+    from.post(Compiled{of.compile, Reason::kNone, {}, std::move(plan)});
+  }
+  void on(Box& from, Box&, const Resolve& of) {
+    Resolved resolved;
+    resolved.resolve = of.resolve;
+    resolved.reason = resolve_reason;
+    resolved.sender_incarnation = incarnation_of(1);
+    resolved.legs.push_back({0, 0, "node1", false, true, needed.size() * kBytesPerToken,
+                             std::make_shared<TestContext>()});
+    from.post(std::move(resolved));
+  }
+  void on(Box& from, Box&, const ResolvePull& of) {
+    PullResolved resolved;
+    resolved.resolve = of.resolve;
+    resolved.legs.push_back({0, false, true});
+    resolved.context = std::make_shared<TestContext>();
+    from.post(std::move(resolved));
   }
 
   std::map<DescriptorId, OfferId> offers_;

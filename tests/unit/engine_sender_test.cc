@@ -1,0 +1,441 @@
+// The rows of the sender's tables, one engine at a time: the test plays the receiver's daemon.
+#include <set>
+
+#include "daemon/engine/proofs.h"
+#include "tests/unit/engine_harness.h"
+
+namespace kvferry::engine::test {
+namespace {
+
+using std::chrono::seconds;
+
+constexpr uint64_t kChunk = 64;
+
+// node1 sends to node2, which the test plays. Tokens are 10 bytes on a leg.
+struct Lone : Box {
+  explicit Lone(EngineConfig config = small_config(1), uint32_t lanes = 2)
+      : Box(std::move(config)) {
+    layout = make_layout({1}, "default/prefill", 1, 0);
+    post(WorkerAttached{{1}, "default", 8});
+    post(LinkUp{{1}, "node2", boot_of(2), true, lanes, kChunk, 64, CheckKind::kNone});
+    for (uint32_t lane = 0; lane < lanes; ++lane) {
+      post(LaneConnected{{{1}, lane, 0}});
+      say(lane, MsgHello{false});
+      say(lane, MsgHello{true});
+    }
+  }
+
+  void say(uint32_t lane, ControlMessage message) {
+    post(MessageIn{{{1}, lane, 0}, next[lane]++, std::move(message)});
+  }
+
+  void send(const std::string& id, uint32_t index, Range tokens, bool last,
+            uint32_t receivers = 1) {
+    SendOp op;
+    op.op = {{1}, 1};
+    op.client_handle = std::hash<std::string>{}(id) | 1;
+    op.key = key_of(id);
+    op.layout = layout;
+    op.send_index = index;
+    if (!tokens.empty()) op.offer = {{0, {tokens}}};
+    op.last = last;
+    op.max_receivers = receivers;
+    post(std::move(op));
+  }
+  MsgPull pull_of(const std::string& id, uint64_t counter, std::vector<uint64_t> credits,
+                  uint8_t life = 2, uint32_t rank = 0) const {
+    MsgPull pull;
+    pull.pull = {boot_of(2), counter};
+    pull.transfer = wire_name(key_of(id), incarnation_of(1));
+    pull.receiver_rank = rank;
+    pull.receiver_instance = "default/decode";
+    pull.receiver_incarnation = incarnation_of(life);
+    pull.remaining_ms = 20'000;
+    for (const uint64_t credit : credits) pull.credits.push_back({{credit}, kChunk});
+    pull.oldest = 1;
+    pull.proof = proof_of(pull.pull, pull.transfer, rank);
+    return pull;
+  }
+  Proof proof_of(const PullId& pull, const TransferName& name, uint32_t rank) const {
+    ProofFields fields;
+    fields.pull = pull;
+    fields.id = name.id;
+    fields.instance = name.instance;
+    fields.incarnation = name.incarnation;
+    fields.receiver_rank = rank;
+    fields.sender_node = "node1";
+    fields.receiver_node = "node2";
+    return receiver_proof(key_of(name.id).secret, fields);
+  }
+  void resolve(std::vector<uint32_t> ranks = {0}, uint32_t group = 0) {
+    PullResolved resolved;
+    resolved.resolve = seen<ResolvePull>().back().resolve;
+    resolved.receiver_dp_group = group;
+    for (const uint32_t rank : ranks) resolved.legs.push_back({rank, false, rank == 0});
+    post(std::move(resolved));
+  }
+  void compile_all() {
+    for (const Compile& compile : seen<Compile>()) {
+      auto plan = std::make_shared<TestPlan>();
+      for (const GroupRanges& group : compile.offer)
+        for (const Range& range : group.ranges) plan->bytes += range.size() * 10;
+      plan->digest = 42;
+      post(Compiled{compile.compile, Reason::kNone, {}, std::move(plan)});
+    }
+  }
+  void gather_all() {
+    const auto gathers = seen<Gather>();
+    for (const Gather& gather : gathers)
+      if (done.insert(gather.copy).second) post(CopyEnded{gather.copy, CopyOutcome::kOk, {}});
+  }
+  // A send with one slice of `chunks` chunks that has been pulled, compiled and announced.
+  void open(const std::string& id, uint64_t chunks, std::vector<uint64_t> credits) {
+    send(id, 0, {0, chunks * kChunk / 10 + (chunks * kChunk % 10 != 0 ? 1 : 0)}, true);
+    say(0, pull_of(id, 1, std::move(credits)));
+    resolve();
+    compile_all();
+  }
+  void update(std::vector<uint64_t> credits, std::vector<Ack> acks, uint64_t pull = 1) {
+    MsgUpdate update;
+    update.pull = {boot_of(2), pull};
+    for (const uint64_t credit : credits) update.credits.push_back({{credit}, kChunk});
+    update.acks = std::move(acks);
+    update.oldest = 1;
+    say(0, std::move(update));
+  }
+  TransferRecord status(const std::string& id) const {
+    return record({1}, std::hash<std::string>{}(id) | 1);
+  }
+  ArenaView arena() const { return engine.snapshot(now).arena; }
+  uint64_t drops(DropCause cause) const {
+    return engine.stats().dropped[static_cast<std::size_t>(cause)];
+  }
+
+  std::shared_ptr<const TestLayout> layout;
+  std::map<uint32_t, uint64_t> next;
+  std::set<CopyId> done;
+};
+
+TEST_CASE("a PULL with a wrong proof ends that pull alone") {
+  Lone s;
+  s.send("a", 0, {0, 10}, true);
+  MsgPull pull = s.pull_of("a", 1, {1});
+  pull.proof.bytes[0] ^= 1;
+  s.say(0, pull);
+  REQUIRE(s.told<MsgEnd>().size() == 1);
+  CHECK(s.told<MsgEnd>()[0].reason == Reason::kPermission);
+  CHECK(s.seen<ResolvePull>().empty());
+  s.forget();
+  s.say(0, s.pull_of("a", 2, {1}));
+  CHECK(s.seen<ResolvePull>().size() == 1);
+  s.resolve();
+  CHECK(s.status("a").state == TransferState::kActive);
+}
+
+TEST_CASE("an OpenSend meets a parked PULL: RECEIVER_READY, no slice yet") {
+  Lone s;
+  s.say(0, s.pull_of("a", 1, {1, 2}));
+  CHECK(s.engine.snapshot(s.now).links[0].parked == 1);
+  s.post(OpenSendOp{{{1}, 1}, 9, key_of("a"), s.layout, seconds(5), seconds(5), 1});
+  CHECK(s.record({1}, 9).receiver_ready);
+  CHECK(s.engine.snapshot(s.now).links[0].parked == 0);
+}
+
+TEST_CASE("chunks are gathered with a credit in hand, and E ahead") {
+  Lone s;
+  s.open("a", 6, {1, 2});
+  CHECK(s.seen<Gather>().size() == 3);  // two credits, one ahead
+  s.gather_all();
+  CHECK(s.seen<SendOffer>().size() == 2);
+  CHECK(s.seen<SendOffer>()[0].lane.lane != s.seen<SendOffer>()[1].lane.lane);
+  s.update({3}, {});
+  CHECK(s.seen<SendOffer>().size() == 3);  // the staged one goes first
+  CHECK(s.seen<Gather>().size() == 4);     // and another is staged ahead
+}
+
+TEST_CASE("credits are used once, however often they are told") {
+  Lone s;
+  s.open("a", 6, {1, 2});
+  s.gather_all();
+  s.say(0, s.pull_of("a", 1, {1, 2}));
+  s.update({1, 2}, {});
+  s.gather_all();
+  CHECK(s.seen<SendOffer>().size() == 2);
+}
+
+TEST_CASE("staging is held until the ack and until every UCX send has ended") {
+  Lone s;
+  s.open("a", 2, {1, 2});
+  s.gather_all();
+  const auto offers = s.seen<SendOffer>();
+  REQUIRE(offers.size() == 2);
+  s.post(OfferSendEnded{offers[0].offer.offer});
+  CHECK(s.arena().staging_bytes == 2 * kChunk);  // a send's end says nothing of delivery
+  s.update({}, {{0, 0}});
+  CHECK(s.arena().staging_bytes == kChunk);
+  s.update({}, {{0, 1}});
+  CHECK(s.arena().staging_bytes == kChunk);  // UCX still reads it
+  CHECK(s.status("a").state == TransferState::kActive);
+}
+
+TEST_CASE("a REFUSE of the newest offer stages the chunk; its credit is gone") {
+  Lone s;
+  s.open("a", 1, {1});
+  s.gather_all();
+  const SendOffer first = s.seen<SendOffer>().at(0);
+  s.post(RefuseIn{first.lane, {first.offer.pull, first.offer.offer}});
+  CHECK(s.seen<SendOffer>().size() == 1);
+  s.update({2}, {});
+  REQUIRE(s.seen<SendOffer>().size() == 2);
+  CHECK(s.seen<SendOffer>()[1].offer.credit.value == 2);
+  s.post(RefuseIn{first.lane, {first.offer.pull, first.offer.offer}});  // of an old offer
+  CHECK(s.drops(DropCause::kLate) == 1);
+}
+
+TEST_CASE("lane down: un-acked chunks go again with their credits, whatever their sends said") {
+  Lone s;
+  s.open("a", 2, {1, 2});
+  s.gather_all();
+  const auto offers = s.seen<SendOffer>();
+  REQUIRE(offers.size() == 2);
+  const SendOffer& lost = offers[0];
+  s.post(OfferSendEnded{lost.offer.offer});
+  s.forget();
+  s.post(LaneFailed{lost.lane});
+  REQUIRE(s.seen<SendOffer>().size() == 1);
+  CHECK(s.seen<SendOffer>()[0].offer.chunk == lost.offer.chunk);
+  CHECK(s.seen<SendOffer>()[0].offer.credit == lost.offer.credit);
+  CHECK(s.seen<SendOffer>()[0].lane.lane != lost.lane.lane);
+  CHECK(s.told<MsgSlice>().size() == 1);  // resync
+}
+
+TEST_CASE("an ack of an earlier offer does not lose the credit of a later one") {
+  Lone s;
+  s.open("a", 3, {1});
+  s.gather_all();
+  const SendOffer first = s.seen<SendOffer>().at(0);
+  s.post(LaneFailed{first.lane});
+  const SendOffer second = s.seen<SendOffer>().at(1);
+  CHECK(second.offer.credit == first.offer.credit);
+  s.post(LaneReopened{{{1}, first.lane.lane, 1}});
+  s.post(LaneConnected{{{1}, first.lane.lane, 1}});
+  s.post(MessageIn{{{1}, first.lane.lane, 1}, 0, MsgHello{true}});
+  MsgUpdate acked;
+  acked.pull = second.offer.pull;
+  acked.acks = {{0, second.offer.chunk}};
+  s.post(MessageIn{second.lane, s.next[second.lane.lane]++, acked});
+  s.gather_all();
+  s.post(LaneFailed{second.lane});
+  REQUIRE(s.seen<SendOffer>().size() == 3);
+  CHECK(s.seen<SendOffer>()[2].offer.credit == first.offer.credit);
+}
+
+TEST_CASE("all acked and a last one: DELIVERED, END; END(COMPLETED) does not wait for acks") {
+  Lone s;
+  s.open("a", 2, {1, 2});
+  s.gather_all();
+  SECTION("acks") {
+    s.update({}, {{0, 0}, {0, 1}});
+    CHECK(s.told<MsgEnd>().back().outcome == Outcome::kDelivered);
+  }
+  SECTION("END") {
+    s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kCompleted, Reason::kNone, std::nullopt});
+  }
+  CHECK(s.status("a").state == TransferState::kDelivered);
+  CHECK(s.status("a").released);
+}
+
+TEST_CASE("an ack for a chunk that was never offered fails the leg") {
+  Lone s;
+  s.open("a", 4, {1});
+  s.update({}, {{0, 3}});
+  CHECK(s.status("a").reason == Reason::kProtocol);
+  CHECK(s.told<MsgEnd>().back().reason == Reason::kProtocol);
+}
+
+TEST_CASE("a failed gather fails the leg; a running one holds the source") {
+  Lone s;
+  s.open("a", 4, {1, 2});
+  const auto gathers = s.seen<Gather>();
+  s.post(CopyEnded{gathers[0].copy, CopyOutcome::kFailed, {}});
+  CHECK(s.status("a").reason == Reason::kGatherFailed);
+  CHECK_FALSE(s.status("a").released);
+  for (std::size_t i = 1; i < gathers.size(); ++i)
+    s.post(CopyEnded{gathers[i].copy, CopyOutcome::kOk, {}});
+  CHECK(s.status("a").released);
+  CHECK(s.arena().staging_bytes == 0);
+}
+
+TEST_CASE("an END of the receiver fails the send with its reason, and is answered") {
+  Lone s;
+  s.open("a", 4, {1});
+  const MsgEnd end{{boot_of(2), 1}, {}, Outcome::kFailed, Reason::kDataLoss, std::nullopt};
+  s.say(0, end);
+  CHECK(s.status("a").reason == Reason::kDataLoss);
+  REQUIRE(s.told<MsgEnd>().size() == 1);
+  s.say(0, end);
+  CHECK(s.told<MsgEnd>().size() == 2);
+  s.say(0, s.pull_of("a", 1, {}));
+  CHECK(s.told<MsgEnd>().size() == 3);
+}
+
+TEST_CASE("END(RELEASED) is no failure: CANCELLED, or nothing before the Send") {
+  Lone s;
+  SECTION("with a Send") {
+    s.open("a", 4, {});
+    s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kReleased, Reason::kReleased, std::nullopt});
+    CHECK(s.status("a").state == TransferState::kCancelled);
+    CHECK(s.status("a").reason == Reason::kReleased);
+  }
+  SECTION("before it") {
+    s.say(0, s.pull_of("a", 1, {}));
+    s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kReleased, Reason::kReleased, std::nullopt});
+    s.send("a", 0, {0, 10}, true);
+    CHECK(s.status("a").state == TransferState::kOpen);
+  }
+  SECTION("another END before the Send is remembered") {
+    s.say(0, s.pull_of("a", 1, {}));
+    s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kFailed, Reason::kDeadline, std::nullopt});
+    s.send("a", 0, {0, 10}, true);
+    CHECK(s.status("a").reason == Reason::kDeadline);
+  }
+}
+
+TEST_CASE("a slice is announced when its source is ready, in order") {
+  Lone s;
+  SendOp op;
+  op.op = {{1}, 1};
+  op.client_handle = 3;
+  op.key = key_of("a");
+  op.layout = s.layout;
+  op.offer = {{0, {{0, 10}}}};
+  op.ready = {ReadyCondition::Kind::kTimeline, 1, 5};
+  s.post(op);
+  op.send_index = 1;
+  op.offer = {{0, {{10, 20}}}};
+  op.ready = {};
+  op.last = true;
+  s.post(op);
+  s.say(0, s.pull_of("a", 1, {1}));
+  s.resolve();
+  s.compile_all();
+  CHECK(s.told<MsgSlice>().empty());
+  s.post(ConditionMet{s.seen<WatchCondition>().at(0).condition});
+  REQUIRE(s.told<MsgSlice>().size() == 2);
+  CHECK(s.told<MsgSlice>()[0].ordinal == 0);
+}
+
+TEST_CASE("several receivers: places, refusals, one failure of two") {
+  Lone s;
+  s.send("a", 0, {0, 6}, true, 2);
+  s.say(0, s.pull_of("a", 1, {1}, 2));
+  s.resolve();
+  s.say(0, s.pull_of("a", 2, {1}, 3));
+  s.resolve();
+  s.say(0, s.pull_of("a", 3, {1}, 4));
+  s.resolve();
+  CHECK(s.told<MsgEnd>().back().pull.counter == 3);
+  CHECK(s.told<MsgEnd>().back().reason == Reason::kRefused);
+  s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kFailed, Reason::kDataLoss, std::nullopt});
+  CHECK(s.status("a").state == TransferState::kActive);
+  s.compile_all();
+  s.gather_all();
+  CHECK(s.status("a").released);
+  s.update({}, {{0, 0}}, 2);
+  CHECK(s.status("a").state == TransferState::kDelivered);
+}
+
+TEST_CASE("several receivers: the lease closes the places, who is in stays in") {
+  Lone s;
+  s.send("a", 0, {0, 6}, true, 2);
+  s.say(0, s.pull_of("a", 1, {1}, 2));
+  s.resolve();
+  s.compile_all();
+  s.gather_all();
+  CHECK_FALSE(s.status("a").released);
+  s.post(LaneReopened{{{1}, 1, 1}});
+  for (int i = 0; i < 31 && s.status("a").state == TransferState::kActive; ++i) {
+    s.pass(seconds(1));
+    s.say(0, MsgPing{});
+    if (i == 15) s.update({}, {{0, 0}});
+  }
+  CHECK(s.status("a").state == TransferState::kDelivered);
+  CHECK(s.status("a").released);
+}
+
+TEST_CASE("one receiver of two ranks: both legs must come before the source is released") {
+  Lone s;
+  s.send("a", 0, {0, 6}, true);
+  s.say(0, s.pull_of("a", 1, {1}, 2, 0));
+  s.resolve({0, 1});
+  s.compile_all();
+  s.gather_all();
+  CHECK_FALSE(s.status("a").released);
+  s.say(0, s.pull_of("a", 2, {1}, 2, 1));
+  s.resolve({0, 1});
+  s.post(Compiled{s.seen<Compile>().back().compile, Reason::kNone, {}, [] {
+                    auto plan = std::make_shared<TestPlan>();
+                    plan->bytes = 60;
+                    return plan;
+                  }()});
+  s.gather_all();
+  CHECK(s.status("a").released);
+  CHECK(s.status("a").state == TransferState::kActive);
+}
+
+TEST_CASE("a duplicate, a stale epoch and a foreign link have no effect but a counter") {
+  Lone s;
+  s.post(MessageIn{{{1}, 0, 0}, 0, MsgHello{false}});
+  CHECK(s.drops(DropCause::kDuplicate) == 1);
+  s.post(MessageIn{{{1}, 0, 3}, 0, MsgHello{false}});
+  CHECK(s.drops(DropCause::kOldEpoch) == 1);
+  s.post(MessageIn{{{9}, 0, 0}, 0, MsgHello{false}});
+  CHECK(s.drops(DropCause::kUnknownLink) == 1);
+}
+
+TEST_CASE("a later message waits for the gap; a gap that stays costs the lane") {
+  Lone s;
+  s.send("a", 0, {0, 6}, true);
+  const uint64_t gap = s.next[0]++;
+  s.say(0, s.pull_of("a", 1, {1}));
+  CHECK(s.seen<ResolvePull>().empty());
+  SECTION("filled") {
+    s.post(MessageIn{{{1}, 0, 0}, gap, MsgPing{}});
+    CHECK(s.seen<ResolvePull>().size() == 1);
+  }
+  SECTION("never filled") {
+    for (int i = 0; i < 4; ++i) {
+      s.pass(seconds(1));
+      s.say(0, MsgPing{});  // the lane lives, but behind the gap
+      s.say(1, MsgPing{});
+    }
+    REQUIRE_FALSE(s.seen<CloseLane>().empty());
+    CHECK(s.seen<CloseLane>()[0].lane.lane == 0);
+    CHECK(s.told<MsgLaneDown>().at(0).lane == 0);
+  }
+}
+
+TEST_CASE("a peer that keeps breaking the protocol loses its link") {
+  Lone s;
+  for (int i = 0; i < 20; ++i) {
+    MsgPull pull = s.pull_of("a", 1, {});
+    pull.pull.receiver = boot_of(9);
+    if (s.seen<CloseLink>().empty()) s.say(0, pull);
+  }
+  CHECK(s.seen<CloseLink>().size() == 1);
+  CHECK(s.engine.snapshot(s.now).links.empty());
+}
+
+TEST_CASE("parked pulls are bounded: the oldest goes") {
+  EngineConfig config = small_config(1);
+  config.max_parked_pulls = 2;
+  Lone s(config);
+  for (uint64_t pull = 1; pull <= 3; ++pull)
+    s.say(0, s.pull_of("t" + std::to_string(pull), pull, {}));
+  CHECK(s.engine.snapshot(s.now).links[0].parked == 2);
+  REQUIRE(s.told<MsgEnd>().size() == 1);
+  CHECK(s.told<MsgEnd>()[0].pull.counter == 1);
+}
+
+}  // namespace
+}  // namespace kvferry::engine::test
