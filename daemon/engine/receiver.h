@@ -112,6 +112,7 @@ class Receiver {
   void grant_all();
   bool withdraw_for(const RxLeg& leg);
   bool grant_at_once(const RxLeg& leg);
+  void withdraw_region(uint64_t region);
   void withdraw(RxLeg& leg);
   void spend(RxLeg& leg, uint64_t credit);
   void free_region(uint64_t region);

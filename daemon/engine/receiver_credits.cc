@@ -158,11 +158,7 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
       return loss.second <= other.credits.size() - other.refused.size();
     });
     if (!spared || in_use.contains(frame)) continue;
-    for (const uint64_t id : regions) {
-      const RxRegion& region = regions_.at(id);
-      ++core_.stats.credits_withdrawn;
-      spend(legs_.at(region.leg), region.credit);
-    }
+    for (const uint64_t id : regions) withdraw_region(id);
     return grant_at_once(leg);
   }
   return false;
@@ -177,6 +173,21 @@ bool Receiver::grant_at_once(const RxLeg& leg) {
   starving_.erase(leg.turn);
   grant(legs_.at(leg.pull), *region);
   return true;
+}
+
+// This region of all. The peer takes the oldest of its credits for those that were withdrawn, so it is
+// always the oldest that goes: it changes places with the region's own.
+void Receiver::withdraw_region(uint64_t id) {
+  RxRegion& region = regions_.at(id);
+  RxLeg& leg = legs_.at(region.leg);
+  const auto oldest = leg.credits.begin();
+  if (oldest->second != id) {
+    leg.credits.at(region.credit) = oldest->second;
+    regions_.at(oldest->second).credit = region.credit;
+    region.credit = oldest->first;
+    oldest->second = id;
+  }
+  withdraw(leg);
 }
 
 // Silently: an offer that names the credit is refused.

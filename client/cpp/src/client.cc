@@ -132,7 +132,7 @@ Status Client::close(TransferHandle transfer) {
 Result<CancelResult> Client::cancel(TransferHandle transfer) {
   pb::CancelRequest request;
   request.set_client_handle(transfer);
-  auto response = impl_->call(&Stub::Cancel, request);
+  auto response = impl_->call_about(transfer, &Stub::Cancel, request);
   if (!response) return response.error();
   CancelResult out;
   out.state = static_cast<TransferState>(response->state());
@@ -145,7 +145,7 @@ Result<std::vector<uint32_t>> Client::revoke(TransferHandle transfer, uint64_t f
   pb::RevokeRequest request;
   request.set_client_handle(transfer);
   request.set_from_token(from_token);
-  auto response = impl_->call(&Stub::Revoke, request);
+  auto response = impl_->call_about(transfer, &Stub::Revoke, request);
   if (!response) return response.error();
   return std::vector<uint32_t>(response->dropped_send_indices().begin(),
                                response->dropped_send_indices().end());

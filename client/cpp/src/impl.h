@@ -49,6 +49,17 @@ class Client::Impl {
     return connection->call(method, request, options_.call_timeout);
   }
 
+  // A unary call about one transfer: behind the operations that are queued for it.
+  template <typename Request, typename Response>
+  Result<Response> call_about(TransferHandle transfer,
+                              grpc::Status (pb::WorkerService::Stub::*method)(grpc::ClientContext*,
+                                                                              const Request&,
+                                                                              Response*),
+                              const Request& request) {
+    transfers_.settle(transfer, monotonic_now() + options_.call_timeout);
+    return call(method, request);
+  }
+
   // Queues the operation that `encode(handle)` makes for the transfer under this key.
   template <typename Encode>
   Result<TransferHandle> submit(Side side, const TransferKey& key, const LayoutRef& layout,

@@ -87,8 +87,18 @@ void Transfers::undo(TransferHandle handle, bool created) {
   transfers_.erase(handle);
 }
 
+void Transfers::settle(TransferHandle handle, Time deadline) {
+  MutexLock lock(mutex_);
+  while (true) {
+    const Transfer* transfer = find(handle);
+    if (transfer == nullptr || transfer->lost || transfer->operations == 0) return;
+    if (!answered_.wait_until(mutex_, deadline)) return;
+  }
+}
+
 bool Transfers::answer(TransferHandle handle, OperationAnswer answer) {
   MutexLock lock(mutex_);
+  answered_.notify_all();
   if (answer.accepted)
     ++counts_.accepted;
   else
@@ -124,6 +134,7 @@ void Transfers::attach(std::shared_ptr<Attachment> attachment) {
 
 void Transfers::lose() {
   MutexLock lock(mutex_);
+  answered_.notify_all();
   if (!attachment_) return;
   look();
   attachment_.reset();

@@ -44,6 +44,10 @@ class Transfers {
   // An answer has come; handle 0 for operations without a transfer. True if there is an event.
   bool answer(TransferHandle handle, OperationAnswer answer) KVFERRY_EXCLUDES(mutex_);
 
+  // Waits until no operation of the transfer is without an answer, it is forgotten or its daemon
+  // lost, or until the deadline: a call about it must not overtake the operation that opened it.
+  void settle(TransferHandle handle, Time deadline) KVFERRY_EXCLUDES(mutex_);
+
   // A fresh page is read from now on.
   void attach(std::shared_ptr<Attachment> attachment) KVFERRY_EXCLUDES(mutex_);
   // The daemon is lost: after a last look at its page all open transfers have failed. Their memory
@@ -108,6 +112,7 @@ class Transfers {
 
   const std::size_t max_unread_;
   mutable Mutex mutex_;
+  CondVar answered_;
   std::unordered_map<TransferHandle, std::unique_ptr<Transfer>> transfers_
       KVFERRY_GUARDED_BY(mutex_);
   std::unordered_map<std::string, TransferHandle> by_key_ KVFERRY_GUARDED_BY(mutex_);
