@@ -477,6 +477,7 @@ void Lanes::timer(TimerKey key) {
 }
 
 void Lanes::ping(Link& link) {
+  core_.receiver.tell_oldest(link);
   for (uint32_t lane = 0; lane < link.lanes.size(); ++lane) {
     const LaneState state = link.lanes[lane].state;
     if (state == LaneState::kHello || state == LaneState::kUp) send_on(link, lane, MsgPing{});

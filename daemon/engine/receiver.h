@@ -55,6 +55,8 @@ class Receiver {
   void link_dead(Link& link);
   void resync(Link& link);
   void rails_died();
+  // Lets the peer forget pulls that are closed, if it has not been told.
+  void tell_oldest(Link& link);
 
   void timer(TimerKey key);
   // Grants for which there is room; PULLs and UPDATEs of the batch.

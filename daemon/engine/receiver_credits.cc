@@ -242,7 +242,7 @@ void Receiver::send_pull(Link& link, RxLeg& leg, std::vector<CreditGrant> credit
   pull.remaining_ms =
       static_cast<uint64_t>(std::chrono::ceil<std::chrono::milliseconds>(left).count());
   pull.credits = std::move(credits);
-  pull.oldest = oldest(link);
+  pull.oldest = link.oldest_told = oldest(link);
   (void)core_.lanes.send(link, std::move(pull));
 }
 
@@ -258,9 +258,18 @@ void Receiver::send_update(Link& link, RxLeg& leg) {
     const std::size_t last_ack = std::min(acks.size(), ack + kMostAcks);
     for (; credit < last_credit; ++credit) update.credits.push_back(credits[credit]);
     for (; ack < last_ack; ++ack) update.acks.push_back(acks[ack]);
-    update.oldest = oldest(link);
+    update.oldest = link.oldest_told = oldest(link);
     if (!core_.lanes.send(link, std::move(update))) return;
   }
+}
+
+void Receiver::tell_oldest(Link& link) {
+  const uint64_t now_oldest = oldest(link);
+  if (now_oldest == link.oldest_told || link.oldest_told == 0) return;
+  MsgUpdate update;
+  update.pull = {core_.config.boot, 0};
+  update.oldest = now_oldest;
+  if (core_.lanes.send(link, std::move(update))) link.oldest_told = now_oldest;
 }
 
 void Receiver::flush() {

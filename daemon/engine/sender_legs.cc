@@ -164,7 +164,9 @@ void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>
 
 void Sender::update_in(Link& link, const MsgUpdate& message) {
   TxLeg* leg = leg_of(link, message.pull);
-  if (leg == nullptr) {
+  if (message.pull.counter == 0) {
+    // About no pull: it says only what may be forgotten.
+  } else if (leg == nullptr) {
     const auto it = message.pull.receiver == link.boot ? link.pulls.find(message.pull.counter)
                                                        : link.pulls.end();
     if (it == link.pulls.end()) {
@@ -200,6 +202,7 @@ void Sender::ack(TxLeg& leg, const Ack& of) {
     return;
   }
   TxSlice& slice = it->second;
+  leg.acked_below = std::max(leg.acked_below, of.slice + 1);
   if (slice.dropped) return;  // they crossed
   if (slice.chunks.empty()) {
     if (of.chunk == 0 && !slice.empty_acked) {
@@ -321,7 +324,9 @@ void Sender::resync(Link& link) {
     } else if (entry.kind == PeerPull::Kind::kLeg) {
       TxLeg& leg = legs_.at(entry.leg);
       for (const auto& [ordinal, slice] : leg.slices)
-        if (slice.dropped && slice.state == TxSlice::State::kAnnounced)
+        // Who has acknowledged a slice that came after a DROP knows the DROP.
+        if (slice.dropped && slice.state == TxSlice::State::kAnnounced &&
+            leg.acked_below <= slice.dropped_before)
           (void)core_.lanes.send(link, MsgDrop{leg.pull->pull, ordinal});
       for (const auto& [ordinal, slice] : leg.slices) {
         // Who has acknowledged all of a slice knows it.
@@ -393,6 +398,7 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
   if (it == leg.slices.end() || it->second.dropped) return;
   TxSlice& slice = it->second;
   slice.dropped = true;
+  slice.dropped_before = leg.announced;
   if (slice.state != TxSlice::State::kAnnounced || slice.gathered < slice.chunks.size())
     --leg.ungathered;
   if (slice.chunks.empty() ? !slice.empty_acked : slice.acked < slice.chunks.size()) --leg.unacked;

@@ -86,6 +86,7 @@ struct Link {
   uint32_t ended_out = 0;  // tombstones
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
+  uint64_t oldest_told = 0;                   // what the peer may forget, as last told by a message
 };
 
 // One rank's part of a transfer: several instances on one daemon may receive the same one.
@@ -151,6 +152,7 @@ struct TxSlice {
   uint64_t acked = 0;
   bool empty_acked = false;
   bool dropped = false;
+  uint64_t dropped_before = 0;                // ordinals from here on were announced after its DROP
 };
 
 // An offer that nobody waits for any more, though it may not have arrived: its chunk's slice was
@@ -176,6 +178,7 @@ struct TxLeg {
   Proof proof;                                     // of what we say
   std::map<uint64_t, TxSlice> slices;              // by ordinal
   uint64_t created = 0;                            // ordinals below have an entry or were dropped
+  uint64_t acked_below = 0;                   // the highest ordinal with an ack, plus 1
   uint64_t announced = 0;                          // ordinals below are announced or dropped
   uint64_t ungathered = 0;                         // entries that count and are not wholly gathered
   uint64_t unacked = 0;                            // ... and not wholly acked

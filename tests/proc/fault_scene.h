@@ -18,6 +18,10 @@ struct Level {
   std::size_t descriptors = 0;
   std::size_t mappings = 0;
   std::size_t rails_descriptors = 0;
+  double workers = 0;
+  double pool_bytes = 0;
+  // Nothing here is more than it was in `before`.
+  bool within(const Level& before) const;
   std::string text() const;
 };
 

@@ -2,7 +2,6 @@
 // and soon, nothing stays behind, and the next transfer succeeds. The moments are drawn at random;
 // KVFERRY_FAULT_SEED draws the same ones again.
 #include <signal.h>
-#include <iostream>
 
 #include "tests/proc/fault_scene.h"
 
@@ -56,7 +55,6 @@ TEST_CASE("a killed rails process is replaced, and transfers go on or end") {
     const TransferEnd received = scene.end(1, key);
     const TransferEnd sent = scene.end(0, key);
     INFO(scene.daemons().log_tail());
-    std::cout << "RAILS " << victim << " " << received.ranks[0].state << received.ranks[0].reason << " " << received.ranks[1].state << received.ranks[1].reason << " " << seconds_since(killed, received) << " sender " << sent.ranks[0].state << sent.ranks[0].reason << " " << seconds_since(killed, sent) << std::endl;
     const bool completed = received.ranks[0].state == "COMPLETED";
     for (const RankEnd& rank : received.ranks) {
       INFO(rank.reason);
@@ -89,7 +87,6 @@ TEST_CASE("a killed daemon is noticed on both sides, and its successor serves th
     const TransferEnd far = scene.worker(1 - victim).next_end();
     REQUIRE(own.error == "");
     REQUIRE(far.error == "");
-    std::cout << "DAEMON " << victim << " own " << seconds_since(killed, own) << " far " << seconds_since(killed, far) << std::endl;
     require_failed(own, "DAEMON_RESTARTED");
     require_failed(far, "PEER_LOST");
     CHECK(seconds_since(killed, own) < kSoon);
@@ -118,7 +115,6 @@ TEST_CASE("a daemon that stands still is given up, and is a peer again when it g
     REQUIRE(::kill(daemon, SIGSTOP) == 0);
     if (rails_too) REQUIRE(::kill(rails, SIGSTOP) == 0);
     const TransferEnd far = scene.end(1 - victim, key);
-    std::cout << "STOP " << victim << rails_too << " far " << seconds_since(stopped, far) << std::endl;
     require_failed(far, "PEER_LOST");
     CHECK(seconds_since(stopped, far) < kSilence + kSoon);
     if (rails_too) REQUIRE(::kill(rails, SIGCONT) == 0);
@@ -131,35 +127,4 @@ TEST_CASE("a daemon that stands still is given up, and is a peer again when it g
   }
 }
 
-
-TEST_CASE("debug", "[.debug]") {
-  FaultScene scene;
-  for (int round = 0; round < 60; ++round) {
-    const TransferKey key = scene.begin_and_move();
-    const uint64_t killed = FaultScene::now_ns();
-    scene.kill_worker(0);
-    scene.ask_for_end(1, key);
-    std::string line = scene.worker(1).next(milliseconds(400));
-    if (!line.starts_with("STATE")) {
-      std::cout << "ROUND " << round << " STALLED " << line << std::endl;
-      std::string cmd = "date +%T.%N";
-      for (int i = 0; i < 2; ++i) {
-      for (int side : {0, 1}) {
-        auto m = scene.daemons().side(side).metrics();
-        if (m) for (auto& [n, v] : *m)
-          if (v != 0 && (n.find("message") != std::string::npos || n.find("lane") != std::string::npos || n.find("chunks") != std::string::npos || n.find("arena_bytes") != std::string::npos || n.find("rail") != std::string::npos|| n.find("engine") != std::string::npos))
-            std::cout << "side " << side << " " << n << " " << v << "\n";
-      }
-      std::cout.flush();
-      if (i == 0) { (void)!system(cmd.c_str()); }
-      }
-      line = scene.worker(1).next(seconds(40));
-    }
-    for (int side : {0,1}) std::cout << "downs " << metric(scene.daemons().side(side), "kvferry_lane_downs_total") << " resyncs " << metric(scene.daemons().side(side), "kvferry_resyncs_total") << " q " << metric(scene.daemons().side(side), "kvferry_quarantines_total") << "; ";
-    std::cout << "round " << round << " " << line << " " << (FaultScene::now_ns() - killed) / 1000000 << " ms" << std::endl;
-    (void)scene.worker(1).ask("close " + key.id);
-    scene.start_worker(0);
-    scene.require_hand_over();
-  }
-}
 }  // namespace kvferry::testing

@@ -247,6 +247,37 @@ TEST_CASE("a receiver with the wrong secret gets no byte, the right one still do
   Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
 }
 
+TEST_CASE("a transfer whose pages have all been gathered survives its sender") {
+  Scene& s = scene();
+  std::unique_ptr<Party> sender = s.attach("brief-prefill", 0, true, "tp1");
+  const auto ticket = sender->ticket();
+  require_ok(ticket);
+  s.receiver->clean();
+  client::Client& rank = s.receiver->rank(0);
+  const auto word = rank.alloc_word();
+  require_ok(word);
+  const TransferKey key = new_key("brief-prefill");
+  Party::Send send;
+  send.num_tokens = 32;  // as many bytes as there are credits
+  require_ok(sender->send(key, send));
+  Party::Receive receive;
+  receive.num_tokens = 32;
+  receive.ready = client::ReadyCondition::timeline(*word, 1);
+  require_ok(s.receiver->receive(key, *ticket, receive));
+  // Nothing can be delivered before the word says so.
+  REQUIRE(comes_true([&] {
+    const auto status = sender->rank(0).status(sender->handle(key.id, 0));
+    return status && status->released;
+  }));
+  sender.reset();
+  REQUIRE(comes_true([&] { return metric(s.pair->side(0), "kvferry_workers") == 2; }));
+  require_ok(rank.signal(*word, 1));
+  Scene::require_end(*s.receiver, key.id, TransferState::kCompleted, "NONE");
+  CHECK(s.receiver->verify(32) == "");
+  rank.free_word(*word);
+  s.require_nothing_held();
+}
+
 TEST_CASE("the same Receive again starts nothing, another one under its id is refused") {
   Scene& s = scene();
   s.receiver->clean();

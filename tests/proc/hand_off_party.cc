@@ -99,6 +99,7 @@ Status Party::receive(TransferKey key, const std::string& ticket, const Receive&
     request.ticket = ticket;
     request.num_tokens = num_tokens;
     request.groups = {&group, 1};
+    request.ready = what.ready;
     request.wait = what.wait;
     request.deadline = what.deadline;
     auto transfer = ranks_[rank].client->receive(request);

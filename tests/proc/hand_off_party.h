@@ -54,6 +54,7 @@ class Party {
     uint64_t num_tokens = 0;
     std::chrono::milliseconds wait{0};
     std::chrono::milliseconds deadline{0};
+    client::ReadyCondition ready;
   };
   // These queue the operation on all ranks. The key's instance is filled in when it is empty.
   Status send(TransferKey key, const Send& what);

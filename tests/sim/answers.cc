@@ -157,6 +157,20 @@ bool Workload::finished() const {
   return true;
 }
 
+void Workload::count(Totals& totals) const {
+  for (const auto& side : sides_) {
+    if (!side->terminal()) continue;
+    if (side->in(TransferState::kCompleted))
+      ++totals.completed;
+    else if (side->in(TransferState::kDelivered))
+      ++totals.delivered;
+    else
+      ++totals.reasons[std::string(name_of(side->record->reason))];
+    for (const Slice& slice : side->sent)
+      if (slice.dropped) ++totals.resent_slices;
+  }
+}
+
 std::string Workload::open_things() const {
   std::string out;
   if (to_begin_ != 0) out += " transfers to begin: " + std::to_string(to_begin_);

@@ -72,6 +72,11 @@ void on_abort(int) {
   _exit(hunting ? 0 : 3);
 }
 
+// Below this number of seeds a case may be missing by chance.
+constexpr uint64_t kSeedsForAll = 1000;
+
+Totals all_runs;
+
 struct Outcome {
   uint64_t hash = 0;
   std::optional<Violation> violation;
@@ -87,6 +92,7 @@ Outcome run_seed(uint64_t seed, std::optional<Profile> profile, bool verbose,
     scenario.check_each_step = check_each_step;
     World world(std::move(scenario), trace);
     world.run();
+    all_runs.add(world.totals);
   } catch (const Violation& violation) {
     outcome.violation = violation;
   }
@@ -136,6 +142,11 @@ int run_range(const Options& options) {
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   std::printf("%llu runs, %llu failed, %.1f s\n", static_cast<unsigned long long>(runs),
               static_cast<unsigned long long>(failures), took.count());
+  all_runs.print();
+  if (!options.profile && runs >= kSeedsForAll && !all_runs.missing().empty()) {
+    std::fprintf(stderr, "in none of these runs: %s\n", all_runs.missing().c_str());
+    return 1;
+  }
   return failures == 0 ? 0 : 1;
 }
 

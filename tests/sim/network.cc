@@ -331,9 +331,9 @@ void Network::carry(const WireKey& key, uint32_t from_side, Duration delay, Even
   });
 }
 
-// A SLICE is held up on its lane; its sender alone sees the lane break, and its worker takes the slice
-// back. So what is said over the next lane (that the slice is dropped, and that the first lane is down)
-// comes before the SLICE, and the second of these may come after it.
+// A SLICE is held up on its lane; its sender alone sees the lane break, and its worker takes the
+// slice back. So what is said over the next lane (that the slice is dropped, and that the first
+// lane is down) comes before the SLICE, and the second of these may come after it.
 bool Network::ambush(const WireKey& key, uint32_t side, const SendMessage& command) {
   if (world_.scenario.faults.ambush == 0) return false;
   if (std::holds_alternative<MsgLaneDown>(command.message)) {

@@ -91,6 +91,7 @@ void Node::die() {
   if (!alive()) return;
   world_.note(name_ + " dies");
   world_.network->node_died(index_);
+  world_.totals.add(engine_->stats());
   engine_.reset();
   rails_up_ = false;
   inbox_.clear();

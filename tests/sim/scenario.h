@@ -26,13 +26,14 @@ std::optional<Profile> profile_named(std::string_view name);
 
 // Rates are in thousandths.
 struct Faults {
-  Duration until{};            // from the start; then the world is well
-  uint32_t lane_breaks = 0;    // in the whole run
-  uint32_t break_landing = 0;  // of an accepted offer: its wire breaks while the data are on their way
-  uint32_t ambush = 0;         // of a SLICE: overtaken by its Revoke over another lane (a few a run)
-  uint32_t silent = 0;         // of a break: a side learns of it by silence only
-  uint32_t vanish = 0;         // of a control message: lost while its lane stays up
-  uint32_t duplicate = 0;      // of a control message
+  Duration until{};          // from the start; then the world is well
+  uint32_t lane_breaks = 0;  // in the whole run
+  uint32_t break_landing =
+      0;                   // of an accepted offer: its wire breaks while the data are on their way
+  uint32_t ambush = 0;     // of a SLICE: overtaken by its Revoke over another lane (a few a run)
+  uint32_t silent = 0;     // of a break: a side learns of it by silence only
+  uint32_t vanish = 0;     // of a control message: lost while its lane stays up
+  uint32_t duplicate = 0;  // of a control message
   uint32_t slow_message = 0;   // of a message: takes a hundred times as long
   uint32_t slow_copy = 0;      // of a copy
   uint32_t lost_in_break = 0;  // of what is in flight when a lane breaks

@@ -170,6 +170,7 @@ class Workload {
   void check_finished() const;  // throws Violation naming what is open
   void final_checks() const;    // of all transfers against each other
   std::string open_things() const;
+  void count(Totals& totals) const;
 
   // What daemons tell.
   void on_reply(uint32_t node, const engine::Reply& reply);

@@ -113,16 +113,17 @@ void World::print_state() const {
     if (!node->alive()) continue;
     const engine::EngineSnapshot snapshot = node->snapshot();
     const engine::ArenaView& arena = snapshot.arena;
-    std::printf("%s: arena %llu free %llu granted %llu landing %llu landed %llu scattering %llu "
-                "quarantined %llu staging %llu\n",
-                node->name().c_str(), static_cast<unsigned long long>(arena.total_bytes),
-                static_cast<unsigned long long>(arena.free_bytes),
-                static_cast<unsigned long long>(arena.granted_bytes),
-                static_cast<unsigned long long>(arena.landing_bytes),
-                static_cast<unsigned long long>(arena.landed_bytes),
-                static_cast<unsigned long long>(arena.scattering_bytes),
-                static_cast<unsigned long long>(arena.quarantined_bytes),
-                static_cast<unsigned long long>(arena.staging_bytes));
+    std::printf(
+        "%s: arena %llu free %llu granted %llu landing %llu landed %llu scattering %llu "
+        "quarantined %llu staging %llu\n",
+        node->name().c_str(), static_cast<unsigned long long>(arena.total_bytes),
+        static_cast<unsigned long long>(arena.free_bytes),
+        static_cast<unsigned long long>(arena.granted_bytes),
+        static_cast<unsigned long long>(arena.landing_bytes),
+        static_cast<unsigned long long>(arena.landed_bytes),
+        static_cast<unsigned long long>(arena.scattering_bytes),
+        static_cast<unsigned long long>(arena.quarantined_bytes),
+        static_cast<unsigned long long>(arena.staging_bytes));
     for (const auto& link : snapshot.links)
       std::printf("  link to %s legs in %u out %u parked %u\n", link.node.c_str(), link.legs_in,
                   link.legs_out, link.parked);
@@ -188,8 +189,10 @@ void World::finish() {
     node->engine().check_invariants();
     for (const uint64_t count : node->engine().stats().dropped) trace.fold(count);
     trace.fold(node->engine().stats().bytes_received);
+    totals.add(node->engine().stats());
   }
   workload->final_checks();
+  workload->count(totals);
 }
 
 }  // namespace kvferry::sim

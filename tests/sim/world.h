@@ -11,6 +11,7 @@
 #include "daemon/base/units.h"
 #include "tests/sim/rng.h"
 #include "tests/sim/scenario.h"
+#include "tests/sim/totals.h"
 #include "tests/sim/trace.h"
 #include "tests/sim/violation.h"
 
@@ -48,6 +49,7 @@ class World {
   std::unique_ptr<Network> network;
   std::unique_ptr<Workload> workload;
   uint64_t steps = 0;
+  Totals totals;
 
  private:
   struct Happening {

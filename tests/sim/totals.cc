@@ -1,0 +1,78 @@
+#include "tests/sim/totals.h"
+
+#include <cstdio>
+#include <utility>
+#include <vector>
+
+namespace kvferry::sim {
+namespace {
+
+std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
+  const engine::EngineStats& e = totals.engine;
+  const auto dropped = [&](engine::DropCause cause) {
+    return e.dropped[static_cast<size_t>(cause)];
+  };
+  return {{"completed", totals.completed},
+          {"delivered", totals.delivered},
+          {"slices sent anew", totals.resent_slices},
+          {"chunks gathered", e.chunks_gathered},
+          {"chunks scattered", e.chunks_scattered},
+          {"offers sent", e.offers_sent},
+          {"offers accepted", e.offers_accepted},
+          {"offers refused", e.offers_refused},
+          {"credits granted", e.credits_granted},
+          {"credits withdrawn", e.credits_withdrawn},
+          {"quarantines", e.quarantines},
+          {"lanes down", e.lane_downs},
+          {"links lost", e.links_lost},
+          {"resyncs", e.resyncs},
+          {"dropped as duplicates", dropped(engine::DropCause::kDuplicate)},
+          {"dropped of an old epoch", dropped(engine::DropCause::kOldEpoch)},
+          {"dropped as late", dropped(engine::DropCause::kLate)}};
+}
+
+}  // namespace
+
+void Totals::add(const engine::EngineStats& stats) {
+  for (size_t i = 0; i < engine::kDropCauseCount; ++i) engine.dropped[i] += stats.dropped[i];
+  engine.lane_downs += stats.lane_downs;
+  engine.links_lost += stats.links_lost;
+  engine.resyncs += stats.resyncs;
+  engine.offers_sent += stats.offers_sent;
+  engine.offers_accepted += stats.offers_accepted;
+  engine.offers_refused += stats.offers_refused;
+  engine.credits_granted += stats.credits_granted;
+  engine.credits_withdrawn += stats.credits_withdrawn;
+  engine.quarantines += stats.quarantines;
+  engine.chunks_gathered += stats.chunks_gathered;
+  engine.chunks_scattered += stats.chunks_scattered;
+}
+
+void Totals::add(const Totals& run) {
+  completed += run.completed;
+  delivered += run.delivered;
+  resent_slices += run.resent_slices;
+  for (const auto& [name, count] : run.reasons) reasons[name] += count;
+  add(run.engine);
+}
+
+void Totals::print() const {
+  for (const auto& [name, count] : counts(*this))
+    std::printf("  %-24s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
+  for (const auto& [name, count] : reasons)
+    std::printf("  ended %-18s %llu\n", name.c_str(), static_cast<unsigned long long>(count));
+}
+
+std::string Totals::missing() const {
+  for (const auto& [name, count] : counts(*this))
+    if (count == 0) return name;
+  for (const Reason reason :
+       {Reason::kCancelled, Reason::kDeadline, Reason::kExpired, Reason::kDeclined,
+        Reason::kRefused, Reason::kNotOffered, Reason::kLayoutMismatch, Reason::kNotReady,
+        Reason::kPeerLost, Reason::kGatherFailed, Reason::kScatterFailed, Reason::kDataLoss})
+    if (!reasons.contains(std::string(name_of(reason))))
+      return "end " + std::string(name_of(reason));
+  return {};
+}
+
+}  // namespace kvferry::sim
