@@ -133,13 +133,14 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   daemon->admin_ = base + ".admin";
   daemon->log_ = base + ".log";
   daemon->http_port_ = free_port();
-  std::ofstream(base + ".toml")
-      << "config_version = 1\n[node]\nid = \"" << identity.name << "\"\n[[socket]]\npath = \""
-      << daemon->socket_ << "\"\n[admin]\nsocket = \"" << daemon->admin_
-      << "\"\n[http]\nport = " << daemon->http_port_ << "\n[peer]\nlisten = \"127.0.0.1:"
-      << identity.peer_port << "\"\n[[peers]]\nidentity = \"" << identity.other
-      << "\"\naddresses = [\"127.0.0.1:" << identity.other_port << "\"]\n[rails]\ntransports = [\""
-      << options.path << "\"]\n";
+  std::ofstream(base + ".toml") << "config_version = 1\n[node]\nid = \"" << identity.name
+                                << "\"\n[[socket]]\npath = \"" << daemon->socket_
+                                << "\"\n[admin]\nsocket = \"" << daemon->admin_
+                                << "\"\n[http]\nport = " << daemon->http_port_
+                                << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
+                                << "\"\n[[peers]]\nidentity = \"" << identity.other
+                                << "\"\naddresses = [\"127.0.0.1:" << identity.other_port
+                                << "\"]\n[rails]\ntransports = [\"" << options.path << "\"]\n";
   std::vector<std::string> words = {options.binary_directory + "/kvferryd", "--config",
                                     base + ".toml"};
   for (const std::string& setting : options.settings) {
@@ -164,7 +165,9 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   return daemon;
 }
 
-DaemonProcess::~DaemonProcess() { terminate(); }
+DaemonProcess::~DaemonProcess() {
+  terminate();
+}
 
 Status DaemonProcess::wait_until_serving() {
   const Clock::time_point limit = Clock::now() + std::chrono::seconds(30);
@@ -229,7 +232,9 @@ Result<Metrics> DaemonProcess::metrics() const {
   return metrics;
 }
 
-std::string DaemonProcess::log_tail() const { return "--- " + log_ + "\n" + tail_of(log_); }
+std::string DaemonProcess::log_tail() const {
+  return "--- " + log_ + "\n" + tail_of(log_);
+}
 
 // ---- two ---------------------------------------------------------------------------------------
 

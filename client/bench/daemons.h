@@ -29,9 +29,9 @@ struct DaemonOptions {
 class DaemonProcess {
  public:
   struct Identity {
-    std::string name;                 // node id; names its files too
+    std::string name;  // node id; names its files too
     uint16_t peer_port = 0;
-    std::string other;                // the one peer that it may talk to
+    std::string other;  // the one peer that it may talk to
     uint16_t other_port = 0;
   };
   // Writes the configuration into `directory` and starts the daemon; does not wait for it.

@@ -97,7 +97,8 @@ Status HandOff::finish(std::vector<Rank>& ranks, client::TransferState wanted) {
     auto status = rank.client->wait(rank.transfer, limit);
     if (!status) return status.error();
     if (status->state != wanted) {
-      return Error{Code::kAborted, std::string(status->reason),
+      return Error{Code::kAborted,
+                   std::string(status->reason),
                    "rank " + std::to_string(rank.memory.layout.rank) + " ended " +
                        std::string(name_of(status->state)),
                    {}};
@@ -119,8 +120,7 @@ Result<RoundResult> HandOff::round() {
   if (Status received = finish(receivers_, client::TransferState::kCompleted); !received)
     return received.error();
   result.seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-  if (Status sent = finish(senders_, client::TransferState::kDelivered); !sent)
-    return sent.error();
+  if (Status sent = finish(senders_, client::TransferState::kDelivered); !sent) return sent.error();
 
   for (std::vector<Rank>* side : {&senders_, &receivers_})
     for (Rank& rank : *side)
@@ -131,7 +131,8 @@ Result<RoundResult> HandOff::round() {
     const Verdict verdict =
         verify(rank.memory, options_.shape.tokens, options_.seed, rank.pool.data);
     if (!verdict.ok()) {
-      return Error{Code::kDataLoss, "BENCH_WRONG_BYTES",
+      return Error{Code::kDataLoss,
+                   "BENCH_WRONG_BYTES",
                    std::to_string(verdict.wrong_bytes) + " wrong bytes at receiver rank " +
                        std::to_string(rank.memory.layout.rank) + ", first at " + verdict.first,
                    {}};

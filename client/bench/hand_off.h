@@ -16,8 +16,8 @@ namespace kvferry::bench {
 using client::Status;
 
 struct RoundResult {
-  double seconds = 0;        // from the first call until the last receiver's pages may be read
-  uint64_t cell_bytes = 0;   // verified
+  double seconds = 0;       // from the first call until the last receiver's pages may be read
+  uint64_t cell_bytes = 0;  // verified
   uint64_t outside_bytes = 0;
 };
 

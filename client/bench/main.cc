@@ -228,4 +228,6 @@ int main_of(int argc, char** argv) {
 }  // namespace
 }  // namespace kvferry::bench
 
-int main(int argc, char** argv) { return kvferry::bench::main_of(argc, argv); }
+int main(int argc, char** argv) {
+  return kvferry::bench::main_of(argc, argv);
+}

@@ -12,7 +12,8 @@ double sum_of(const std::vector<Metrics>& sides, const std::string& metric,
               const std::string& part) {
   double sum = 0;
   for (const Metrics& side : sides) {
-    for (auto it = side.lower_bound(metric); it != side.end() && it->first.starts_with(metric); ++it) {
+    for (auto it = side.lower_bound(metric); it != side.end() && it->first.starts_with(metric);
+         ++it) {
       const char next = it->first.size() == metric.size() ? '{' : it->first[metric.size()];
       if (next == '{' && it->first.find(part) != std::string::npos) sum += it->second;
     }
@@ -33,8 +34,7 @@ double Report::percentile_ms(double share) const {
   if (seconds.empty()) return 0;
   std::vector<double> sorted = seconds;
   std::sort(sorted.begin(), sorted.end());
-  const auto rank = static_cast<std::size_t>(
-      std::ceil(share * static_cast<double>(sorted.size())));
+  const auto rank = static_cast<std::size_t>(std::ceil(share * static_cast<double>(sorted.size())));
   return sorted[std::clamp<std::size_t>(rank, 1, sorted.size()) - 1] * 1e3;
 }
 
@@ -102,10 +102,10 @@ std::string to_table(const Report& report, bool with_metrics) {
     for (const char* name : {"gather", "wire", "scatter"})
       out += line("  %-22s %.2f ms a chunk (mean)", name, report.stage(name).seconds * 1e3);
   }
-  out += line("  %-22s %s: %llu bytes of KV, %llu bytes outside untouched", "verified",
-              report.verified ? "yes" : "NO",
-              static_cast<unsigned long long>(report.verified_bytes),
-              static_cast<unsigned long long>(report.untouched_bytes));
+  out +=
+      line("  %-22s %s: %llu bytes of KV, %llu bytes outside untouched", "verified",
+           report.verified ? "yes" : "NO", static_cast<unsigned long long>(report.verified_bytes),
+           static_cast<unsigned long long>(report.untouched_bytes));
   if (!with_metrics || report.after.empty()) return out;
   out += "  metrics of both daemons\n";
   const std::pair<const char*, const char*> totals[] = {

@@ -61,8 +61,7 @@ void for_each_cell(const RankMemory& memory, uint64_t tokens, uint64_t salt, Fn&
         for (uint32_t u = 0; u < plane.unit_count; ++u) {
           const uint64_t at = plane.offset + id * plane.block_stride + u * plane.unit_stride +
                               token % group.tokens_per_block * plane.token_stride;
-          fn(at, plane.cell_bytes,
-             cell_seed(salt, plane.layer, role, plane.unit_begin + u, token));
+          fn(at, plane.cell_bytes, cell_seed(salt, plane.layer, role, plane.unit_begin + u, token));
         }
       }
     }
@@ -163,9 +162,8 @@ Result<RankMemory> rank_memory(const Shape& shape, const Topology& topology, uin
   attention.head_bytes = shape.head_bytes;
   attention.type = shape.type;
 
-  const uint64_t layer_bytes =
-      attention.block_count * shape.tokens_per_block * shape.head_bytes *
-      (shape.latent ? 1 : uint64_t{2} * attention.head_count);
+  const uint64_t layer_bytes = attention.block_count * shape.tokens_per_block * shape.head_bytes *
+                               (shape.latent ? 1 : uint64_t{2} * attention.head_count);
   std::vector<uint64_t> offsets;
   for (std::size_t i = 0; i < attention.layers.size(); ++i) offsets.push_back(i * layer_bytes);
   auto group = shape.latent ? client::latent_group(attention, 0, offsets)

@@ -28,13 +28,13 @@ Result<Topology> parse_topology(std::string_view text);
 struct Shape {
   std::string name;
   uint32_t layers = 1;
-  uint32_t kv_heads = 1;       // 1 and latent: not sharded
-  uint32_t head_bytes = 0;     // of one token: dimension * element size
-  bool latent = false;         // one latent a token instead of keys and values
+  uint32_t kv_heads = 1;    // 1 and latent: not sharded
+  uint32_t head_bytes = 0;  // of one token: dimension * element size
+  bool latent = false;      // one latent a token instead of keys and values
   uint32_t tokens_per_block = 16;
   uint64_t tokens = 0;
   std::string type = "bf16";
-  uint64_t bytes() const;      // of the whole request, once
+  uint64_t bytes() const;  // of the whole request, once
 };
 
 // Names that --model takes.
@@ -59,10 +59,10 @@ void fill_cells(const RankMemory& memory, uint64_t tokens, uint64_t salt, std::b
 void fill_untouched(uint64_t pool_bytes, std::byte* pool);
 
 struct Verdict {
-  uint64_t cell_bytes = 0;       // compared
-  uint64_t outside_bytes = 0;    // compared
-  uint64_t wrong_bytes = 0;      // in 8-byte words that differ
-  std::string first;             // where the first wrong word stands
+  uint64_t cell_bytes = 0;     // compared
+  uint64_t outside_bytes = 0;  // compared
+  uint64_t wrong_bytes = 0;    // in 8-byte words that differ
+  std::string first;           // where the first wrong word stands
   bool ok() const { return wrong_bytes == 0 && cell_bytes > 0; }
 };
 // Compares every byte of the pool: cells of the request's first `tokens` with the pattern, all

@@ -51,9 +51,8 @@ Sha256 sha256(std::initializer_list<Bytes> pieces) {
 Sha256 hmac_sha256(Bytes key, std::initializer_list<Bytes> pieces) {
   EVP_MAC_CTX* context = mac_context();
   char digest[] = "SHA256";
-  const OSSL_PARAM params[] = {
-      OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
-      OSSL_PARAM_construct_end()};
+  const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
+                               OSSL_PARAM_construct_end()};
   demand(EVP_MAC_init(context, key.data(), key.size(), params) == 1, "EVP_MAC_init");
   for (Bytes piece : pieces)
     demand(EVP_MAC_update(context, piece.data(), piece.size()) == 1, "EVP_MAC_update");
@@ -74,10 +73,10 @@ void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out) {
     return OSSL_PARAM_construct_octet_string(name, const_cast<uint8_t*>(bytes.data()),
                                              bytes.size());
   };
-  const OSSL_PARAM params[] = {
-      OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
-      octets(OSSL_KDF_PARAM_KEY, secret), octets(OSSL_KDF_PARAM_SALT, salt),
-      octets(OSSL_KDF_PARAM_INFO, info), OSSL_PARAM_construct_end()};
+  const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
+                               octets(OSSL_KDF_PARAM_KEY, secret),
+                               octets(OSSL_KDF_PARAM_SALT, salt), octets(OSSL_KDF_PARAM_INFO, info),
+                               OSSL_PARAM_construct_end()};
   demand(EVP_KDF_derive(context.get(), out.data(), out.size(), params) == 1, "EVP_KDF_derive");
 }
 

@@ -20,16 +20,17 @@ struct Id {
   constexpr explicit operator bool() const { return value != 0; }
 };
 
-using WorkerId = Id<struct WorkerTag>;    // one attachment (lifeline)
-using LinkId = Id<struct LinkTag>;        // one handshake with a peer daemon, local number
-using SendId = Id<struct SendTag>;        // one sender rank's side of a transfer; on the wire with the boot id
+using WorkerId = Id<struct WorkerTag>;  // one attachment (lifeline)
+using LinkId = Id<struct LinkTag>;      // one handshake with a peer daemon, local number
+using SendId =
+    Id<struct SendTag>;  // one sender rank's side of a transfer; on the wire with the boot id
 using ReceiveId = Id<struct ReceiveTag>;  // one receiver rank's side of a transfer, local number
 using OfferId = Id<struct OfferTag>;      // one offer, on the wire with the link's boot id
 using CreditId = Id<struct CreditTag>;    // one credit of a pull
 using CopyId = Id<struct CopyTag>;        // one gather or scatter
 using CompileId = Id<struct CompileTag>;  // one compilation of a slice
 using ResolveId = Id<struct ResolveTag>;  // one look-up of instances and legs
-using ConditionId = Id<struct ConditionTag>;  // one wait for a ready condition
+using ConditionId = Id<struct ConditionTag>;    // one wait for a ready condition
 using DescriptorId = Id<struct DescriptorTag>;  // an offer held by the rails process
 using LandingId = Id<struct LandingTag>;        // a posted receive
 
@@ -46,13 +47,14 @@ struct FixedBytes {
   std::span<const uint8_t> span() const { return bytes; }
 };
 
-using BootId = FixedBytes<struct BootTag, 16>;          // one life of a daemon
+using BootId = FixedBytes<struct BootTag, 16>;              // one life of a daemon
 using Incarnation = FixedBytes<struct IncarnationTag, 16>;  // one life of an instance
-using Secret = FixedBytes<struct SecretTag, 16>;        // a transfer's secret: never logged, never sent to peers
+using Secret =
+    FixedBytes<struct SecretTag, 16>;  // a transfer's secret: never logged, never sent to peers
 using SecretTagBytes = FixedBytes<struct SecretTagTag, 8>;  // what names a secret on the wire
-using Digest16 = FixedBytes<struct DigestTag, 16>;      // SHA-256 cut to 16
-using Proof = FixedBytes<struct ProofTag, 16>;          // HMAC of the transfer's secret cut to 16
-using Token = FixedBytes<struct TokenTag, 16>;          // a worker's token
+using Digest16 = FixedBytes<struct DigestTag, 16>;          // SHA-256 cut to 16
+using Proof = FixedBytes<struct ProofTag, 16>;  // HMAC of the transfer's secret cut to 16
+using Token = FixedBytes<struct TokenTag, 16>;  // a worker's token
 
 // A leg attempt, made by the receiver's daemon and never used again.
 struct PullId {

@@ -1,5 +1,5 @@
-// Errors as values. An Error carries a canonical code, a stable UPPER_SNAKE reason that programs may
-// compare, the name of the offending field where there is one, and a message for people.
+// Errors as values. An Error carries a canonical code, a stable UPPER_SNAKE reason that programs
+// may compare, the name of the offending field where there is one, and a message for people.
 #pragma once
 
 #include <cstdint>
@@ -58,10 +58,10 @@ inline tl::unexpected<Error> invalid(std::string field, std::string reason, std:
 tl::unexpected<Error> fail_errno(std::string reason, std::string_view call, int errno_value);
 
 // Returns the error of `expr` (a Status or Result) from the enclosing function.
-#define KVFERRY_RETURN_IF_ERROR(expr)                                                 \
-  do {                                                                                \
-    if (auto&& kvferry_status_ = (expr); !kvferry_status_)                            \
-      return tl::unexpected<::kvferry::Error>(std::move(kvferry_status_).error());    \
+#define KVFERRY_RETURN_IF_ERROR(expr)                                              \
+  do {                                                                             \
+    if (auto&& kvferry_status_ = (expr); !kvferry_status_)                         \
+      return tl::unexpected<::kvferry::Error>(std::move(kvferry_status_).error()); \
   } while (false)
 
 }  // namespace kvferry

@@ -42,10 +42,16 @@ inline Time monotonic_now() {
 [[nodiscard]] constexpr bool checked_mul(uint64_t a, uint64_t b, uint64_t& out) {
   return !__builtin_mul_overflow(a, b, &out);
 }
-constexpr uint64_t ceil_div(uint64_t a, uint64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
-constexpr uint64_t round_down(uint64_t a, uint64_t granule) { return a - a % granule; }
+constexpr uint64_t ceil_div(uint64_t a, uint64_t b) {
+  return a / b + (a % b != 0 ? 1 : 0);
+}
+constexpr uint64_t round_down(uint64_t a, uint64_t granule) {
+  return a - a % granule;
+}
 // The caller knows that the result fits.
-constexpr uint64_t round_up(uint64_t a, uint64_t granule) { return ceil_div(a, granule) * granule; }
+constexpr uint64_t round_up(uint64_t a, uint64_t granule) {
+  return ceil_div(a, granule) * granule;
+}
 
 // Half-open interval of tokens, units, layers or bytes.
 struct Range {

@@ -23,10 +23,10 @@ enum class Role : uint8_t { kSender = 0, kReceiver = 1 };
 
 // Worker-visible state of a transfer.
 enum class TransferState : uint8_t {
-  kOpen = 1,        // accepted, nothing has moved
-  kActive = 2,      // the counterpart is known
-  kDelivered = 3,   // sender: every byte was scattered (or another receiver has it)
-  kCompleted = 4,   // receiver: pages and aux may be read
+  kOpen = 1,       // accepted, nothing has moved
+  kActive = 2,     // the counterpart is known
+  kDelivered = 3,  // sender: every byte was scattered (or another receiver has it)
+  kCompleted = 4,  // receiver: pages and aux may be read
   kFailed = 5,
   kCancelled = 6,
 };
@@ -40,12 +40,12 @@ struct TransferRecord {
   Reason reason = Reason::kNone;
   Reason released_reason = Reason::kNone;
   Delivery delivery = Delivery::kNo;
-  bool released = false;         // SOURCE_RELEASED or DEST_RELEASED
-  bool receiver_ready = false;   // sender: RECEIVER_READY
-  bool memory_in_use = false;    // a copy may still read (sender) or write (receiver) the pages
-  uint64_t slices = 0;           // receiver: slices wholly scattered; sender: wholly gathered
+  bool released = false;        // SOURCE_RELEASED or DEST_RELEASED
+  bool receiver_ready = false;  // sender: RECEIVER_READY
+  bool memory_in_use = false;   // a copy may still read (sender) or write (receiver) the pages
+  uint64_t slices = 0;          // receiver: slices wholly scattered; sender: wholly gathered
   uint64_t bytes_done = 0;
-  uint64_t bytes_total = 0;      // 0 while unknown
+  uint64_t bytes_total = 0;                // 0 while unknown
   std::shared_ptr<const std::string> aux;  // receiver, from completion on
 };
 
@@ -55,9 +55,9 @@ struct Reply {
   Error error{Code::kOk, {}, {}, {}};
   bool existing = false;
   uint32_t slot = 0;
-  TransferState state = TransferState::kOpen;   // Cancel
-  bool memory_in_use = false;                   // Cancel
-  std::vector<uint32_t> dropped_sends;          // Revoke: send indices
+  TransferState state = TransferState::kOpen;  // Cancel
+  bool memory_in_use = false;                  // Cancel
+  std::vector<uint32_t> dropped_sends;         // Revoke: send indices
 };
 struct Publish {
   WorkerId worker;
@@ -81,7 +81,7 @@ struct ResolvePull {
   ResolveId resolve;
   LinkId link;
   std::shared_ptr<const MsgPull> pull;
-  std::shared_ptr<const LayoutHandle> layout;   // the sender rank's
+  std::shared_ptr<const LayoutHandle> layout;  // the sender rank's
 };
 // Nobody waits for this answer any more (it may still come).
 struct CancelResolve {
@@ -93,9 +93,9 @@ struct Compile {
   CompileId compile;
   Role side = Role::kSender;
   std::shared_ptr<const LegContext> context;
-  std::shared_ptr<const SendOp> send;           // sender only
-  std::shared_ptr<const ReceiveOp> receive;     // receiver only
-  std::shared_ptr<const MsgPull> pull;          // sender only: the receiver's needs
+  std::shared_ptr<const SendOp> send;        // sender only
+  std::shared_ptr<const ReceiveOp> receive;  // receiver only
+  std::shared_ptr<const MsgPull> pull;       // sender only: the receiver's needs
   std::vector<GroupRanges> offer;
   std::optional<Range> layers;
 };
@@ -128,16 +128,16 @@ struct UnwatchCondition {
   ConditionId condition;
 };
 
-struct ConnectLane {     // make an endpoint to the peer's rail of this lane
+struct ConnectLane {  // make an endpoint to the peer's rail of this lane
   LaneRef lane;
 };
-struct ReopenLane {      // initiator only: agree on this new epoch with the peer
+struct ReopenLane {  // initiator only: agree on this new epoch with the peer
   LaneRef lane;
 };
-struct CloseLane {       // give the lane up: its requests end soon
+struct CloseLane {  // give the lane up: its requests end soon
   LaneRef lane;
 };
-struct TellLaneDown {    // by gRPC, as no lane is up
+struct TellLaneDown {  // by gRPC, as no lane is up
   LaneRef lane;
 };
 struct CloseLink {
@@ -178,21 +178,21 @@ struct TransferEnded {
   uint64_t bytes = 0;
   uint64_t chunks = 0;
   uint64_t runs = 0;
-  Duration total{};     // from the call
-  Duration wait{};      // until the first byte could move
-  Duration gather{};    // sums over chunks
-  Duration wire{};      // sender: offer to ack; receiver: accept to landed
+  Duration total{};   // from the call
+  Duration wait{};    // until the first byte could move
+  Duration gather{};  // sums over chunks
+  Duration wire{};    // sender: offer to ack; receiver: accept to landed
   Duration scatter{};
-  std::string label;    // short hash of the transfer, role and rank; never the secret
+  std::string label;  // short hash of the transfer, role and rank; never the secret
 };
 // All transfers have ended after Drain.
 struct Drained {};
 
 using Command =
-    std::variant<Reply, Publish, FreeSlot, LayoutQuiet, Resolve, ResolvePull, CancelResolve, Compile,
-                 Gather, Scatter, WatchCondition, UnwatchCondition, ConnectLane, ReopenLane,
-                 CloseLane, TellLaneDown, CloseLink, SendMessage, SendRefuse, SendOffer, AcceptOffer,
-                 DropOffer, TransferEnded, Drained>;
+    std::variant<Reply, Publish, FreeSlot, LayoutQuiet, Resolve, ResolvePull, CancelResolve,
+                 Compile, Gather, Scatter, WatchCondition, UnwatchCondition, ConnectLane,
+                 ReopenLane, CloseLane, TellLaneDown, CloseLink, SendMessage, SendRefuse, SendOffer,
+                 AcceptOffer, DropOffer, TransferEnded, Drained>;
 using Commands = std::vector<Command>;
 
 }  // namespace kvferry::engine

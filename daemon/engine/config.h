@@ -12,35 +12,35 @@ namespace kvferry::engine {
 
 struct EngineConfig {
   BootId boot;
-  std::string node;                                   // own identity
+  std::string node;  // own identity
 
   // Arena: one group of segments; landing and staging share it under the floors.
   std::vector<uint64_t> segment_bytes;
   uint64_t min_region_bytes = 64 * 1024;
-  uint64_t chunk_bytes = 1 << 20;                     // own cap; a link uses the smaller one
+  uint64_t chunk_bytes = 1 << 20;  // own cap; a link uses the smaller one
   uint32_t leg_credits = 8;
-  uint32_t staged_ahead = 2;                          // E: chunks gathered without a credit in hand
-  uint32_t starvation_passes = 64;                    // passed over so often: newer grants stop
+  uint32_t staged_ahead = 2;        // E: chunks gathered without a credit in hand
+  uint32_t starvation_passes = 64;  // passed over so often: newer grants stop
 
   // Timers.
   Duration default_lease = std::chrono::seconds(30);
   Duration default_wait = std::chrono::seconds(30);
   Duration default_deadline = std::chrono::seconds(30);
-  Duration max_deadline = std::chrono::minutes(10);   // longer ones are cut to it
+  Duration max_deadline = std::chrono::minutes(10);  // longer ones are cut to it
   Duration ready_timeout = std::chrono::seconds(10);
   Duration ping_interval = std::chrono::seconds(1);
-  Duration silence_limit = std::chrono::seconds(3);   // lane down; gap open; link dead
+  Duration silence_limit = std::chrono::seconds(3);  // lane down; gap open; link dead
   Duration lane_retry_first = std::chrono::milliseconds(100);
   Duration lane_retry_most = std::chrono::seconds(2);
   Duration landing_timeout = std::chrono::seconds(10);
-  uint64_t landing_min_rate = 10 * 1000 * 1000;       // bytes a second: longer for big chunks
+  uint64_t landing_min_rate = 10 * 1000 * 1000;  // bytes a second: longer for big chunks
 
   // Limits; beyond them is a protocol error or RESOURCE_EXHAUSTED.
-  uint32_t max_held_messages = 256;                   // behind a gap, each lane
-  uint32_t max_parked_pulls = 1024;                   // each link
-  uint32_t max_tombstones = 65536;                    // each link
-  uint32_t max_legs = 4096;                           // each link
-  uint32_t max_slices = 65536;                        // each pull
+  uint32_t max_held_messages = 256;  // behind a gap, each lane
+  uint32_t max_parked_pulls = 1024;  // each link
+  uint32_t max_tombstones = 65536;   // each link
+  uint32_t max_legs = 4096;          // each link
+  uint32_t max_slices = 65536;       // each pull
   uint32_t max_transfers_per_worker = 4096;
 };
 

@@ -30,16 +30,16 @@ struct OpRef {
 
 // A transfer as a worker names it.
 struct TransferKey {
-  std::string instance;      // the sender's, "tenant/name"
-  Incarnation incarnation;   // the sender's; resolved from the layout or ticket before the engine
-  std::string id;            // 1 to 64 bytes
+  std::string instance;     // the sender's, "tenant/name"
+  Incarnation incarnation;  // the sender's; resolved from the layout or ticket before the engine
+  std::string id;           // 1 to 64 bytes
   Secret secret;
   bool operator==(const TransferKey&) const = default;
 };
 
 struct ReadyCondition {
   enum class Kind : uint8_t { kHostSynced, kTimeline } kind = Kind::kHostSynced;
-  uint32_t word = 0;    // kTimeline: ready when the worker's word reaches value
+  uint32_t word = 0;  // kTimeline: ready when the worker's word reaches value
   uint64_t value = 0;
   bool operator==(const ReadyCondition&) const = default;
 };
@@ -51,7 +51,7 @@ struct OpenSendOp {
   TransferKey key;
   std::shared_ptr<const LayoutHandle> layout;
   Duration lease{};
-  Duration deadline{};         // from the first activity
+  Duration deadline{};  // from the first activity
   uint32_t max_receivers = 1;
 };
 
@@ -61,8 +61,8 @@ struct SendOp {
   uint64_t client_handle = 0;
   TransferKey key;
   std::shared_ptr<const LayoutHandle> layout;
-  uint32_t send_index = 0;     // the caller's 0, 1, ...
-  uint64_t num_tokens = 0;     // of the whole prompt
+  uint32_t send_index = 0;  // the caller's 0, 1, ...
+  uint64_t num_tokens = 0;  // of the whole prompt
   std::vector<GroupRanges> offer;
   std::vector<GroupBlocks> blocks;
   std::optional<Range> layers;
@@ -77,7 +77,7 @@ struct SendOp {
 struct ReceiveOp {
   OpRef op;
   uint64_t client_handle = 0;
-  TransferKey key;             // instance and incarnation as the ticket names them
+  TransferKey key;  // instance and incarnation as the ticket names them
   std::string ticket;
   std::optional<uint32_t> sender_dp_group;  // absent: unknown
   std::shared_ptr<const LayoutHandle> layout;
@@ -141,17 +141,17 @@ struct UnregisterLayout {
 struct ReceiverLeg {
   uint32_t sender_rank = 0;
   uint32_t sender_dp_group = 0;
-  std::string node;                 // the sender rank's node
-  bool empty = false;               // no cell, by holdings
-  bool carries_aux = false;         // this leg's last slice brings the aux to this rank
-  uint64_t expected_bytes = 0;      // what all slices together must bring
+  std::string node;             // the sender rank's node
+  bool empty = false;           // no cell, by holdings
+  bool carries_aux = false;     // this leg's last slice brings the aux to this rank
+  uint64_t expected_bytes = 0;  // what all slices together must bring
   std::shared_ptr<const LegContext> context;
 };
 // Answer to Resolve: the legs of every sender dp group in question. Links to all their nodes are up
 // (their LinkUp came before).
 struct Resolved {
   ResolveId resolve;
-  Reason reason = Reason::kNone;    // else the receive fails with it
+  Reason reason = Reason::kNone;  // else the receive fails with it
   std::string message;
   Incarnation sender_incarnation;
   Digest16 cards;
@@ -166,7 +166,7 @@ struct SenderLeg {
 // Answer to ResolvePull: all legs of this sender rank to the receiver's dp group, by holdings.
 struct PullResolved {
   ResolveId resolve;
-  Reason reason = Reason::kNone;    // kStaleCards, kIncompatible, ...: the pull is answered END
+  Reason reason = Reason::kNone;  // kStaleCards, kIncompatible, ...: the pull is answered END
   uint32_t receiver_dp_group = 0;
   std::vector<SenderLeg> legs;
   std::shared_ptr<const LegContext> context;  // of the leg that the pull names
@@ -174,7 +174,7 @@ struct PullResolved {
 
 struct Compiled {
   CompileId compile;
-  Reason reason = Reason::kNone;    // else plan is empty
+  Reason reason = Reason::kNone;  // else plan is empty
   std::string message;
   std::shared_ptr<const Plan> plan;
 };
@@ -183,7 +183,7 @@ enum class CopyOutcome : uint8_t { kOk, kFailed, kCheckMismatch };
 struct CopyEnded {
   CopyId copy;
   CopyOutcome outcome = CopyOutcome::kOk;
-  Check check;                      // gather: of the bytes gathered
+  Check check;  // gather: of the bytes gathered
 };
 struct ConditionMet {
   ConditionId condition;
@@ -193,12 +193,12 @@ struct ConditionMet {
 
 struct LinkUp {
   LinkId link;
-  std::string node;                 // the peer's identity
-  BootId boot;                      // the peer's
-  bool initiator = false;           // this side dialled: it reopens lanes
+  std::string node;        // the peer's identity
+  BootId boot;             // the peer's
+  bool initiator = false;  // this side dialled: it reopens lanes
   uint32_t lanes = 1;
-  uint64_t chunk_bytes = 0;         // the smaller of both sides
-  uint32_t max_credits = 64;        // LIVE credits of a pull, the smaller of both sides
+  uint64_t chunk_bytes = 0;   // the smaller of both sides
+  uint32_t max_credits = 64;  // LIVE credits of a pull, the smaller of both sides
   CheckKind check = CheckKind::kNone;
 };
 // The peer node has shaken hands with a new boot id, or its link was refused or closed outside.
@@ -206,7 +206,7 @@ struct LinkEnded {
   LinkId link;
   Reason reason = Reason::kPeerLost;
 };
-struct LaneConnected {              // the rails process has an endpoint for it
+struct LaneConnected {  // the rails process has an endpoint for it
   LaneRef lane;
 };
 // The rails process reports an error of the lane, or a message for it could not be handed over.
@@ -237,15 +237,16 @@ struct RefuseIn {
 struct OfferIn {
   LaneRef lane;
   MsgOffer offer;
-  DescriptorId descriptor;          // kept by the rails process until accepted or dropped
-  uint64_t announced_bytes = 0;     // the length that UCX announced
+  DescriptorId descriptor;       // kept by the rails process until accepted or dropped
+  uint64_t announced_bytes = 0;  // the length that UCX announced
 };
 // A posted receive's request ended: nobody writes its region any more.
 struct ReceiveEnded {
   LandingId landing;
   bool ok = false;
 };
-// An offer's send request ended: nobody reads its staging region any more. Says nothing of delivery.
+// An offer's send request ended: nobody reads its staging region any more. Says nothing of
+// delivery.
 struct OfferSendEnded {
   OfferId offer;
 };
@@ -261,8 +262,8 @@ struct Drain {
 using Event =
     std::variant<OpenSendOp, SendOp, ReceiveOp, CancelOp, CloseOp, RevokeOp, ClaimOp, DeclineOp,
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
-                 CopyEnded, ConditionMet, LinkUp, LinkEnded, LaneConnected, LaneFailed, LaneReopened,
-                 LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn, OfferIn, ReceiveEnded,
-                 OfferSendEnded, RailsUp, RailsDied, Drain>;
+                 CopyEnded, ConditionMet, LinkUp, LinkEnded, LaneConnected, LaneFailed,
+                 LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn, OfferIn,
+                 ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine

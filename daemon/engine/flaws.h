@@ -1,6 +1,6 @@
-// Test-only switches, each of which puts back one flaw that the protocol's rules forbid, so that the
-// simulator can show that it would notice. In every build but the simulator's own copy of the engine
-// (KVFERRY_ENGINE_FLAWS) flawed() is a constant false and costs nothing.
+// Test-only switches, each of which puts back one flaw that the protocol's rules forbid, so that
+// the simulator can show that it would notice. In every build but the simulator's own copy of the
+// engine (KVFERRY_ENGINE_FLAWS) flawed() is a constant false and costs nothing.
 #pragma once
 
 #include <cstdint>
@@ -9,27 +9,31 @@ namespace kvferry::engine {
 
 enum class Flaw : uint8_t {
   kNone,
-  kFresh,          // a lost offer waits for a fresh credit that nobody asks for
-  kErrorOnly,      // lane down retries only sends that failed locally
-  kNoRefuse,       // a dropped offer is not answered
-  kStatus,         // local completion of a send taken for delivery
-  kLocalDone,      // staging freed at local completion
+  kFresh,               // a lost offer waits for a fresh credit that nobody asks for
+  kErrorOnly,           // lane down retries only sends that failed locally
+  kNoRefuse,            // a dropped offer is not answered
+  kStatus,              // local completion of a send taken for delivery
+  kLocalDone,           // staging freed at local completion
   kScatterQuarantined,  // a quarantined receive that ends well is scattered
-  kFreeLanding,    // a landing region is freed when its transfer ends
-  kKeepCredit,     // a dropped duplicate keeps its credit
-  kNoResync,       // no resync after a lane is lost
-  kRefuseByControl,  // REFUSE goes by the control lane instead of its offer's
-  kUpdateFirst,    // messages are handled as they come, not in sequence
-  kNoGapTimer,     // a gap in the sequence lasts as long as the lane answers pings
-  kOldNumbers,     // a new control lane goes on with the old numbers
-  kSticky,         // an older message of another lane undoes a later fact
+  kFreeLanding,         // a landing region is freed when its transfer ends
+  kKeepCredit,          // a dropped duplicate keeps its credit
+  kNoResync,            // no resync after a lane is lost
+  kRefuseByControl,     // REFUSE goes by the control lane instead of its offer's
+  kUpdateFirst,         // messages are handled as they come, not in sequence
+  kNoGapTimer,          // a gap in the sequence lasts as long as the lane answers pings
+  kOldNumbers,          // a new control lane goes on with the old numbers
+  kSticky,              // an older message of another lane undoes a later fact
 };
 
 #ifdef KVFERRY_ENGINE_FLAWS
 inline Flaw active_flaw = Flaw::kNone;
-inline bool flawed(Flaw flaw) { return active_flaw == flaw; }
+inline bool flawed(Flaw flaw) {
+  return active_flaw == flaw;
+}
 #else
-constexpr bool flawed(Flaw) { return false; }
+constexpr bool flawed(Flaw) {
+  return false;
+}
 #endif
 
 }  // namespace kvferry::engine

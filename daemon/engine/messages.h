@@ -21,9 +21,9 @@ using mapping::GroupRanges;
 
 // A transfer as it is named on the wire: the secret itself never travels.
 struct TransferName {
-  std::string instance;        // the sender's, "tenant/name"
-  Incarnation incarnation;     // the sender's
-  std::string id;              // 1 to 64 bytes
+  std::string instance;     // the sender's, "tenant/name"
+  Incarnation incarnation;  // the sender's
+  std::string id;           // 1 to 64 bytes
   SecretTagBytes secret_tag;
   auto operator<=>(const TransferName&) const = default;
 };
@@ -71,13 +71,13 @@ struct MsgPull {
   Proof proof;
   uint32_t sender_rank = 0;
   uint32_t receiver_rank = 0;
-  std::string receiver_instance;      // "tenant/name"
+  std::string receiver_instance;  // "tenant/name"
   Incarnation receiver_incarnation;
-  Digest16 cards;                     // digest of both card sets
-  std::vector<GroupNeed> needs;       // per receiver group
-  uint64_t remaining_ms = 0;          // of the receiver's deadline
-  std::vector<CreditGrant> credits;   // the first ones
-  uint64_t oldest = 0;                // the lowest pull of this link that is not closed
+  Digest16 cards;                    // digest of both card sets
+  std::vector<GroupNeed> needs;      // per receiver group
+  uint64_t remaining_ms = 0;         // of the receiver's deadline
+  std::vector<CreditGrant> credits;  // the first ones
+  uint64_t oldest = 0;               // the lowest pull of this link that is not closed
   bool operator==(const MsgPull&) const = default;
 };
 struct MsgUpdate {
@@ -93,11 +93,11 @@ struct MsgSlice {
   Proof proof;
   uint64_t ordinal = 0;
   bool last = false;
-  std::vector<GroupRanges> ranges;    // per sender group, what this slice offers
-  std::optional<Range> layers;        // absent: all layers
-  uint64_t bytes = 0;                 // of the slice's stream on this leg
-  uint64_t digest = 0;                // of the stream's text
-  std::optional<std::string> aux;     // on the last slice of the leg that carries it
+  std::vector<GroupRanges> ranges;  // per sender group, what this slice offers
+  std::optional<Range> layers;      // absent: all layers
+  uint64_t bytes = 0;               // of the slice's stream on this leg
+  uint64_t digest = 0;              // of the stream's text
+  std::optional<std::string> aux;   // on the last slice of the leg that carries it
   bool operator==(const MsgSlice&) const = default;
 };
 // Header of a chunk's data; travels with it on a rail.
@@ -118,13 +118,19 @@ struct MsgRefuse {
   OfferId offer;
   bool operator==(const MsgRefuse&) const = default;
 };
-enum class Outcome : uint8_t { kCompleted = 0, kReleased = 1, kDelivered = 2, kFailed = 3, kCancelled = 4 };
+enum class Outcome : uint8_t {
+  kCompleted = 0,
+  kReleased = 1,
+  kDelivered = 2,
+  kFailed = 3,
+  kCancelled = 4
+};
 struct MsgEnd {
   PullId pull;
   TransferName transfer;
   Outcome outcome = Outcome::kFailed;
   Reason reason = Reason::kNone;
-  std::optional<Proof> proof;         // from R to an S that has no leg yet
+  std::optional<Proof> proof;  // from R to an S that has no leg yet
   bool operator==(const MsgEnd&) const = default;
 };
 struct MsgClaim {

@@ -15,7 +15,7 @@ namespace kvferry::engine {
 struct LayoutHandle {
   virtual ~LayoutHandle() = default;
   WorkerId worker;
-  std::string instance;     // "tenant/name"
+  std::string instance;  // "tenant/name"
   Incarnation incarnation;
   uint32_t rank = 0;
   uint32_t dp_group = 0;

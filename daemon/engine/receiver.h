@@ -92,6 +92,7 @@ class Receiver {
   void release_leg(RxLeg& leg);
   void drop_group(Receive& receive, uint32_t group);
   bool complete(const RxLeg& leg) const;
+  bool not_offered(const RxLeg& leg) const;
   void check_complete(uint64_t receive);
   void resync_leg(Link& link, RxLeg& leg);
 

@@ -353,7 +353,11 @@ void Receiver::timer(TimerKey key) {
   }
   Receive* receive = find(key.a);
   if (receive == nullptr || receive->terminal()) return;
-  const Reason reason = key.kind == TimerKind::kReady ? Reason::kNotReady : Reason::kDeadline;
+  const bool missing = std::any_of(receive->legs.begin(), receive->legs.end(),
+                                   [&](uint64_t pull) { return not_offered(legs_.at(pull)); });
+  const Reason reason = key.kind == TimerKind::kReady ? Reason::kNotReady
+                        : missing                     ? Reason::kNotOffered
+                                                      : Reason::kDeadline;
   end_receive(*receive, TransferState::kFailed, reason);
 }
 

@@ -175,8 +175,8 @@ bool Receiver::grant_at_once(const RxLeg& leg) {
   return true;
 }
 
-// This region of all. The peer takes the oldest of its credits for those that were withdrawn, so it is
-// always the oldest that goes: it changes places with the region's own.
+// This region of all. The peer takes the oldest of its credits for those that were withdrawn, so it
+// is always the oldest that goes: it changes places with the region's own.
 void Receiver::withdraw_region(uint64_t id) {
   RxRegion& region = regions_.at(id);
   RxLeg& leg = legs_.at(region.leg);

@@ -236,6 +236,7 @@ bool Receiver::compiled(Compiled& event) {
 void Receiver::drop_in(Link& link, const MsgDrop& message) {
   RxLeg* leg = live_leg(link, message.pull);
   if (leg == nullptr) return;
+  leg->any_dropped = true;
   const auto known = leg->slices.find(message.slice);
   // Whatever is dropped, the last slice known so far is dropped with it; a new one will come.
   if (known == leg->slices.end() || known->second.state != RxSlice::State::kDropped)
@@ -300,6 +301,11 @@ bool Receiver::complete(const RxLeg& leg) const {
          leg.done_chunks == leg.known_chunks;
 }
 
+// The last slice is in, and needed cells are missing.
+bool Receiver::not_offered(const RxLeg& leg) const {
+  return leg.last && leg.compiling == 0 && leg.known_bytes != leg.expected_bytes;
+}
+
 void Receiver::check_complete(uint64_t id) {
   Receive* receive = find(id);
   if (receive == nullptr || receive->terminal() || !receive->decided || receive->legs.empty())
@@ -307,7 +313,9 @@ void Receiver::check_complete(uint64_t id) {
   bool all = true;
   for (const uint64_t pull : receive->legs) {
     const RxLeg& leg = legs_.at(pull);
-    if (leg.last && leg.compiling == 0 && leg.known_bytes != leg.expected_bytes) {
+    // Once slices were dropped, this last one may be an older message that came by another lane,
+    // and its DROP is still to come: then only the deadline can tell.
+    if (not_offered(leg) && !leg.any_dropped) {
       end_receive(*receive, TransferState::kFailed, Reason::kNotOffered);
       forget_if_done(id);
       return;

@@ -170,9 +170,9 @@ std::set<std::pair<uint64_t, uint64_t>>::const_iterator Sender::unknown_to_peer(
   });
 }
 
-// A REFUSE that comes after the credit which replaces the refused one leaves a chunk that was gathered
-// for that credit with none. Beyond what may be staged ahead nobody would wait for such a chunk: it is
-// offered under the spent credit, so that the peer refuses it and knows.
+// A REFUSE that comes after the credit which replaces the refused one leaves a chunk that was
+// gathered for that credit with none. Beyond what may be staged ahead nobody would wait for such a
+// chunk: it is offered under the spent credit, so that the peer refuses it and knows.
 bool Sender::must_ask(const TxLeg& leg) const {
   return leg.spent && leg.ahead > 0 && ahead_total_ > core_.config.staged_ahead &&
          unknown_to_peer(leg) != leg.staged.end();
@@ -235,7 +235,8 @@ void Sender::lost_offer(Staging& staging, bool credit_usable) {
   staging.offered = false;
   leg.slices.at(staging.slice).chunks[staging.chunk].state = TxState::kStaged;
   leg.staged.insert({staging.slice, staging.chunk});
-  if (credit_usable && !staging.asks && !flawed(Flaw::kFresh)) leg.returned.push_back(staging.credit);
+  if (credit_usable && !staging.asks && !flawed(Flaw::kFresh))
+    leg.returned.push_back(staging.credit);
 }
 
 void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk) {

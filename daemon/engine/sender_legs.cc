@@ -245,7 +245,8 @@ void Sender::refuse_in(Link& link, const RefuseIn& event) {
 
 void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
   Send& send = sends_.at(leg.send);
-  bool all_offered = leg.resolved && send.last && leg.announced > *send.last;
+  // A pull that was never admitted says nothing about what the others got.
+  bool all_offered = !leg.resolved || (send.last && leg.announced > *send.last);
   for (auto& [ordinal, slice] : leg.slices) {
     compiles_.erase(slice.compile);
     for (const TxChunk& chunk : slice.chunks) {

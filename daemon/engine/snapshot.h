@@ -17,8 +17,8 @@ struct TransferView {
   uint64_t client_handle = 0;
   Role role = Role::kSender;
   std::string instance;
-  std::string id;              // as given; may hold any bytes
-  std::string hash;            // short hash, safe to log
+  std::string id;    // as given; may hold any bytes
+  std::string hash;  // short hash, safe to log
   uint32_t rank = 0;
   TransferState state = TransferState::kOpen;
   Reason reason = Reason::kNone;
@@ -43,8 +43,8 @@ struct LinkView {
   bool initiator = false;
   std::vector<LaneView> lanes;
   uint64_t chunk_bytes = 0;
-  uint32_t legs_out = 0;       // as sender
-  uint32_t legs_in = 0;        // as receiver
+  uint32_t legs_out = 0;  // as sender
+  uint32_t legs_in = 0;   // as receiver
   uint32_t parked = 0;
   Duration silent_for{};
 };
@@ -96,8 +96,8 @@ struct EngineStats {
   uint64_t quarantines = 0;
   uint64_t chunks_gathered = 0;
   uint64_t chunks_scattered = 0;
-  uint64_t bytes_sent = 0;       // acknowledged by receivers
-  uint64_t bytes_received = 0;   // scattered
+  uint64_t bytes_sent = 0;      // acknowledged by receivers
+  uint64_t bytes_received = 0;  // scattered
 };
 
 }  // namespace kvferry::engine

@@ -86,7 +86,7 @@ struct Link {
   uint32_t ended_out = 0;  // tombstones
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
-  uint64_t oldest_told = 0;                   // what the peer may forget, as last told by a message
+  uint64_t oldest_told = 0;  // what the peer may forget, as last told by a message
 };
 
 // One rank's part of a transfer: several instances on one daemon may receive the same one.
@@ -152,7 +152,7 @@ struct TxSlice {
   uint64_t acked = 0;
   bool empty_acked = false;
   bool dropped = false;
-  uint64_t dropped_before = 0;                // ordinals from here on were announced after its DROP
+  uint64_t dropped_before = 0;  // ordinals from here on were announced after its DROP
 };
 
 // An offer that nobody waits for any more, though it may not have arrived: its chunk's slice was
@@ -178,7 +178,7 @@ struct TxLeg {
   Proof proof;                                     // of what we say
   std::map<uint64_t, TxSlice> slices;              // by ordinal
   uint64_t created = 0;                            // ordinals below have an entry or were dropped
-  uint64_t acked_below = 0;                   // the highest ordinal with an ack, plus 1
+  uint64_t acked_below = 0;                        // the highest ordinal with an ack, plus 1
   uint64_t announced = 0;                          // ordinals below are announced or dropped
   uint64_t ungathered = 0;                         // entries that count and are not wholly gathered
   uint64_t unacked = 0;                            // ... and not wholly acked
@@ -191,7 +191,7 @@ struct TxLeg {
   // first, and those that came back from a lost offer, which it may have spent, last.
   std::deque<CreditGrant> credits;
   std::deque<CreditGrant> returned;
-  std::optional<CreditGrant> spent;  // the newest that was refused
+  std::optional<CreditGrant> spent;           // the newest that was refused
   std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
   std::vector<StrayOffer> stray_offers;
   bool queued = false;  // in one of the queues for staging
@@ -319,6 +319,7 @@ struct RxLeg {
   uint32_t dp_group = 0;  // the sender's
   bool empty = false;
   bool carries_aux = false;
+  bool any_dropped = false;  // a slice of it was
   uint64_t expected_bytes = 0;
   uint64_t credit_bytes = 0;  // size of its credits
   std::shared_ptr<const LegContext> context;

@@ -11,12 +11,18 @@ namespace {
 std::string_view name_of_state(engine::TransferState state) {
   using engine::TransferState;
   switch (state) {
-    case TransferState::kOpen: return "OPEN";
-    case TransferState::kActive: return "ACTIVE";
-    case TransferState::kDelivered: return "DELIVERED";
-    case TransferState::kCompleted: return "COMPLETED";
-    case TransferState::kFailed: return "FAILED";
-    case TransferState::kCancelled: return "CANCELLED";
+    case TransferState::kOpen:
+      return "OPEN";
+    case TransferState::kActive:
+      return "ACTIVE";
+    case TransferState::kDelivered:
+      return "DELIVERED";
+    case TransferState::kCompleted:
+      return "COMPLETED";
+    case TransferState::kFailed:
+      return "FAILED";
+    case TransferState::kCancelled:
+      return "CANCELLED";
   }
   return "UNKNOWN";
 }
@@ -31,8 +37,8 @@ std::pair<std::string, std::string> split_instance(const std::string& full) {
 }  // namespace
 
 std::string transfer_handle(const engine::TransferView& view) {
-  return (view.role == engine::Role::kSender ? "s" : "r") + std::to_string(view.worker.value) + "x" +
-         std::to_string(view.client_handle);
+  return (view.role == engine::Role::kSender ? "s" : "r") + std::to_string(view.worker.value) +
+         "x" + std::to_string(view.client_handle);
 }
 
 Admin::Admin(Facts facts, const ops::Config& config, EngineThread& engine, LinkManager& links,
@@ -66,7 +72,8 @@ ops::HealthReport Admin::ready_now() const {
   ops::HealthReport report = health_now();
   const EngineThread::RailsView rails = engine_.rails_view();
   report.checks.push_back(
-      {"rails", rails.ready, rails.ready ? "" : "the rails process is not ready: " + rails.last_exit});
+      {"rails", rails.ready,
+       rails.ready ? "" : "the rails process is not ready: " + rails.last_exit});
   const bool draining = draining_.load(std::memory_order_relaxed);
   report.checks.push_back({"admission", !draining, draining ? "draining" : ""});
   return report;
@@ -241,11 +248,11 @@ void Admin::cancel_transfer(std::string selector, Time,
                      std::vector<rpc::CancelledTransfer> rows;
                      {
                        MutexLock lock(gathering->mutex);
-                       gathering->rows.push_back(
-                           {handle,
-                            reply.error.code == Code::kOk ? std::string(name_of_state(reply.state))
-                                                          : reply.error.reason,
-                            reply.memory_in_use});
+                       gathering->rows.push_back({handle,
+                                                  reply.error.code == Code::kOk
+                                                      ? std::string(name_of_state(reply.state))
+                                                      : reply.error.reason,
+                                                  reply.memory_in_use});
                        if (--gathering->left > 0) return;
                        rows = std::move(gathering->rows);
                      }

@@ -1,5 +1,5 @@
-// Answers the operators' questions: snapshots of the engine (taken on its thread), the registry, the
-// links and the rails. Thread-safe; nothing blocks.
+// Answers the operators' questions: snapshots of the engine (taken on its thread), the registry,
+// the links and the rails. Thread-safe; nothing blocks.
 #pragma once
 
 #include <functional>

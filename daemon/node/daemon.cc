@@ -127,7 +127,9 @@ rails::RailsConfig rails_config(const ops::Config& config) {
 }
 
 // host of "host:port" or "[v6]:port", with its brackets.
-std::string host_part(const std::string& address) { return address.substr(0, address.rfind(':')); }
+std::string host_part(const std::string& address) {
+  return address.substr(0, address.rfind(':'));
+}
 
 }  // namespace
 
@@ -172,8 +174,8 @@ Status Daemon::Impl::make_core() {
   memory::SharedMemoryOptions memory_options;
   memory_options.huge_pages = true;
   memory_options.populate = true;
-  auto made = memory::HostArena::create("kvferry-arena", engine_settings.segment_bytes,
-                                        memory_options);
+  auto made =
+      memory::HostArena::create("kvferry-arena", engine_settings.segment_bytes, memory_options);
   KVFERRY_RETURN_IF_ERROR(made);
   arena = std::move(*made);
 
@@ -325,16 +327,18 @@ Status Daemon::Impl::make_listeners() {
   http = std::move(*web);
   const std::string http_address = config.http.address + ":" + std::to_string(http->port());
   admin->set_http_address(http_address);
-  ops::log_info("listening", {ops::field("workers", config.sockets.front().path),
-                              ops::field("admin", config.admin.socket),
-                              ops::field("http", http_address),
-                              ops::field("peers", peer_server->port())});
+  ops::log_info(
+      "listening",
+      {ops::field("workers", config.sockets.front().path), ops::field("admin", config.admin.socket),
+       ops::field("http", http_address), ops::field("peers", peer_server->port())});
   return {};
 }
 
 Daemon::Daemon(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-Daemon::~Daemon() { stop(); }
+Daemon::~Daemon() {
+  stop();
+}
 
 Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
   auto impl = std::make_unique<Impl>();
@@ -342,12 +346,11 @@ Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_core());
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_listeners());
-  ops::log_info("started", {ops::field("version", ops::version()),
-                            ops::field("commit", ops::commit()),
-                            ops::field("node", config.node.id),
-                            ops::field("boot", daemon->impl_->boot),
-                            ops::field("arena_bytes", config.arena.bytes),
-                            ops::field("arena", "shared_host")});
+  ops::log_info(
+      "started",
+      {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
+       ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
+       ops::field("arena_bytes", config.arena.bytes), ops::field("arena", "shared_host")});
   return daemon;
 }
 
@@ -358,9 +361,13 @@ Daemon::Phase Daemon::phase() const {
   return rails.last_status == 78 ? Phase::kRefused : Phase::kStarting;
 }
 
-std::string Daemon::refusal() const { return impl_->engine->rails_view().last_exit; }
+std::string Daemon::refusal() const {
+  return impl_->engine->rails_view().last_exit;
+}
 
-bool Daemon::healthy() const { return impl_->admin->health_now().ok(); }
+bool Daemon::healthy() const {
+  return impl_->admin->health_now().ok();
+}
 
 std::string Daemon::status_line() const {
   const ops::HealthReport ready = impl_->admin->ready_now();

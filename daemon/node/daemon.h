@@ -1,5 +1,5 @@
-// The whole daemon put together: every part is made, started, drained and stopped here, in the order
-// that their dependencies ask for. Used by main() on the main thread.
+// The whole daemon put together: every part is made, started, drained and stopped here, in the
+// order that their dependencies ask for. Used by main() on the main thread.
 #pragma once
 
 #include <memory>

@@ -49,7 +49,9 @@ EngineThread::EngineThread(Parts parts)
   view_.settings = std::move(parts_.rails_settings);
 }
 
-EngineThread::~EngineThread() { stop(); }
+EngineThread::~EngineThread() {
+  stop();
+}
 
 Status EngineThread::start() {
   KVFERRY_CHECK(!thread_.joinable(), "the engine thread starts once");
@@ -89,8 +91,8 @@ void EngineThread::call(WorkerId worker, engine::Event op, ReplyFn reply) {
   if (inbox_.post(worker.value, Posted{std::move(op), std::move(reply), {}})) return;
   engine::Reply answer;
   answer.op.worker = worker;
-  answer.error = Error{Code::kResourceExhausted, "TOO_MANY_CALLS",
-                       "the worker has too many calls waiting", {}};
+  answer.error = Error{
+      Code::kResourceExhausted, "TOO_MANY_CALLS", "the worker has too many calls waiting", {}};
   refused(answer);
 }
 
@@ -324,14 +326,18 @@ void EngineThread::execute(engine::UnwatchCondition& command) {
 
 // ---- directory and copies ----------------------------------------------------------------------
 
-void EngineThread::execute(engine::Resolve& command) { parts_.directory->resolve(command); }
+void EngineThread::execute(engine::Resolve& command) {
+  parts_.directory->resolve(command);
+}
 void EngineThread::execute(engine::ResolvePull& command) {
   parts_.directory->resolve_pull(command);
 }
 void EngineThread::execute(engine::CancelResolve& command) {
   parts_.directory->cancel_resolve(command);
 }
-void EngineThread::execute(engine::Compile& command) { parts_.directory->compile(command); }
+void EngineThread::execute(engine::Compile& command) {
+  parts_.directory->compile(command);
+}
 
 void EngineThread::copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check) {
   post(engine::CopyEnded{copy, outcome, check});
@@ -344,8 +350,8 @@ void EngineThread::execute(engine::Gather& command) {
   copy::Job job;
   job.bytes = command.bytes;
   job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset,
-              to](uint64_t begin, uint64_t end) {
+  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, to](
+                 uint64_t begin, uint64_t end) {
     return kernels::gather(*form, bases, offset + begin, end - begin, to + begin);
   };
   job.done = [this, plan, copy = command.copy, to, bytes = command.bytes,
@@ -367,8 +373,8 @@ void EngineThread::execute(engine::Scatter& command) {
   copy::Job job;
   job.bytes = command.bytes;
   job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset,
-              from](uint64_t begin, uint64_t end) {
+  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, from](
+                 uint64_t begin, uint64_t end) {
     return kernels::scatter(*form, bases, offset + begin, end - begin, from + begin);
   };
   job.done = [this, plan, copy = command.copy, bytes = command.bytes](copy::Outcome outcome) {
@@ -401,8 +407,8 @@ void EngineThread::execute(engine::Scatter& command) {
 
 void EngineThread::execute(engine::TransferEnded& command) {
   using engine::TransferState;
-  const bool done = command.state == TransferState::kDelivered ||
-                    command.state == TransferState::kCompleted;
+  const bool done =
+      command.state == TransferState::kDelivered || command.state == TransferState::kCompleted;
   const auto outcome = done ? ops::TransferOutcome::kDone
                        : command.state == TransferState::kCancelled
                            ? ops::TransferOutcome::kCancelled
@@ -420,9 +426,8 @@ void EngineThread::execute(engine::TransferEnded& command) {
     parts_.metrics->stage(ops::Stage::kWire, command.wire / chunks);
   }
   if (outcome == ops::TransferOutcome::kFailed) {
-    ops::log_warning("transfer failed",
-                     {ops::field("transfer", command.label),
-                      ops::field("reason", name_of(command.reason))});
+    ops::log_warning("transfer failed", {ops::field("transfer", command.label),
+                                         ops::field("reason", name_of(command.reason))});
   }
 }
 
@@ -509,8 +514,7 @@ void EngineThread::export_stats() {
     return stats.dropped[static_cast<std::size_t>(cause)];
   };
   metrics.of(ops::DropCause::kOldEpoch).store(dropped(DropCause::kOldEpoch));
-  metrics.of(ops::DropCause::kUnknownLink)
-      .store(dropped(DropCause::kUnknownLink) + unknown_links_);
+  metrics.of(ops::DropCause::kUnknownLink).store(dropped(DropCause::kUnknownLink) + unknown_links_);
   metrics.of(ops::DropCause::kUnknownPull).store(dropped(DropCause::kUnknownPull));
   metrics.of(ops::DropCause::kDuplicate).store(dropped(DropCause::kDuplicate));
   metrics.of(ops::DropCause::kProtocol).store(dropped(DropCause::kProtocol));

@@ -1,6 +1,6 @@
 // The thread that owns the engine and carries out its commands: it drains the inbox and the rails'
-// rings, feeds the engine, and turns commands into rails records, copies, compilations, status slots
-// and replies. Nothing else touches the engine, the rails client or the keys of links.
+// rings, feeds the engine, and turns commands into rails records, copies, compilations, status
+// slots and replies. Nothing else touches the engine, the rails client or the keys of links.
 //
 // It never blocks but in ppoll(), whose wait is bounded by the engine's next timer and 100 ms.
 #pragma once
@@ -35,15 +35,15 @@ class EngineThread final : private rails::RailsEvents {
  public:
   struct Parts {
     engine::EngineConfig engine;
-    memory::HostArena* arena = nullptr;           // outlives the thread, as do all below
+    memory::HostArena* arena = nullptr;  // outlives the thread, as do all below
     std::unique_ptr<rails::RailsClient> rails;
     copy::CopyPool* copies = nullptr;
     Directory* directory = nullptr;
     LinkManager* links = nullptr;
     ops::Metrics* metrics = nullptr;
-    ops::Ticker* ticker = nullptr;                // may be null
-    std::function<void()> on_drained;             // called on the engine thread
-    std::size_t inbox_limit = 8192;               // entries of one source
+    ops::Ticker* ticker = nullptr;                                    // may be null
+    std::function<void()> on_drained;                                 // called on the engine thread
+    std::size_t inbox_limit = 8192;                                   // entries of one source
     std::vector<std::pair<std::string, std::string>> rails_settings;  // for operators
   };
 
@@ -81,7 +81,7 @@ class EngineThread final : private rails::RailsEvents {
     uint64_t restarts = 0;
     int pid = -1;
     std::string last_exit;
-    int last_status = 0;                          // exit status of the last end; 78: configuration
+    int last_status = 0;  // exit status of the last end; 78: configuration
     std::vector<std::pair<std::string, std::string>> settings;
   };
   // Brings the metrics up to this moment; waits at most `patience` for the engine's thread.
@@ -179,12 +179,12 @@ class EngineThread final : private rails::RailsEvents {
   uint64_t next_control_token_ = 1;
   uint64_t controls_under_way_ = 0;  // sends that have not ended
   bool draining_ = false;
-  std::unordered_map<uint64_t, ReplyFn> replies_;        // by op id
+  std::unordered_map<uint64_t, ReplyFn> replies_;  // by op id
   uint64_t next_op_id_ = 1;
   std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;
   std::map<ConditionId, Condition> conditions_;
   std::map<std::shared_ptr<const engine::LayoutHandle>, std::vector<std::function<void()>>> quiet_;
-  std::set<std::pair<WorkerId, uint32_t>> shown_;        // slots that hold a transfer
+  std::set<std::pair<WorkerId, uint32_t>> shown_;  // slots that hold a transfer
   uint64_t unknown_links_ = 0;
   Time next_refresh_{};
 

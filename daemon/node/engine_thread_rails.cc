@@ -79,7 +79,9 @@ void EngineThread::execute(engine::ConnectLane& command) {
   refs_[key.value] = command.lane;
 }
 
-void EngineThread::execute(engine::ReopenLane& command) { parts_.links->reopen_lane(command); }
+void EngineThread::execute(engine::ReopenLane& command) {
+  parts_.links->reopen_lane(command);
+}
 void EngineThread::execute(engine::TellLaneDown& command) {
   parts_.links->tell_lane_down(command);
 }
@@ -139,8 +141,9 @@ void EngineThread::execute(engine::SendOffer& command) {
   const Lane* lane = find_lane(command.lane);
   Status sent = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
   if (lane != nullptr && links_.seal(command.lane, command.offer, sealed_)) {
-    sent = parts_.rails->send_offer(lane->key, sealed_, piece_of(command.region, command.offer.bytes),
-                                    rails::SendToken{command.offer.offer.value});
+    sent =
+        parts_.rails->send_offer(lane->key, sealed_, piece_of(command.region, command.offer.bytes),
+                                 rails::SendToken{command.offer.offer.value});
   }
   if (sent) return;
   // Nothing was handed over, so nothing reads the region.
@@ -171,7 +174,8 @@ void EngineThread::execute(engine::DropOffer& command) {
 void EngineThread::on_ready(const rails::RailsReady& ready) {
   std::string release = std::to_string(ready.ucx_major) + "." + std::to_string(ready.ucx_minor) +
                         "." + std::to_string(ready.ucx_release);
-  ops::log_info("rails ready", {ops::field("ucx", release), ops::field("rails", ready.rails.size())});
+  ops::log_info("rails ready",
+                {ops::field("ucx", release), ops::field("rails", ready.rails.size())});
   parts_.metrics->set_ucx_version(release);
   {
     MutexLock lock(view_mutex_);
@@ -200,13 +204,14 @@ void EngineThread::on_connect_failed(rails::LaneKey lane, int) {
 void EngineThread::on_lane_error(rails::LaneKey lane, int status) {
   const engine::LaneRef* ref = find_ref(lane);
   if (ref == nullptr) return;
-  ops::log_info("lane error", {ops::field("link", ref->link.value),
-                               ops::field("lane", ref->lane),
+  ops::log_info("lane error", {ops::field("link", ref->link.value), ops::field("lane", ref->lane),
                                ops::field("ucx_status", status)});
   lane_failed(*ref);
 }
 
-void EngineThread::on_closed(rails::LaneKey lane) { forget_lane(lane); }
+void EngineThread::on_closed(rails::LaneKey lane) {
+  forget_lane(lane);
+}
 
 void EngineThread::on_control(uint32_t, std::span<const uint8_t> message) {
   parts_.metrics->messages_received.add();
@@ -230,8 +235,7 @@ void EngineThread::on_control(uint32_t, std::span<const uint8_t> message) {
         } else if constexpr (std::is_same_v<Body, engine::MsgOffer>) {
           parts_.metrics->of(ops::DropCause::kMalformed).add();  // offers come as offers
         } else {
-          follow_up_.push_back(
-              engine::MessageIn{opened->lane, opened->sequence, std::move(body)});
+          follow_up_.push_back(engine::MessageIn{opened->lane, opened->sequence, std::move(body)});
         }
       },
       opened->message);
@@ -247,8 +251,7 @@ void EngineThread::on_offer(const rails::OfferIn& offer) {
     if (body != nullptr) lane_failed(opened->lane);
     return;
   }
-  follow_up_.push_back(
-      engine::OfferIn{opened->lane, *body, offer.descriptor, offer.data_bytes});
+  follow_up_.push_back(engine::OfferIn{opened->lane, *body, offer.descriptor, offer.data_bytes});
 }
 
 void EngineThread::on_send_ended(rails::SendToken token, bool) {
@@ -263,9 +266,9 @@ void EngineThread::on_receive_ended(LandingId landing, bool ok, uint64_t) {
 }
 
 void EngineThread::on_died(const rails::RailsExit& exit) {
-  ops::log_error("rails process ended", {ops::field("why", exit.why),
-                                ops::field("status", exit.status),
-                                ops::field("signal", exit.signal)});
+  ops::log_error("rails process ended",
+                 {ops::field("why", exit.why), ops::field("status", exit.status),
+                  ops::field("signal", exit.signal)});
   controls_under_way_ = 0;
   lanes_.clear();
   refs_.clear();

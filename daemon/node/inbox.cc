@@ -14,7 +14,9 @@ Inbox::Inbox(std::size_t per_source_limit)
   if (event_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
 }
 
-Inbox::~Inbox() { ::close(event_fd_); }
+Inbox::~Inbox() {
+  ::close(event_fd_);
+}
 
 bool Inbox::post(uint64_t source, Posted posted) {
   bool was_empty = false;

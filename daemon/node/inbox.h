@@ -23,8 +23,8 @@ using ReplyFn = std::function<void(const engine::Reply&)>;
 // Looks at the engine on its thread; must not block.
 using QuestionFn = std::function<void(const engine::Engine&, Time now)>;
 
-// One entry: a question if `question` is set, else an event (with `reply` for a worker's call, whose
-// op_id is chosen by the engine thread).
+// One entry: a question if `question` is set, else an event (with `reply` for a worker's call,
+// whose op_id is chosen by the engine thread).
 struct Posted {
   engine::Event event;
   ReplyFn reply;

@@ -39,9 +39,9 @@ int serve(const ops::Config& config, const sigset_t& signals) {
   }
   node::Daemon& daemon = **started;
   bool told = false;
-  const Duration turn = std::min<Duration>(std::chrono::milliseconds(200),
-                                           manager.watchdog_interval().value_or(
-                                               std::chrono::milliseconds(200)));
+  const Duration turn =
+      std::min<Duration>(std::chrono::milliseconds(200),
+                         manager.watchdog_interval().value_or(std::chrono::milliseconds(200)));
   while (true) {
     const int signal = next_signal(signals, turn);
     if (signal == SIGTERM || signal == SIGINT) break;

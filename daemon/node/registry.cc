@@ -12,8 +12,8 @@
 namespace kvferry::node {
 namespace {
 
-constexpr std::size_t kMaxPools = 4096;      // of a worker
-constexpr std::size_t kMaxLayouts = 64;      // of a worker
+constexpr std::size_t kMaxPools = 4096;  // of a worker
+constexpr std::size_t kMaxLayouts = 64;  // of a worker
 constexpr std::size_t kMaxGenerations = 1 << 20;
 
 std::string full_name(const rpc::Session& session, const std::string& instance) {
@@ -21,8 +21,8 @@ std::string full_name(const rpc::Session& session, const std::string& instance) 
 }
 
 tl::unexpected<Error> differs(std::string field) {
-  return fail(Code::kAlreadyExists, "REGISTERED_OTHERWISE",
-              "registered before with another value", std::move(field));
+  return fail(Code::kAlreadyExists, "REGISTERED_OTHERWISE", "registered before with another value",
+              std::move(field));
 }
 
 bool same_pool(const rpc::PoolRequest& a, const rpc::PoolRequest& b) {
@@ -75,10 +75,10 @@ void Registry::on_attached(const std::shared_ptr<rpc::Session>& session) {
   }
   metrics_.workers_attached.add();
   engine_.attach(session);
-  ops::log_info("worker attached", {ops::field("worker", session->facts().name),
-                                    ops::field("tenant", session->facts().tenant),
-                                    ops::field("uid", session->facts().uid),
-                                    ops::field("pid", session->facts().pid)});
+  ops::log_info(
+      "worker attached",
+      {ops::field("worker", session->facts().name), ops::field("tenant", session->facts().tenant),
+       ops::field("uid", session->facts().uid), ops::field("pid", session->facts().pid)});
 }
 
 void Registry::on_gone(const std::shared_ptr<rpc::Session>& session, rpc::GoneReason reason) {
@@ -199,9 +199,10 @@ Result<bool> Registry::register_pools(rpc::Session& session, std::vector<rpc::Po
       return tl::unexpected(std::move(error));
     }
     memory::HostPoolLimits limits;
-    limits.max_bytes = session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
-    Result<std::shared_ptr<memory::HostPool>> memory = import_pool(
-        std::move(*descriptor), pools[i], limits, "pools[" + std::to_string(i) + "]");
+    limits.max_bytes =
+        session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
+    Result<std::shared_ptr<memory::HostPool>> memory =
+        import_pool(std::move(*descriptor), pools[i], limits, "pools[" + std::to_string(i) + "]");
     if (!memory) {
       for (std::size_t n = 0; n < fresh.size() + 1; ++n) session.release_descriptor();
       return tl::unexpected(memory.error());

@@ -16,10 +16,17 @@ Result<mapping::Plane> from_proto(const v1::Plane& from, const std::string& fiel
   plane.unit_begin = from.unit_begin();
   plane.unit_count = std::max<uint32_t>(from.unit_count(), 1);
   switch (from.granularity()) {
-    case v1::GRANULARITY_TOKEN: plane.granularity = mapping::Granularity::kToken; break;
-    case v1::GRANULARITY_BLOCK: plane.granularity = mapping::Granularity::kBlock; break;
-    case v1::GRANULARITY_REQUEST: plane.granularity = mapping::Granularity::kRequest; break;
-    default: return invalid(field + ".granularity", "UNKNOWN_VALUE", "TOKEN, BLOCK or REQUEST");
+    case v1::GRANULARITY_TOKEN:
+      plane.granularity = mapping::Granularity::kToken;
+      break;
+    case v1::GRANULARITY_BLOCK:
+      plane.granularity = mapping::Granularity::kBlock;
+      break;
+    case v1::GRANULARITY_REQUEST:
+      plane.granularity = mapping::Granularity::kRequest;
+      break;
+    default:
+      return invalid(field + ".granularity", "UNKNOWN_VALUE", "TOKEN, BLOCK or REQUEST");
   }
   plane.cell_bytes = from.cell_bytes();
   plane.type = from.type();
@@ -42,9 +49,14 @@ Result<mapping::Group> from_proto(const v1::Group& from, const std::string& fiel
   group.cp_interleave = from.cp_interleave_tokens();
   switch (from.tail()) {
     case v1::TAIL_UNSPECIFIED:
-    case v1::TAIL_LEAVE: group.tail = mapping::Tail::kLeave; break;
-    case v1::TAIL_ZERO: group.tail = mapping::Tail::kZero; break;
-    default: return invalid(field + ".tail", "UNKNOWN_VALUE", "LEAVE or ZERO");
+    case v1::TAIL_LEAVE:
+      group.tail = mapping::Tail::kLeave;
+      break;
+    case v1::TAIL_ZERO:
+      group.tail = mapping::Tail::kZero;
+      break;
+    default:
+      return invalid(field + ".tail", "UNKNOWN_VALUE", "LEAVE or ZERO");
   }
   group.block_count = from.block_count();
   group.id_space = from.id_space();
@@ -112,9 +124,10 @@ void to_proto(const mapping::RankLayout& from, v1::RankLayout& out) {
       p->set_units_total(plane.units_total);
       p->set_unit_begin(plane.unit_begin);
       p->set_unit_count(plane.unit_count);
-      p->set_granularity(plane.granularity == mapping::Granularity::kToken   ? v1::GRANULARITY_TOKEN
-                         : plane.granularity == mapping::Granularity::kBlock ? v1::GRANULARITY_BLOCK
-                                                                             : v1::GRANULARITY_REQUEST);
+      p->set_granularity(plane.granularity == mapping::Granularity::kToken ? v1::GRANULARITY_TOKEN
+                         : plane.granularity == mapping::Granularity::kBlock
+                             ? v1::GRANULARITY_BLOCK
+                             : v1::GRANULARITY_REQUEST);
       p->set_cell_bytes(plane.cell_bytes);
       p->set_type(plane.type);
       p->set_optional(plane.optional);

@@ -23,7 +23,9 @@ void SubmitStream::OnReadDone(bool ok) {
   StartRead(&in_);
 }
 
-void SubmitStream::OnCancel() { results_->finish(grpc::Status::CANCELLED); }
+void SubmitStream::OnCancel() {
+  results_->finish(grpc::Status::CANCELLED);
+}
 
 void SubmitStream::OnDone() {
   results_->detach();

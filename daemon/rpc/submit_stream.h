@@ -2,12 +2,12 @@
 // engine's answers come from another thread and may outlive it, so they go to a shared part.
 #pragma once
 
+#include <grpcpp/grpcpp.h>
+
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
-
-#include <grpcpp/grpcpp.h>
 
 #include "daemon/base/mutex.h"
 #include "daemon/base/result.h"
@@ -18,8 +18,8 @@ namespace kvferry::rpc {
 
 class SubmitStream final : public grpc::ServerBidiReactor<v1::SubmitRequest, v1::SubmitResponse> {
  public:
-  // What answers hold on to: collects results and writes them, one message at a time, many results a
-  // message.
+  // What answers hold on to: collects results and writes them, one message at a time, many results
+  // a message.
   class Results {
    public:
     explicit Results(SubmitStream* stream, std::size_t limit) : stream_(stream), limit_(limit) {}
@@ -45,8 +45,8 @@ class SubmitStream final : public grpc::ServerBidiReactor<v1::SubmitRequest, v1:
     grpc::Status status_ KVFERRY_GUARDED_BY(mutex_);
   };
 
-  // `submit` carries out one operation; its answer goes to the Results it is given. `done` is called
-  // when gRPC has let go of the stream.
+  // `submit` carries out one operation; its answer goes to the Results it is given. `done` is
+  // called when gRPC has let go of the stream.
   using SubmitFn = std::function<void(const v1::Operation&, const std::shared_ptr<Results>&)>;
   SubmitStream(std::size_t result_limit, SubmitFn submit, std::function<void()> done);
 

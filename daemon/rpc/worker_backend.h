@@ -1,6 +1,6 @@
-// What the worker service asks of the daemon. The service turns messages into these calls and checks
-// what can be checked without state; the node implements them. Called on gRPC threads: nothing here
-// blocks, callbacks come once, from any thread, possibly before the call returns.
+// What the worker service asks of the daemon. The service turns messages into these calls and
+// checks what can be checked without state; the node implements them. Called on gRPC threads:
+// nothing here blocks, callbacks come once, from any thread, possibly before the call returns.
 #pragma once
 
 #include <cstdint>
@@ -30,14 +30,14 @@ struct PoolRequest {
 };
 
 struct LayoutRequest {
-  std::string instance;          // the engine's name, without tenant
+  std::string instance;  // the engine's name, without tenant
   mapping::RankLayout layout;
-  Incarnation incarnation;       // zero: drawn by the daemon
-  Secret instance_key;           // zero: none
+  Incarnation incarnation;  // zero: drawn by the daemon
+  Secret instance_key;      // zero: none
 };
 struct LayoutRegistration {
   bool existing = false;
-  std::string card;              // serialized, opaque to workers
+  std::string card;  // serialized, opaque to workers
   uint64_t generation = 0;
   Incarnation incarnation;
   bool complete = false;
@@ -57,8 +57,8 @@ struct TicketOutcome {
 
 // What a ticket says of its instance, before anybody is asked.
 struct TicketFacts {
-  std::string instance;          // "tenant/name"
-  Incarnation incarnation;       // zero: the ticket is of the form by name
+  std::string instance;     // "tenant/name"
+  Incarnation incarnation;  // zero: the ticket is of the form by name
 };
 
 // A registered layout as operations use it; `layout` lives as long as `handle`.
@@ -83,9 +83,8 @@ class WorkerBackend {
                                  Done<bool> done) = 0;
   virtual void unregister_pools(Session& session, std::vector<std::string> names,
                                 Done<bool> done) = 0;
-  virtual void join_instance(Session& session, std::string instance,
-                             std::vector<std::string> cards, Secret instance_key, Time deadline,
-                             Done<JoinOutcome> done) = 0;
+  virtual void join_instance(Session& session, std::string instance, std::vector<std::string> cards,
+                             Secret instance_key, Time deadline, Done<JoinOutcome> done) = 0;
   virtual Result<TicketOutcome> get_ticket(Session& session, const std::string& instance) = 0;
 
   // NOT_FOUND LAYOUT_UNKNOWN unless this worker has registered it.

@@ -38,8 +38,8 @@ Error as_spelled(Error error);
 // UNIMPLEMENTED FEATURE_NOT_SERVED naming the field whose feature this build does not serve.
 tl::unexpected<Error> not_served(std::string field, std::string_view feature);
 
-Result<engine::OpenSendOp> to_open_send(const v1::OpenSendRequest& request, const LayoutView& layout,
-                                        const OpLimits& limits);
+Result<engine::OpenSendOp> to_open_send(const v1::OpenSendRequest& request,
+                                        const LayoutView& layout, const OpLimits& limits);
 Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView& layout,
                                const OpLimits& limits);
 // `ticket`: what the request's ticket says.

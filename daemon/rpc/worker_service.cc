@@ -81,8 +81,7 @@ class Service final : public v1::WorkerService::CallbackService {
   Service(WorkerBackend& backend, const WorkerServerConfig& config, std::size_t socket)
       : backend_(backend), config_(config), socket_(socket) {}
 
-  grpc::ServerUnaryReactor* RegisterPools(Context* context,
-                                          const v1::RegisterPoolsRequest* request,
+  grpc::ServerUnaryReactor* RegisterPools(Context* context, const v1::RegisterPoolsRequest* request,
                                           v1::RegisterPoolsResponse* response) override {
     return unary(context, [&](const SessionPtr& session) -> Status {
       auto pools = pools_of(*request);
@@ -100,8 +99,7 @@ class Service final : public v1::WorkerService::CallbackService {
     return unary(context, [&](const SessionPtr& session) -> Status {
       LayoutRequest asked;
       asked.instance = request->instance();
-      if (!valid_name(asked.instance))
-        return bad_name("instance");
+      if (!valid_name(asked.instance)) return bad_name("instance");
       if (!request->has_layout()) return invalid("layout", "MISSING", "no layout is given");
       if (!request->reuse_key().empty()) return not_served("reuse_key", "reuse domains");
       if (!request->reuse_hash_scheme().empty())
@@ -145,7 +143,8 @@ class Service final : public v1::WorkerService::CallbackService {
               *session, {request->pools().names().begin(), request->pools().names().end()},
               std::move(done));
           return {};
-        case v1::UnregisterRequest::WHAT_NOT_SET: break;
+        case v1::UnregisterRequest::WHAT_NOT_SET:
+          break;
       }
       return invalid("what", "MISSING", "a layout or pools");
     });
@@ -154,8 +153,7 @@ class Service final : public v1::WorkerService::CallbackService {
   grpc::ServerUnaryReactor* JoinInstance(Context* context, const v1::JoinInstanceRequest* request,
                                          v1::JoinInstanceResponse* response) override {
     return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
-      if (!valid_name(request->instance()))
-        return bad_name("instance");
+      if (!valid_name(request->instance())) return bad_name("instance");
       if (request->cards_size() == 0 || request->cards_size() > kMaxCards)
         return invalid("cards", "CARD_COUNT", std::to_string(request->cards_size()));
       Secret key;
@@ -178,8 +176,7 @@ class Service final : public v1::WorkerService::CallbackService {
   grpc::ServerUnaryReactor* GetTicket(Context* context, const v1::GetTicketRequest* request,
                                       v1::GetTicketResponse* response) override {
     return unary(context, [&](const SessionPtr& session) -> Status {
-      if (!valid_name(request->instance()))
-        return bad_name("instance");
+      if (!valid_name(request->instance())) return bad_name("instance");
       auto ticket = backend_.get_ticket(*session, request->instance());
       KVFERRY_RETURN_IF_ERROR(ticket);
       response->set_ticket(std::move(ticket->ticket));
@@ -229,7 +226,8 @@ class Service final : public v1::WorkerService::CallbackService {
     return unary(context, [&](const SessionPtr& session) -> Status {
       KVFERRY_RETURN_IF_ERROR(check_handle(request->client_handle()));
       const auto aux = session->page().aux_of(request->client_handle());
-      if (!aux) return fail(Code::kNotFound, "AUX_UNKNOWN", "no aux under this handle", "client_handle");
+      if (!aux)
+        return fail(Code::kNotFound, "AUX_UNKNOWN", "no aux under this handle", "client_handle");
       response->set_aux(*aux);
       return {};
     });
@@ -255,13 +253,13 @@ class Service final : public v1::WorkerService::CallbackService {
     return stream;
   }
 
-#define KVFERRY_TWIN(Name, field)                                                            \
-  grpc::ServerUnaryReactor* Name(Context* context, const v1::Name##Request* request,         \
-                                 v1::Name##Response* response) override {                    \
-    v1::Operation operation;                                                                 \
-    operation.set_op_id(1);                                                                  \
-    *operation.mutable_##field() = *request;                                                 \
-    return twin(context, operation, response);                                               \
+#define KVFERRY_TWIN(Name, field)                                                    \
+  grpc::ServerUnaryReactor* Name(Context* context, const v1::Name##Request* request, \
+                                 v1::Name##Response* response) override {            \
+    v1::Operation operation;                                                         \
+    operation.set_op_id(1);                                                          \
+    *operation.mutable_##field() = *request;                                         \
+    return twin(context, operation, response);                                       \
   }
   KVFERRY_TWIN(OpenSend, open_send)
   KVFERRY_TWIN(Send, send)
@@ -272,11 +270,10 @@ class Service final : public v1::WorkerService::CallbackService {
   KVFERRY_TWIN(CommitReuse, commit_reuse)
 #undef KVFERRY_TWIN
 
-#define KVFERRY_NOT_SERVED(Name, feature)                                                \
-  grpc::ServerUnaryReactor* Name(Context* context, const v1::Name##Request*,             \
-                                 v1::Name##Response*) override {                         \
-    return unary(context,                                                                \
-                 [](const SessionPtr&) -> Status { return not_served({}, feature); });   \
+#define KVFERRY_NOT_SERVED(Name, feature)                                                         \
+  grpc::ServerUnaryReactor* Name(Context* context, const v1::Name##Request*, v1::Name##Response*) \
+      override {                                                                                  \
+    return unary(context, [](const SessionPtr&) -> Status { return not_served({}, feature); });   \
   }
   KVFERRY_NOT_SERVED(ProvePools, "pools by handle (ProvePools)")
   KVFERRY_NOT_SERVED(Resolve, "Resolve calls")
@@ -314,10 +311,10 @@ class Service final : public v1::WorkerService::CallbackService {
   static Time deadline_of(const Context& context) {
     const auto left = context.deadline() - std::chrono::system_clock::now();
     const auto most = std::chrono::minutes(10);
-    return monotonic_now() + std::min<Duration>(std::chrono::duration_cast<Duration>(
-                                                    std::min<std::chrono::system_clock::duration>(
-                                                        left, most)),
-                                                most);
+    return monotonic_now() +
+           std::min<Duration>(std::chrono::duration_cast<Duration>(
+                                  std::min<std::chrono::system_clock::duration>(left, most)),
+                              most);
   }
 
   grpc::Status conclude(Context& context, const Status& status) {
@@ -374,16 +371,18 @@ class Service final : public v1::WorkerService::CallbackService {
     for (int i = 0; i < request.pools_size(); ++i) {
       const v1::PoolSpec& spec = request.pools(i);
       const std::string field = "pools[" + std::to_string(i) + "].";
-      if (!valid_name(spec.name()))
-        return bad_name(field + "name");
+      if (!valid_name(spec.name())) return bad_name(field + "name");
       for (const PoolRequest& other : pools)
         if (other.name == spec.name()) return invalid(field + "name", "NAME_TWICE", spec.name());
       switch (spec.kind()) {
-        case v1::POOL_KIND_HOST_SHM: break;
+        case v1::POOL_KIND_HOST_SHM:
+          break;
         case v1::POOL_KIND_CUDA_VMM_FD:
         case v1::POOL_KIND_CUDA_IPC:
-        case v1::POOL_KIND_CUDA_FABRIC: return not_served(field + "kind", "GPU pools");
-        default: return invalid(field + "kind", "UNKNOWN_VALUE", "no such kind of pool");
+        case v1::POOL_KIND_CUDA_FABRIC:
+          return not_served(field + "kind", "GPU pools");
+        default:
+          return invalid(field + "kind", "UNKNOWN_VALUE", "no such kind of pool");
       }
       if (spec.bytes() == 0) return invalid(field + "bytes", "POOL_SIZE_INVALID", "0 bytes");
       if (spec.offset_bytes() != 0)
@@ -457,8 +456,10 @@ class Service final : public v1::WorkerService::CallbackService {
         op.client_handle = operation.close_transfer().client_handle();
         return as_event(Result<engine::CloseOp>(op));
       }
-      case v1::Operation::kCommitReuse: return not_served({}, "reuse commits (CommitReuse)");
-      case v1::Operation::KIND_NOT_SET: break;
+      case v1::Operation::kCommitReuse:
+        return not_served({}, "reuse commits (CommitReuse)");
+      case v1::Operation::KIND_NOT_SET:
+        break;
     }
     return invalid("kind", "MISSING", "an operation names its kind");
   }
@@ -474,7 +475,8 @@ class Service final : public v1::WorkerService::CallbackService {
     };
     if (op_id == 0) {
       config_.on_answer(Code::kInvalidArgument);
-      refuse(Error{Code::kInvalidArgument, "OP_ID_ZERO", "operations are numbered from 1", "op_id"});
+      refuse(
+          Error{Code::kInvalidArgument, "OP_ID_ZERO", "operations are numbered from 1", "op_id"});
       return;
     }
     Result<engine::Event> event = to_event(*session, operation);
@@ -520,7 +522,9 @@ struct WorkerServer::Impl {
 
 WorkerServer::WorkerServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-WorkerServer::~WorkerServer() { shutdown(monotonic_now() + std::chrono::seconds(1)); }
+WorkerServer::~WorkerServer() {
+  shutdown(monotonic_now() + std::chrono::seconds(1));
+}
 
 Result<std::unique_ptr<WorkerServer>> WorkerServer::start(const WorkerServerConfig& config,
                                                           WorkerBackend& backend) {

@@ -1,5 +1,6 @@
-// The gRPC service of workers on a tenant's Unix socket: authenticates each call by the token of its
-// lifeline, checks and converts, hands on to a WorkerBackend. Threads are gRPC's; none of them waits.
+// The gRPC service of workers on a tenant's Unix socket: authenticates each call by the token of
+// its lifeline, checks and converts, hands on to a WorkerBackend. Threads are gRPC's; none of them
+// waits.
 #pragma once
 
 #include <functional>
@@ -15,14 +16,15 @@ namespace kvferry::rpc {
 
 struct WorkerServerConfig {
   struct Socket {
-    std::string path;      // of the gRPC socket; replaced if stale
+    std::string path;  // of the gRPC socket; replaced if stale
     uint32_t mode = 0660;
-    std::size_t index = 0; // a session speaks only on the socket it attached to
+    std::size_t index = 0;  // a session speaks only on the socket it attached to
   };
   std::vector<Socket> sockets;
   OpLimits limits;
   std::function<void(Code)> on_answer;  // counts each answer; any thread
-  uint32_t max_stream_results = 65536;  // answers a worker has not read yet; beyond it the stream ends
+  uint32_t max_stream_results =
+      65536;  // answers a worker has not read yet; beyond it the stream ends
 };
 
 class WorkerServer {

@@ -8,8 +8,8 @@
 namespace kvferry::testing {
 namespace {
 
-constexpr uint64_t kTokens = 32768;      // 128 MiB: long enough to be met in the middle
-constexpr uint64_t kFewTokens = 1000;    // with a partly filled last block
+constexpr uint64_t kTokens = 32768;    // 128 MiB: long enough to be met in the middle
+constexpr uint64_t kFewTokens = 1000;  // with a partly filled last block
 constexpr uint64_t kTokenBytes = 4096;
 
 bench::Shape shape() {
@@ -66,7 +66,7 @@ std::string Level::text() const {
 FaultScene::FaultScene(std::vector<std::string> settings) : random_(seeded()) {
   // Small pieces and few of them under way make a long transfer of few bytes.
   std::vector<std::string> all = {"engine.chunk_bytes=16KiB", "engine.leg_credits=2",
-                                  "engine.heartbeat_interval=200ms", "engine.silence_limit=1s"};
+                                  "engine.heartbeat_interval=200ms", "engine.silence_limit=2s"};
   all.insert(all.end(), settings.begin(), settings.end());
   pair_ = start_pair(all);
   for (const int side : {0, 1}) start_worker(side);
@@ -76,10 +76,9 @@ FaultScene::FaultScene(std::vector<std::string> settings) : random_(seeded()) {
 }
 
 void FaultScene::start_worker(int side) {
-  workers_[side] = std::make_unique<WorkerProcess>(binary_directory(), side == 0,
-                                                   pair_->side(side).socket(),
-                                                   side == 0 ? "prefill" : "decode",
-                                                   side == 0 ? "tp1" : "tp2", shape());
+  workers_[side] = std::make_unique<WorkerProcess>(
+      binary_directory(), side == 0, pair_->side(side).socket(), side == 0 ? "prefill" : "decode",
+      side == 0 ? "tp1" : "tp2", shape());
   const std::string wrong = workers_[side]->wait_until_ready();
   REQUIRE(wrong == "");
 }
@@ -106,8 +105,8 @@ void FaultScene::require_done(const TransferKey& key, uint64_t tokens) {
   for (const int side : {1, 0}) {
     const TransferEnd ended = end(side, key);
     for (const RankEnd& rank : ended.ranks) {
-      INFO(rank.reason);
-      REQUIRE(rank.state == (side == 0 ? "DELIVERED" : "COMPLETED"));
+      if (rank.state == (side == 0 ? "DELIVERED" : "COMPLETED")) continue;
+      FAIL(rank.state << " " << rank.reason << " at side " << side << "\n" << pair_->log_tail());
     }
   }
   REQUIRE(workers_[1]->ask("verify " + std::to_string(tokens)) == "VERIFIED");
@@ -126,10 +125,17 @@ TransferKey FaultScene::begin_and_move() {
   const double before = received_bytes();
   const double share = std::uniform_real_distribution<double>(0.0001, 0.4)(random_);
   const TransferKey key = begin(kTokens);
-  REQUIRE(comes_true([&] {
+  const bool moves = comes_true([&] {
     return received_bytes() - before > share * static_cast<double>(kTokens * kTokenBytes);
-  }));
+  });
+  if (!moves) FAIL("no bytes move\n" << pair_->log_tail());
   return key;
+}
+
+void FaultScene::require_lanes() {
+  for (const int side : {0, 1})
+    REQUIRE(
+        comes_true([&] { return metric(pair_->side(side), "kvferry_lanes", "state=\"up\"") > 0; }));
 }
 
 void FaultScene::ask_for_end(int side, const TransferKey& key) {
@@ -139,8 +145,7 @@ void FaultScene::ask_for_end(int side, const TransferKey& key) {
 TransferEnd FaultScene::end(int side, const TransferKey& key) {
   ask_for_end(side, key);
   TransferEnd ended = workers_[side]->next_end();
-  INFO(pair_->log_tail());
-  REQUIRE(ended.error == "");
+  if (!ended.error.empty()) FAIL(ended.error << " at side " << side << "\n" << pair_->log_tail());
   REQUIRE(workers_[side]->ask("close " + key.id) == "OK");
   return ended;
 }
@@ -156,7 +161,9 @@ Level FaultScene::level(int side) const {
   return level;
 }
 
-void FaultScene::measure(int side) { before_[side] = level(side); }
+void FaultScene::measure(int side) {
+  before_[side] = level(side);
+}
 
 void FaultScene::require_nothing_held(int side) {
   const bench::DaemonProcess& daemon = pair_->side(side);
@@ -173,7 +180,6 @@ void FaultScene::require_nothing_held(int side) {
       },
       seconds(10));
   INFO("before: " << before.text() << "; now: " << now.text());
-  INFO(pair_->log_tail());
   CHECK(back);
 }
 

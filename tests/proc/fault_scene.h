@@ -29,6 +29,8 @@ class FaultScene {
  public:
   // Starts everything, and hands over once with many bytes and once with few. `settings` are added.
   explicit FaultScene(std::vector<std::string> settings = {});
+  // The silence limit that is set unless `settings` say otherwise.
+  static constexpr double kSilenceSeconds = 2;
 
   DaemonPair& daemons() { return *pair_; }
   WorkerProcess& worker(int side) { return *workers_[side]; }
@@ -41,6 +43,8 @@ class FaultScene {
   TransferKey begin_and_move();
   // A small one to the end, verified.
   void require_hand_over();
+  // Waits until each daemon has a lane to the other.
+  void require_lanes();
 
   // What that worker says at the end of the transfer, which it then forgets. Asks first.
   void ask_for_end(int side, const TransferKey& key);

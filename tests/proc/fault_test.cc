@@ -10,7 +10,7 @@ namespace {
 
 // From a death to the survivors' knowing why and having their memory back.
 constexpr double kSoon = 2;
-constexpr double kSilence = 1;  // the silence limit that is set, where only silence can tell
+constexpr double kSilence = FaultScene::kSilenceSeconds;  // where only silence can tell
 
 double seconds_since(uint64_t begin_ns, const TransferEnd& end) {
   return static_cast<double>(end.seen_ns - begin_ns) / 1e9;
@@ -54,7 +54,6 @@ TEST_CASE("a killed rails process is replaced, and transfers go on or end") {
     REQUIRE(::kill(rails, SIGKILL) == 0);
     const TransferEnd received = scene.end(1, key);
     const TransferEnd sent = scene.end(0, key);
-    INFO(scene.daemons().log_tail());
     const bool completed = received.ranks[0].state == "COMPLETED";
     for (const RankEnd& rank : received.ranks) {
       INFO(rank.reason);
@@ -68,6 +67,7 @@ TEST_CASE("a killed rails process is replaced, and transfers go on or end") {
       const pid_t next = scene.daemons().side(victim).rails_pid();
       return next > 0 && next != rails && !scene.daemons().side(victim).http("/readyz").empty();
     }));
+    scene.require_lanes();
     scene.require_hand_over();
     for (const int side : {0, 1}) scene.require_nothing_held(side);
   }

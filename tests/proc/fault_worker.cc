@@ -79,8 +79,8 @@ std::string WorkerProcess::next(milliseconds limit) {
       read_.erase(0, end + 1);
       return line;
     }
-    const auto left = std::chrono::duration_cast<milliseconds>(
-        until - std::chrono::steady_clock::now());
+    const auto left =
+        std::chrono::duration_cast<milliseconds>(until - std::chrono::steady_clock::now());
     pollfd ready{out_, POLLIN, 0};
     if (left.count() <= 0 || ::poll(&ready, 1, static_cast<int>(left.count())) <= 0)
       return "ERROR the worker does not answer";

@@ -26,11 +26,11 @@ class Party {
   struct Options {
     std::string instance;
     std::string socket;
-    bench::Shape shape;       // tokens: of one request
+    bench::Shape shape;  // tokens: of one request
     bench::Topology topology;
-    bool sends = false;       // its pools hold the pattern
-    uint32_t requests = 1;    // that fit the pools; above 1, whole blocks only
-    uint64_t seed = 1;        // of block ids; the pattern is the same for all
+    bool sends = false;     // its pools hold the pattern
+    uint32_t requests = 1;  // that fit the pools; above 1, whole blocks only
+    uint64_t seed = 1;      // of block ids; the pattern is the same for all
     bool reconnect = false;
   };
   // Attaches, fills the pools, registers the layouts. The errors are the client's.

@@ -81,9 +81,7 @@ void hand_over(Parties& parties, First first) {
   if (first == First::kReceiver) {
     require_ok(parties.receiver->receive(key, *ticket, {}));
     // The PULL is at the sender's daemon, or on its way, before there is a Send.
-    REQUIRE(comes_true([&] {
-      return parties.receiver->rank(0).stats().operations_accepted > 0;
-    }));
+    REQUIRE(comes_true([&] { return parties.receiver->rank(0).stats().operations_accepted > 0; }));
     require_ok(parties.sender->send(key, {}));
   } else {
     require_ok(parties.sender->send(key, {}));
@@ -105,17 +103,16 @@ TEST_CASE("a request arrives whole between different topologies") {
     const char* from;
     const char* to;
   };
-  const Row row = GENERATE(
-      Row{"same", shape_of(4, 8, 256, 640), "tp1", "tp1"},
-      Row{"split", shape_of(4, 8, 256, 640), "tp2", "tp4"},
-      Row{"join", shape_of(4, 8, 256, 640), "tp4", "tp2"},
-      Row{"stages", shape_of(6, 8, 256, 640), "pp2", "tp2"},
-      Row{"to-stages", shape_of(5, 8, 256, 640), "tp2", "pp2"},
-      Row{"both", shape_of(4, 8, 128, 320), "tp2pp2", "tp4"},
-      Row{"replicas-in", shape_of(2, 2, 256, 320), "tp4", "tp2"},
-      Row{"replicas-out", shape_of(2, 2, 256, 320), "tp2", "tp4"},
-      Row{"latent", latent_shape(61, 1152, 480), "tp2", "tp4"},
-      Row{"latent-join", latent_shape(8, 1152, 480), "tp4", "tp1"});
+  const Row row = GENERATE(Row{"same", shape_of(4, 8, 256, 640), "tp1", "tp1"},
+                           Row{"split", shape_of(4, 8, 256, 640), "tp2", "tp4"},
+                           Row{"join", shape_of(4, 8, 256, 640), "tp4", "tp2"},
+                           Row{"stages", shape_of(6, 8, 256, 640), "pp2", "tp2"},
+                           Row{"to-stages", shape_of(5, 8, 256, 640), "tp2", "pp2"},
+                           Row{"both", shape_of(4, 8, 128, 320), "tp2pp2", "tp4"},
+                           Row{"replicas-in", shape_of(2, 2, 256, 320), "tp4", "tp2"},
+                           Row{"replicas-out", shape_of(2, 2, 256, 320), "tp2", "tp4"},
+                           Row{"latent", latent_shape(61, 1152, 480), "tp2", "tp4"},
+                           Row{"latent-join", latent_shape(8, 1152, 480), "tp4", "tp1"});
   CAPTURE(row.name);
   Parties parties = attach(row.name, row.shape, row.from, row.to);
   hand_over(parties, First::kSender);

@@ -7,9 +7,8 @@
 //   ticket                       TICKET <text>
 //   send ID SECRET TOKENS        OK
 //   receive ID SECRET TICKET TOKENS   OK
-//   wait ID MS                   STATE <monotonic ns> <state>:<reason>:<released reason> ..., one a rank
-//   verify TOKENS                VERIFIED, or WRONG <where>
-//   clean                        OK
+//   wait ID MS                   STATE <monotonic ns> <state>:<reason>:<released reason> ..., one a
+//   rank verify TOKENS                VERIFIED, or WRONG <where> clean                        OK
 //   close ID                     OK
 //   reattached MS                REATTACHED once the client has registered anew
 // and ERROR <text> to what failed. The first line is READY.

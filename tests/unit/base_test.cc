@@ -10,7 +10,8 @@ using namespace kvferry;
 
 TEST_CASE("hmac and hkdf match their published vectors") {
   // RFC 4231 test case 2 and RFC 5869 test case 1.
-  CHECK(to_hex(hmac_sha256(bytes_of("Jefe"), {bytes_of("what do ya "), bytes_of("want for nothing?")})) ==
+  CHECK(to_hex(hmac_sha256(bytes_of("Jefe"),
+                           {bytes_of("what do ya "), bytes_of("want for nothing?")})) ==
         "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
   std::array<uint8_t, 22> secret{};
   secret.fill(0x0b);
@@ -50,8 +51,7 @@ TEST_CASE("checked arithmetic notices overflow and time saturates") {
 }
 
 TEST_CASE("every reason has a name and unknown numbers become PROTOCOL") {
-  for (uint16_t i = 0; i < kReasonCount; ++i)
-    CHECK(name_of(static_cast<Reason>(i)) != "UNKNOWN");
+  for (uint16_t i = 0; i < kReasonCount; ++i) CHECK(name_of(static_cast<Reason>(i)) != "UNKNOWN");
   CHECK(reason_from_wire(kReasonCount) == Reason::kProtocol);
   CHECK(reason_from_wire(65535) == Reason::kProtocol);
 }

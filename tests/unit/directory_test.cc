@@ -1,7 +1,7 @@
 #include "daemon/node/directory.h"
 
-#include <catch2/catch.hpp>
 #include <algorithm>
+#include <catch2/catch.hpp>
 #include <deque>
 #include <map>
 #include <set>
