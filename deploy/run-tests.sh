@@ -13,7 +13,7 @@ mkdir -p "$logs"
 step "installing packages" "$logs/packages.log" deploy/install-packages.sh --tests
 
 echo "== formatting"
-git ls-files '*.cc' '*.h' | xargs clang-format-14 --dry-run --Werror
+find client daemon kernels proto tests -name '*.cc' -o -name '*.h' | xargs clang-format-14 --dry-run --Werror
 
 step "configuring dev" "$logs/dev-configure.log" cmake --preset dev
 step "building dev" "$logs/dev-build.log" cmake --build --preset dev

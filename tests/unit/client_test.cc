@@ -114,6 +114,15 @@ class FakeService final : public pb::WorkerService::Service {
     return changed.wait_for(lock, seconds(20), condition);
   }
 
+  uint64_t pool_bytes(const std::string& name) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return pools[name];
+  }
+  std::string first_layout() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return layouts.empty() ? "" : layouts[0].instance();
+  }
+
   static pb::OperationResult accepted(const pb::Operation& operation) {
     pb::OperationResult result;
     result.set_op_id(operation.op_id());
@@ -566,7 +575,7 @@ TEST_CASE("after the daemon's end the client attaches and registers by itself") 
   auto pool = client->alloc_pool("kv", 8192);
   REQUIRE(pool);
   pool->data[5] = std::byte{3};
-  CHECK(daemon->service.pools.at("kv") == 8192);
+  CHECK(daemon->service.pool_bytes("kv") == 8192);
   CHECK(client->alloc_pool("kv", 8192).error().reason == "POOL_EXISTS");
   LayoutRegistration registration;
   registration.instance = "decode";
@@ -603,8 +612,8 @@ TEST_CASE("after the daemon's end the client attaches and registers by itself") 
   CHECK_FALSE(events[0].error);
   CHECK(client->attached());
   CHECK(client->boot_id()[0] == 2);
-  CHECK(daemon->service.pools.at("kv") == 8192);
-  CHECK(daemon->service.layouts.at(0).instance() == "decode");
+  CHECK(daemon->service.pool_bytes("kv") == 8192);
+  CHECK(daemon->service.first_layout() == "decode");
   CHECK(daemon->page().load_timeline(word) == 12U);
   CHECK(pool->data[5] == std::byte{3});
   REQUIRE(client->receive(receive_of("later")));
@@ -624,13 +633,16 @@ TEST_CASE("a daemon to be killed", "[.daemon]") {
 
 TEST_CASE("a killed daemon fails the open transfers and releases their memory") {
   rpc::TemporaryDirectory directory;
-  const std::string variable = "KVFERRY_TEST_DIRECTORY=" + directory.path();
+  std::string variable = "KVFERRY_TEST_DIRECTORY=" + directory.path();
   std::string program = "client_test", filter = "a daemon to be killed";
-  std::string environment = variable;
   char* argv[] = {program.data(), filter.data(), nullptr};
-  char* envp[] = {environment.data(), nullptr};
+  std::vector<char*> environment;  // ours, with the sanitizers' settings
+  for (char** entry = environ; *entry != nullptr; ++entry) environment.push_back(*entry);
+  environment.push_back(variable.data());
+  environment.push_back(nullptr);
   pid_t daemon = -1;
-  REQUIRE(::posix_spawn(&daemon, "/proc/self/exe", nullptr, nullptr, argv, envp) == 0);
+  REQUIRE(::posix_spawn(&daemon, "/proc/self/exe", nullptr, nullptr, argv, environment.data()) ==
+          0);
   AttachOptions options;
   options.socket = directory.file("worker.sock");
   options.name = "rank0";

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "daemon/engine/engine.h"
+#include "daemon/link/codec.h"
 
 namespace kvferry::engine::test {
 
@@ -229,6 +230,10 @@ class Pair {
   }
   void on(Box&, Box& to, const TellLaneDown& of) { to.post(PeerLaneDown{of.lane}); }
   void on(Box&, Box& to, const SendMessage& of) {
+    // A message that cannot be encoded would take its lane down, again and again.
+    std::vector<uint8_t> body;
+    const Status encoded = link::encode_body(of.message, body);
+    if (!encoded) FAIL(encoded.error().to_string());
     to.post(MessageIn{of.lane, of.sequence, of.message});
   }
   void on(Box&, Box& to, const SendRefuse& of) { to.post(RefuseIn{of.lane, of.message}); }
