@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::size_t kMostAux = 64 * 1024;
 constexpr std::size_t kMostLayerIntervals = 4096;  // of a group's slices on a leg
+constexpr uint64_t kMostRanges = 1 << 20;          // of all slices of a leg
 constexpr uint32_t kMostResolves = 3;              // attempts with newer cards
 
 }  // namespace
@@ -155,6 +156,8 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
 
 // Enters the tokens and layers of a slice; false if one of them has come before.
 bool Receiver::cover(RxLeg& leg, const MsgSlice& message) {
+  for (const GroupRanges& group : message.ranges) leg.ranges += 1 + group.ranges.size();
+  if (leg.ranges > kMostRanges) return false;
   const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
   std::set<uint32_t> groups;
   for (const GroupRanges& group : message.ranges) {

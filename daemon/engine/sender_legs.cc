@@ -400,11 +400,16 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
   TxSlice& slice = it->second;
   slice.dropped = true;
   slice.dropped_before = leg.announced;
+  if (slice.plan != nullptr) sends_.at(leg.send).record.bytes_total -= slice.plan->bytes;
   if (slice.state != TxSlice::State::kAnnounced || slice.gathered < slice.chunks.size())
     --leg.ungathered;
   if (slice.chunks.empty() ? !slice.empty_acked : slice.acked < slice.chunks.size()) --leg.unacked;
+  const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
   for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
     const TxState state = slice.chunks[chunk].state;
+    if (state == TxState::kAcked)
+      sends_.at(leg.send).record.bytes_done -=
+          std::min(chunk_bytes, slice.plan->bytes - chunk * chunk_bytes);
     if (slice.chunks[chunk].staging == 0) continue;
     Staging& staging = stagings_.at(slice.chunks[chunk].staging);
     if (state == TxState::kGathering) --leg.gathering;

@@ -334,6 +334,7 @@ struct RxLeg {
   Proof expected_proof;  // of that send
   std::map<uint64_t, RxSlice> slices;
   Coverage coverage;
+  uint64_t ranges = 0;  // that its slices have named
   std::optional<uint64_t> last;
   uint64_t compiling = 0;
   uint64_t known_bytes = 0;  // of slices that count

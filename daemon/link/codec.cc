@@ -224,7 +224,10 @@ void fields(Io& io, M& m) {
 template <typename Io, Is<MsgEnd> M>
 void fields(Io& io, M& m) {
   pull_ref(io, m.pull);
-  transfer_name(io, m.transfer);
+  // The answer to a message about a pull that has been forgotten names no transfer.
+  bool named = !m.transfer.instance.empty();
+  io.boolean(named, "transfer");
+  if (io.ok() && named) transfer_name(io, m.transfer);
   small_enum(io, m.outcome, 4, "outcome");
   reason_number(io, m.reason);
   optional(io, m.proof, "proof", [&](auto& proof) { io.bytes(proof.bytes, "proof"); });

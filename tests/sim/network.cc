@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "daemon/link/codec.h"
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
 
@@ -363,6 +364,11 @@ void Network::send_message(uint32_t node, const SendMessage& command) {
   Wire& wire = wire_of(key);
   require(wire.connected[side] || wire.closed[side] || wire.failed[side], "lane",
           "SendMessage on a lane without an endpoint");
+  // One that cannot be encoded would take its lane down, again and again.
+  std::vector<uint8_t> body;
+  const Status encoded = link::encode_body(command.message, body);
+  if (!encoded)
+    throw Violation("message", describe(command.message) + ": " + encoded.error().to_string());
   if (wire.closed[side]) return;
   if (wire.failed[side] || !rails_ok(links_.at(index), wire, side)) return;  // told already
   if (world_.mishap(world_.scenario.faults.vanish)) {

@@ -318,3 +318,16 @@ TEST_CASE("instance names are a tenant and a name") {
     CHECK_FALSE(valid_instance_name(bad));
   CHECK_FALSE(valid_instance_name("a/" + std::string(64, 'x')));
 }
+
+// The simulator's seeds 34 and 43: such an END could not be encoded and took its lane down.
+TEST_CASE("an END about a forgotten pull names no transfer and comes back") {
+  MsgEnd end;
+  end.pull.counter = 4;
+  end.outcome = Outcome::kFailed;
+  end.reason = Reason::kCancelled;
+  std::vector<uint8_t> body;
+  REQUIRE(encode_body(ControlMessage(end), body));
+  const auto back = decode_body(number(MessageType::kEnd), body);
+  REQUIRE(back);
+  CHECK(std::get<MsgEnd>(std::get<ControlMessage>(*back)) == end);
+}

@@ -240,6 +240,20 @@ TEST_CASE("a send whose source is released outlives its worker") {
   CHECK(pair.s.engine.snapshot(pair.s.now).transfers.empty());
 }
 
+TEST_CASE("an end that is told again over a new control lane names its transfer") {
+  Pair pair;
+  pair.s.post(pair.send_op("a", 0, {0, 64}, true));
+  pair.r.post(pair.receive_op("a", {0, 64}));
+  pair.run();
+  REQUIRE(pair.sent("a").state == TransferState::kDelivered);
+  const std::size_t before = pair.s.told<MsgEnd>().size();
+  pair.s.post(LaneFailed{{{1}, 0, 0}});
+  pair.run();
+  const auto ends = pair.s.told<MsgEnd>();
+  REQUIRE(ends.size() > before);
+  for (const MsgEnd& end : ends) CHECK(end.transfer.id == "a");
+}
+
 TEST_CASE("a revoked slice is dropped with the last one and sent again") {
   Pair pair;
   pair.swallow = [](const Command& command) { return std::holds_alternative<SendOffer>(command); };
