@@ -10,7 +10,7 @@ packages=(
   libtomlplusplus-dev libxxhash-dev libsystemd-dev libssl-dev libexpected-dev
   nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev
 )
-tests=(catch2 librapidcheck-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)
+tests=(catch2 librapidcheck-dev libbenchmark-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)
 
 [ "${1:-}" != --tests ] || packages+=("${tests[@]}")
 

@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <fstream>
 #include <optional>
+#include <random>
 #include <sstream>
 
 extern char** environ;
@@ -39,14 +40,21 @@ int local_socket(uint16_t port, sockaddr_in& address) {
 }
 
 // A port that was free a moment ago; a daemon that finds it taken says so and the bench fails.
+// Below the ports that the kernel gives to outgoing connections (from 32768 unless configured), so
+// that none of those takes it before the daemon does, or while the daemon is being restarted. 0:
+// none was found.
 uint16_t free_port() {
-  sockaddr_in address{};
-  const int fd = local_socket(0, address);
-  socklen_t size = sizeof address;
-  const bool bound = ::bind(fd, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
-                     ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0;
-  ::close(fd);
-  return bound ? ntohs(address.sin_port) : uint16_t{0};
+  constexpr int kLowest = 12000, kHighest = 31999, kTries = 100;
+  static std::minstd_rand random(std::random_device{}());  // processes side by side differ
+  for (int tries = 0; tries < kTries; ++tries) {
+    const int port = std::uniform_int_distribution<int>(kLowest, kHighest)(random);
+    sockaddr_in address{};
+    const int fd = local_socket(static_cast<uint16_t>(port), address);
+    const bool bound = ::bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
+    ::close(fd);
+    if (bound) return static_cast<uint16_t>(port);
+  }
+  return 0;
 }
 
 // One HTTP/1.0 request to a local port; the body, or nothing unless the answer is 200.
@@ -133,14 +141,19 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   daemon->admin_ = base + ".admin";
   daemon->log_ = base + ".log";
   daemon->http_port_ = free_port();
+  daemon->peer_port_ = identity.peer_port;
+  std::string more;
+  for (const auto& [name, port] : identity.more)
+    more += "[[peers]]\nidentity = \"" + name +
+            "\"\naddresses = [\"127.0.0.1:" + std::to_string(port) + "\"]\n";
   std::ofstream(base + ".toml") << "config_version = 1\n[node]\nid = \"" << identity.name
                                 << "\"\n[[socket]]\npath = \"" << daemon->socket_
                                 << "\"\n[admin]\nsocket = \"" << daemon->admin_
                                 << "\"\n[http]\nport = " << daemon->http_port_
                                 << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
                                 << "\"\n[[peers]]\nidentity = \"" << identity.other
-                                << "\"\naddresses = [\"127.0.0.1:" << identity.other_port
-                                << "\"]\n[rails]\ntransports = [\"" << options.path << "\"]\n";
+                                << "\"\naddresses = [\"127.0.0.1:" << identity.other_port << "\"]\n"
+                                << more << "[rails]\ntransports = [\"" << options.path << "\"]\n";
   std::vector<std::string> words = {options.binary_directory + "/kvferryd", "--config",
                                     base + ".toml"};
   for (const std::string& setting : options.settings) {
@@ -163,6 +176,10 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
     return failed("DAEMON_SPAWN", "cannot start " + words[0]);
   }
   return daemon;
+}
+
+uint16_t DaemonProcess::find_port() {
+  return free_port();
 }
 
 DaemonProcess::~DaemonProcess() {

@@ -31,9 +31,12 @@ class DaemonProcess {
   struct Identity {
     std::string name;  // node id; names its files too
     uint16_t peer_port = 0;
-    std::string other;  // the one peer that it may talk to
+    std::string other;  // the peer that it may talk to
     uint16_t other_port = 0;
+    std::map<std::string, uint16_t> more = {};  // further peers: name -> port
   };
+  // A port for a daemon's peers that was free a moment ago; 0: none was found.
+  static uint16_t find_port();
   // Writes the configuration into `directory` and starts the daemon; does not wait for it.
   static Result<std::unique_ptr<DaemonProcess>> start(const std::string& directory,
                                                       const Identity& identity,
@@ -56,6 +59,7 @@ class DaemonProcess {
   const std::string& socket() const { return socket_; }
   const std::string& admin_socket() const { return admin_; }
   uint16_t http_port() const { return http_port_; }
+  uint16_t peer_port() const { return peer_port_; }
   // CPU seconds used so far, the rails process's included.
   double cpu_seconds() const;
   Result<Metrics> metrics() const;
@@ -70,6 +74,7 @@ class DaemonProcess {
   std::string admin_;
   std::string log_;
   uint16_t http_port_ = 0;
+  uint16_t peer_port_ = 0;
 };
 
 // A sender's and a receiver's daemon.

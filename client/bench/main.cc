@@ -82,12 +82,6 @@ Result<std::vector<Metrics>> scrape(const DaemonPair& daemons) {
 
 int run(const Options& o, const std::string& command, HandOff::Options work,
         const std::string& workload) {
-  if (o.path == "local") {
-    std::fprintf(stderr,
-                 "kvferry-bench: UNIMPLEMENTED: transfers inside one daemon (--path local) are not "
-                 "served by this build\n");
-    return 69;
-  }
   std::unique_ptr<DaemonPair> daemons;
   if (o.sender_socket.empty() != o.receiver_socket.empty()) {
     std::fprintf(stderr, "kvferry-bench: give both sockets or none\n");
@@ -95,12 +89,14 @@ int run(const Options& o, const std::string& command, HandOff::Options work,
   }
   if (o.sender_socket.empty()) {
     if (o.progress) tell("starting two daemons");
-    DaemonOptions daemon_options{o.path, o.bin, o.settings};
+    // Locally both ends are on the first daemon, and the second one stands idle.
+    const bool local = o.path == "local";
+    DaemonOptions daemon_options{local ? "tcp" : o.path, o.bin, o.settings};
     auto started = DaemonPair::start(daemon_options);
     if (!started) return fail_with(started.error(), nullptr);
     daemons = std::move(*started);
     work.sender_socket = daemons->side(0).socket();
-    work.receiver_socket = daemons->side(1).socket();
+    work.receiver_socket = daemons->side(local ? 0 : 1).socket();
   } else {
     work.sender_socket = o.sender_socket;
     work.receiver_socket = o.receiver_socket;

@@ -113,6 +113,7 @@ std::string to_table(const Report& report, bool with_metrics) {
       {"kvferry_transfers_unfinished_total", ""},
       {"kvferry_transfer_bytes_total", "direction=\"sent\""},
       {"kvferry_transfer_bytes_total", "direction=\"received\""},
+      {"kvferry_transfer_bytes_total", "direction=\"local\""},
       {"kvferry_chunks_total", "event=\"scattered\""},
       {"kvferry_quarantines_total", ""},
       {"kvferry_messages_dropped_total", ""}};

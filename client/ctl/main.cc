@@ -3,11 +3,13 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <iostream>
 #include <memory>
 #include <string>
 
+#include "client/ctl/plan.h"
 #include "client/ctl/render.h"
 #include "kvferry/v1/admin.grpc.pb.h"
 
@@ -27,8 +29,7 @@ struct Arguments {
   bool json = false;
   uint32_t limit = 0;
   std::string selector;
-  std::string sender;
-  std::string receiver;
+  PlanOptions plan;
 };
 
 class Session {
@@ -141,7 +142,7 @@ int run(int argc, const char* const* argv) {
       "Print the version and exit");
   app.footer(
       "Exit codes: 0 done, 1 refused by the daemon (health: not healthy), 64 usage,\n"
-      "69 no daemon answers or this release does not serve the command.");
+      "65 a file is wrong, 69 no daemon answers or this release does not serve the command.");
 
   const Verb verbs[] = {
       {"status", "What the daemon is and how it fares", shows(&Stub::Status, status_text)},
@@ -190,12 +191,25 @@ int run(int argc, const char* const* argv) {
     };
   });
   auto* plan = app.add_subcommand("plan", "What a transfer between two layouts would move");
-  plan->add_option("--sender", arguments.sender, "An instance's layouts as JSON")->required();
-  plan->add_option("--receiver", arguments.receiver, "An instance's layouts as JSON")->required();
+  plan->add_option("--sender", arguments.plan.sender_file,
+                   "File with the sending instance, its ranks' layouts and blocks (JSON); - is\n"
+                   "standard input")
+      ->required();
+  plan->add_option("--receiver", arguments.plan.receiver_file,
+                   "File with the receiving instance (JSON)")
+      ->required();
+  plan->add_flag("--fragments", arguments.plan.fragments,
+                 "List every piece that is contiguous on both sides");
+  plan->add_flag("--text", arguments.plan.text, "Print the text that each leg's digest is made of");
+  plan->footer(
+      "Works without a daemon. Exits 65 where a file is wrong or the instances do not fit,\n"
+      "1 where the sender's blocks do not cover what the receiver needs.");
   plan->callback([&] {
-    chosen = [](Session&) {
-      std::cerr << "kvferryctl: this release does not serve plan\n";
-      return static_cast<int>(kUnavailable);
+    if (arguments.plan.sender_file == "-" && arguments.plan.receiver_file == "-")
+      throw CLI::ValidationError("plan", "only one of --sender and --receiver can be stdin");
+    chosen = [&](Session&) {
+      arguments.plan.json = arguments.json;
+      return plan_transfer(arguments.plan, std::cout, std::cerr);
     };
   });
 

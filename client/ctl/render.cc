@@ -222,6 +222,7 @@ Json to_json(const v1::ListArenasResponse& r) {
                     {"scattering_bytes", arena.scattering_bytes()},
                     {"quarantined_bytes", arena.quarantined_bytes()},
                     {"staging_bytes", arena.staging_bytes()},
+                    {"reserved_bytes", arena.reserved_bytes()},
                     {"regions", arena.regions()},
                     {"quarantined_regions", arena.quarantined_regions()},
                     {"segments", arena.segments()},
@@ -403,6 +404,7 @@ std::string arenas_text(const Json& json) {
                 {"LANDED", bytes("landed_bytes"), true},
                 {"SCATTERING", bytes("scattering_bytes"), true},
                 {"STAGING", bytes("staging_bytes"), true},
+                {"RESERVED", bytes("reserved_bytes"), true},
                 {"QUARANTINED", bytes("quarantined_bytes"), true},
                 {"REGIONS", plain("regions"), true}},
                "no arenas");

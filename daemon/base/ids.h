@@ -22,6 +22,9 @@ struct Id {
 
 using WorkerId = Id<struct WorkerTag>;  // one attachment (lifeline)
 using LinkId = Id<struct LinkTag>;      // one handshake with a peer daemon, local number
+// The link of a daemon to itself, over which the two ends of a transfer within it speak. No
+// handshake gets this number; it is always there.
+inline constexpr LinkId kLoopedLink{UINT64_MAX};
 using SendId =
     Id<struct SendTag>;  // one sender rank's side of a transfer; on the wire with the boot id
 using ReceiveId = Id<struct ReceiveTag>;  // one receiver rank's side of a transfer, local number

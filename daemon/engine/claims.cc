@@ -12,14 +12,44 @@ constexpr Duration kMostTtl = std::chrono::seconds(60);
 constexpr Duration kMostRenewals = std::chrono::minutes(10);
 constexpr Duration kLeastRenewal = std::chrono::milliseconds(100);
 
+// A controller's has no layout, and no Receive will end it: it lasts its time, from when it was
+// said last.
+bool of_controller(const LayoutHandle& layout) {
+  return layout.incarnation.is_zero();
+}
+
+// Told again, a call starts nothing.
+Reply existing(const OpRef& op) {
+  Reply reply;
+  reply.op = op;
+  reply.existing = true;
+  return reply;
+}
+
 }  // namespace
 
-bool Claims::refused(const OpRef& op, const TransferKey&,
-                     const std::shared_ptr<const LayoutHandle>& layout) {
-  if (core_.refused(op, layout.get())) return true;
-  if (words_.size() < core_.config.max_tombstones) return false;
+// Whether there is no room for another word of this worker.
+bool Claims::full(WorkerId worker, bool declines) const {
+  const auto count = per_worker_.find({worker, declines});
+  const uint64_t own = count == per_worker_.end() ? 0 : count->second;
+  return own >= (declines ? core_.config.max_declines_per_worker
+                          : core_.config.max_claims_per_worker) ||
+         words_.size() >= core_.config.max_tombstones;
+}
+
+bool Claims::refused(const OpRef& op, const LayoutHandle* layout, bool declines) {
+  if (core_.refused(op, layout)) return true;
+  if (!full(op.worker, declines)) return false;
   core_.reply_error(op, Code::kResourceExhausted, "TOO_MANY_CLAIMS",
-                    "too many claims and declines are remembered");
+                    "too many claims or declines are remembered");
+  return true;
+}
+
+// After Close, both come too late.
+bool Claims::closed(const OpRef& op, const RankKey& name) {
+  if (!core_.workers.buried(Role::kReceiver, name)) return false;
+  core_.reply_error(op, Code::kAlreadyExists, "TRANSFER_CLOSED",
+                    "the transfer was closed; its id is not used again", "transfer.id");
   return true;
 }
 
@@ -41,40 +71,88 @@ Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::st
   fresh.resolve = ResolveId{core_.next_number()};
   resolves_[fresh.resolve] = fresh.id;
   by_name_[rank_key(fresh.name, *layout)] = fresh.id;
+  ++per_worker_[{op.worker, declines}];
   core_.emit(Resolve{fresh.resolve, fresh.question});
-  core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
+  if (op.op_id != 0)
+    core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
   return words_.emplace(fresh.id, std::move(fresh)).first->second;
 }
 
 void Claims::claim(const ClaimOp& op) {
   const RankKey name = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
+  const Duration ttl = std::min(kMostTtl, core_.limited(op.ttl, core_.config.default_lease));
   if (const auto it = by_name_.find(name); it != by_name_.end()) {
     const Word& word = words_.at(it->second);
+    const char* field = word.client_handle != op.client_handle ? "client_handle"
+                        : word.question->ticket != op.ticket   ? "ticket"
+                        : word.ttl != ttl                      ? "ttl"
+                                                               : nullptr;
     if (word.declines)
       core_.reply_error(op.op, Code::kAlreadyExists, "DECLINED", "the transfer was declined",
                         "transfer.id");
+    else if (field != nullptr)
+      core_.reply_error(op.op, Code::kAlreadyExists, "CLAIM_EXISTS",
+                        "the claim exists with another " + std::string(field), field);
     else
-      core_.emit(Reply{op.op, {Code::kOk, {}, {}, {}}, true, 0, TransferState::kOpen, false, {}});
+      core_.emit(existing(op.op));
+    if (field == nullptr && !word.declines && of_controller(*op.layout)) {
+      tell(word);
+      core_.timers.set({TimerKind::kClaimEnd, word.id, 0}, core_.now + ttl);
+    }
     return;
   }
-  if (refused(op.op, op.key, op.layout)) return;
+  if (closed(op.op, name)) return;
+  if (const Receive* receive = core_.receiver.find(name)) {
+    // It has come, as claimed. What its claim had said is forgotten, but for what both say.
+    const char* field = receive->worker != op.op.worker                     ? "transfer.id"
+                        : receive->record.client_handle != op.client_handle ? "client_handle"
+                        : receive->asked->ticket != op.ticket               ? "ticket"
+                                                                            : nullptr;
+    if (field != nullptr)
+      core_.reply_error(op.op, Code::kAlreadyExists, "TRANSFER_EXISTS",
+                        "the transfer exists with another " + std::string(field), field);
+    else
+      core_.emit(existing(op.op));
+    return;
+  }
+  if (refused(op.op, op.layout.get(), false)) return;
   Word& word = add(op.op, op.key, op.ticket, op.layout, false);
-  word.ttl = std::min(kMostTtl, core_.limited(op.ttl, core_.config.default_lease));
-  core_.timers.set({TimerKind::kClaimEnd, word.id, 0}, core_.now + kMostRenewals);
+  word.client_handle = op.client_handle;
+  word.ttl = ttl;
+  core_.timers.set({TimerKind::kClaimEnd, word.id, 0},
+                   core_.now + (of_controller(*op.layout) ? ttl : kMostRenewals));
 }
 
 void Claims::decline(const DeclineOp& op) {
   const RankKey name = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
-  if (const auto it = by_name_.find(name); it != by_name_.end()) {
-    if (words_.at(it->second).declines) {
-      core_.emit(Reply{op.op, {Code::kOk, {}, {}, {}}, true, 0, TransferState::kOpen, false, {}});
-      return;
-    }
-    forget(it->second);
+  const auto it = by_name_.find(name);
+  if (it != by_name_.end() && words_.at(it->second).declines) {
+    if (words_.at(it->second).question->ticket != op.ticket)
+      core_.reply_error(op.op, Code::kAlreadyExists, "DECLINED",
+                        "the transfer was declined with another ticket", "ticket");
+    else
+      core_.emit(existing(op.op));
+    return;
   }
-  if (refused(op.op, op.key, op.layout)) return;
+  if (closed(op.op, name)) return;
+  if (core_.receiver.find(name) != nullptr) {
+    core_.reply_error(op.op, Code::kFailedPrecondition, "ALREADY_RECEIVING",
+                      "a Receive is given up by Cancel", "transfer.id");
+    return;
+  }
+  if (refused(op.op, op.layout.get(), true)) return;
+  if (it != by_name_.end()) forget(it->second);  // the claim
   const Word& word = add(op.op, op.key, op.ticket, op.layout, true);
   // Long enough for every lane that may lose it; after that the sender's lease ends by itself.
+  core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
+                   core_.now + 2 * core_.config.default_deadline);
+}
+
+void Claims::decline_unheard(const Receive& receive) {
+  const RankKey name = rank_key(receive.name, *receive.layout);
+  if (by_name_.contains(name) || full(receive.worker, true)) return;
+  const Word& word =
+      add(OpRef{receive.worker, 0}, receive.key, receive.op->ticket, receive.layout, true);
   core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
                    core_.now + 2 * core_.config.default_deadline);
 }
@@ -93,7 +171,7 @@ bool Claims::resolved(Resolved& event) {
   word.sender_incarnation = event.sender_incarnation;
   for (const ReceiverLeg& leg : event.legs) word.legs.emplace_back(leg.node, leg.sender_rank);
   tell(word);
-  if (!word.declines)
+  if (!word.declines && !of_controller(*word.layout))
     core_.timers.set({TimerKind::kClaimRenew, id, 0},
                      core_.now + std::max(word.ttl / 3, kLeastRenewal));
   return true;
@@ -168,6 +246,8 @@ void Claims::forget(uint64_t id) {
        {TimerKind::kClaimRenew, TimerKind::kClaimEnd, TimerKind::kDeclineEnd})
     core_.timers.cancel({kind, id, 0});
   by_name_.erase(rank_key(word.name, *word.layout));
+  const auto count = per_worker_.find({word.worker, word.declines});
+  if (--count->second == 0) per_worker_.erase(count);
   words_.erase(it);
 }
 

@@ -24,6 +24,8 @@ class Claims {
   bool resolved(Resolved& event);
   // The rank's Receive has come: nothing more to claim.
   void received(WorkerId worker, const RankKey& key);
+  // A Receive has ended before any PULL of it went out: its sender's pages wait for nobody.
+  void decline_unheard(const Receive& receive);
   void worker_gone(WorkerId worker);
   void layout_gone(const LayoutHandle* layout);
   void resync(Link& link);
@@ -35,6 +37,7 @@ class Claims {
     uint64_t id = 0;
     bool declines = false;
     WorkerId worker;
+    uint64_t client_handle = 0;  // of a Claim
     TransferKey key;
     TransferName name;
     std::shared_ptr<const LayoutHandle> layout;
@@ -50,13 +53,16 @@ class Claims {
   void tell(const Word& word);
   void tell(const Word& word, Link& link, uint32_t sender_rank);
   void forget(uint64_t id);
-  bool refused(const OpRef& op, const TransferKey& key,
-               const std::shared_ptr<const LayoutHandle>& layout);
+  bool full(WorkerId worker, bool declines) const;
+  // These have answered the call if they are true.
+  bool refused(const OpRef& op, const LayoutHandle* layout, bool declines);
+  bool closed(const OpRef& op, const RankKey& name);
 
   Core& core_;
   std::map<uint64_t, Word> words_;
   std::map<RankKey, uint64_t> by_name_;
   std::map<ResolveId, uint64_t> resolves_;
+  std::map<std::pair<WorkerId, bool>, uint64_t> per_worker_;  // how many; true: of declines
 };
 
 }  // namespace kvferry::engine

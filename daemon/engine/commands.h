@@ -41,7 +41,7 @@ struct TransferRecord {
   Reason released_reason = Reason::kNone;
   Delivery delivery = Delivery::kNo;
   bool released = false;        // SOURCE_RELEASED or DEST_RELEASED
-  bool receiver_ready = false;  // sender: RECEIVER_READY
+  bool receiver_ready = false;  // sender: all legs of a receiver have come
   bool memory_in_use = false;   // a copy may still read (sender) or write (receiver) the pages
   uint64_t slices = 0;          // receiver: slices wholly scattered; sender: wholly gathered
   uint64_t bytes_done = 0;
@@ -58,11 +58,34 @@ struct Reply {
   TransferState state = TransferState::kOpen;  // Cancel
   bool memory_in_use = false;                  // Cancel
   std::vector<uint32_t> dropped_sends;         // Revoke: send indices
+  struct Receiver {
+    std::string instance;  // "tenant/name"
+    Incarnation incarnation;
+    uint32_t dp_group = 0;
+    bool ready = false;  // all its legs have come: the needs are whole
+    std::vector<GroupRanges> needs;
+  };
+  std::vector<Receiver> receivers = {};  // ReceiverNeeds
+  struct Match {
+    uint32_t group = 0;
+    uint64_t tokens = 0;
+  };
+  std::vector<Match> matches = {};  // LookupReuse
+  uint64_t pin = 0;                 // LookupReuse; 0: nothing was pinned
+  uint32_t withdrawn = 0;           // WithdrawReuse: entries
+  uint64_t reserved_bytes = 0;      // Reserve
+  Duration lease{};                 // Reserve
 };
 struct Publish {
   WorkerId worker;
   uint32_t slot = 0;
   TransferRecord record;
+};
+// One store into the worker's word, at most once a transfer.
+struct SetDoneWord {
+  WorkerId worker;
+  uint32_t word = 0;
+  uint64_t value = 0;
 };
 struct FreeSlot {
   WorkerId worker;
@@ -100,6 +123,13 @@ struct Compile {
   std::optional<Range> layers;
 };
 
+// Copies the cells of a slice from its pages to memory of their own, of `send->packed_bytes` bytes.
+// Answered by Packed.
+struct MakePacked {
+  CopyId copy;
+  std::shared_ptr<const SendOp> send;
+};
+
 // stream[offset, offset + bytes) of the plan from pages into the region, computing `check_kind`.
 struct Gather {
   CopyId copy;
@@ -117,6 +147,32 @@ struct Scatter {
   uint64_t bytes = 0;
   memory::Region region;
   Check check;
+};
+// Writes zeros to the plan's tail: the cells at or past the prompt's end of the blocks that its
+// stream has written, all of it. Answered by CopyEnded.
+struct ClearTail {
+  CopyId copy;
+  std::shared_ptr<const Plan> plan;
+};
+
+// Compile a copy between two layouts of this daemon: the cells that `needs` names of the
+// destination's groups, all of which the source must hold. Answered by CopyCompiled.
+struct CompileCopy {
+  CompileId compile;
+  std::shared_ptr<const LayoutHandle> source;
+  std::vector<GroupBlocks> source_blocks;
+  std::shared_ptr<const LayoutHandle> destination;
+  std::vector<GroupBlocks> destination_blocks;
+  std::vector<GroupNeed> needs;
+};
+// stream[offset, offset + bytes) straight from the source's pages to the destination's, without the
+// arena. Both plans are of one stream. Answered by CopyEnded.
+struct LocalCopy {
+  CopyId copy;
+  std::shared_ptr<const Plan> source;
+  std::shared_ptr<const Plan> destination;
+  uint64_t offset = 0;
+  uint64_t bytes = 0;
 };
 
 struct WatchCondition {
@@ -189,10 +245,11 @@ struct TransferEnded {
 struct Drained {};
 
 using Command =
-    std::variant<Reply, Publish, FreeSlot, LayoutQuiet, Resolve, ResolvePull, CancelResolve,
-                 Compile, Gather, Scatter, WatchCondition, UnwatchCondition, ConnectLane,
-                 ReopenLane, CloseLane, TellLaneDown, CloseLink, SendMessage, SendRefuse, SendOffer,
-                 AcceptOffer, DropOffer, TransferEnded, Drained>;
+    std::variant<Reply, Publish, SetDoneWord, FreeSlot, LayoutQuiet, Resolve, ResolvePull,
+                 CancelResolve, Compile, CompileCopy, MakePacked, Gather, Scatter, ClearTail,
+                 LocalCopy, WatchCondition, UnwatchCondition, ConnectLane, ReopenLane, CloseLane,
+                 TellLaneDown, CloseLink, SendMessage, SendRefuse, SendOffer, AcceptOffer,
+                 DropOffer, TransferEnded, Drained>;
 using Commands = std::vector<Command>;
 
 }  // namespace kvferry::engine

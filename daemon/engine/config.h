@@ -42,6 +42,13 @@ struct EngineConfig {
   uint32_t max_legs = 4096;          // each link
   uint32_t max_slices = 65536;       // each pull
   uint32_t max_transfers_per_worker = 4096;
+  uint32_t max_claims_per_worker = 4096;            // held at once: TOO_MANY_CLAIMS
+  uint32_t max_declines_per_worker = 16384;         // remembered until no lane may lose them
+  uint64_t max_packed_bytes = uint64_t{1} << 30;    // of packed copies: PACKED_MEMORY_FULL
+  uint32_t max_reuse_entries = 1 << 20;             // beyond: REUSE_INDEX_FULL ...
+  uint32_t max_reuse_entries_per_worker = 1 << 18;  // ... and the worker's oldest go first
+  uint32_t reuse_copies = 8;                        // chunks copied at a time
+  uint32_t local_copies = 8;                        // ... of legs within this daemon
 };
 
 }  // namespace kvferry::engine

@@ -20,7 +20,9 @@ Core::Core(EngineConfig configuration)
       lanes(*this),
       sender(*this),
       receiver(*this),
-      claims(*this) {}
+      claims(*this),
+      reservations(*this),
+      reuse(*this) {}
 
 Duration Core::limited(Duration asked, Duration otherwise) const {
   if (asked <= Duration{}) asked = otherwise;
@@ -98,6 +100,9 @@ void Core::on(ClaimOp& op) {
 void Core::on(DeclineOp& op) {
   if (well_formed(op.op, op.key, op.layout.get())) claims.decline(op);
 }
+void Core::on(ReserveOp& op) {
+  if (well_formed(op.op, op.key, op.layout.get())) reservations.reserve(op);
+}
 void Core::on(CancelOp& op) {
   by_handle(op, &Sender::cancel, &Receiver::cancel);
 }
@@ -120,6 +125,28 @@ void Core::on(RevokeOp& op) {
     reply_error(op.op, Code::kNotFound, "TRANSFER_UNKNOWN", "no open send has this handle",
                 "client_handle");
 }
+void Core::on(ReceiverNeedsOp& op) {
+  const auto ref = workers.find(op.op.worker, op.client_handle);
+  if (ref && ref->role == Role::kSender)
+    sender.receiver_needs(ref->id, op.op);
+  else
+    reply_error(op.op, Code::kNotFound, "TRANSFER_UNKNOWN", "no open send has this handle",
+                "client_handle");
+}
+void Core::on(CommitReuseOp& op) {
+  const auto ref = workers.find(op.op.worker, op.client_handle);
+  if (ref && ref->role == Role::kReceiver)
+    reuse.commit(*receiver.find(ref->id), op);
+  else
+    reply_error(op.op, Code::kNotFound, "TRANSFER_UNKNOWN", "no receive has this handle",
+                "client_handle");
+}
+void Core::on(LookupReuseOp& op) {
+  reuse.lookup(op);
+}
+void Core::on(WithdrawReuseOp& op) {
+  reuse.withdraw(op);
+}
 void Core::on(WorkerAttached& event) {
   workers.attached(event);
 }
@@ -128,6 +155,8 @@ void Core::on(WorkerGone& event) {
   sender.worker_gone(event.worker);
   receiver.worker_gone(event.worker);
   claims.worker_gone(event.worker);
+  reservations.worker_gone(event.worker);
+  reuse.worker_gone(event.worker);
   workers.gone(event.worker);
 }
 void Core::on(UnregisterLayout& event) {
@@ -137,6 +166,8 @@ void Core::on(UnregisterLayout& event) {
   sender.layout_gone(event.layout.get(), event.reason);
   receiver.layout_gone(event.layout.get(), event.reason);
   claims.layout_gone(event.layout.get());
+  reservations.layout_gone(event.layout.get());
+  reuse.layout_gone(event.layout.get());
 }
 void Core::on(Resolved& event) {
   if (!receiver.resolved(event)) (void)claims.resolved(event);
@@ -146,6 +177,12 @@ void Core::on(PullResolved& event) {
 }
 void Core::on(Compiled& event) {
   if (!sender.compiled(event)) (void)receiver.compiled(event);
+}
+void Core::on(CopyCompiled& event) {
+  (void)receiver.copy_compiled(event);
+}
+void Core::on(Packed& event) {
+  sender.packed(event);
 }
 void Core::on(CopyEnded& event) {
   if (!sender.copy_ended(event)) (void)receiver.copy_ended(event);
@@ -197,6 +234,7 @@ void Core::on(RailsDied&) {
 }
 void Core::on(Drain& event) {
   draining = true;
+  reservations.drain();
   timers.set({TimerKind::kDrain, 0, 0}, event.limit);
 }
 
@@ -231,6 +269,12 @@ void Core::timer(TimerKey key) {
     case TimerKind::kDeclineEnd:
       claims.timer(key);
       break;
+    case TimerKind::kReusePin:
+      reuse.timer(key);
+      break;
+    case TimerKind::kReservation:
+      reservations.timer(key);
+      break;
     case TimerKind::kDrain:
       sender.end_all(Reason::kShutdown);
       receiver.end_all(Reason::kShutdown);
@@ -239,9 +283,15 @@ void Core::timer(TimerKey key) {
 }
 
 void Core::flush() {
-  lanes.flush();
-  sender.flush();
-  receiver.flush();
+  do {  // what is said within this daemon is heard at once
+    lanes.loop();
+    if (reuse.take_news()) receiver.places_quiet();
+    reservations.flush();
+    lanes.flush();
+    sender.flush();
+    receiver.flush();
+  } while (lanes.looping());
+  reuse.flush();
   workers.publish();  // before those two, which say that the records are final
   tell_quiet_layouts();
   tell_drained();
@@ -249,7 +299,9 @@ void Core::flush() {
 
 void Core::tell_quiet_layouts() {
   std::erase_if(leaving_, [this](const std::shared_ptr<const LayoutHandle>& layout) {
-    if (sender.uses(layout.get()) || receiver.uses(layout.get())) return false;
+    if (sender.uses(layout.get()) || receiver.uses(layout.get()) || reuse.reads(layout.get()))
+      return false;
+    reuse.forget(layout.get());
     emit(LayoutQuiet{layout});
     return true;
   });

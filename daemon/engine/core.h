@@ -6,7 +6,9 @@
 //   Sender    sends, their legs, staging
 //   Receiver  receives, their legs, landing regions
 //   Claims    a receiver's CLAIMs and DECLINEs
-//   Arena     regions by kind; Timers: all that is timed
+//   ReuseIndex  which local blocks hold what, who reads and writes them
+//   Reservations  arena capacity promised before a Receive
+//   Arena     regions by kind, promises; Timers: all that is timed
 #pragma once
 
 #include "daemon/engine/arena.h"
@@ -17,6 +19,8 @@
 #include "daemon/engine/flaws.h"
 #include "daemon/engine/lanes.h"
 #include "daemon/engine/receiver.h"
+#include "daemon/engine/reservations.h"
+#include "daemon/engine/reuse.h"
 #include "daemon/engine/sender.h"
 #include "daemon/engine/snapshot.h"
 #include "daemon/engine/timers.h"
@@ -66,6 +70,8 @@ class Core {
   Sender sender;
   Receiver receiver;
   Claims claims;
+  Reservations reservations;
+  ReuseIndex reuse;
 
  private:
   // One for each event.
@@ -75,14 +81,21 @@ class Core {
   void on(CancelOp& op);
   void on(CloseOp& op);
   void on(RevokeOp& op);
+  void on(ReceiverNeedsOp& op);
   void on(ClaimOp& op);
   void on(DeclineOp& op);
+  void on(ReserveOp& op);
+  void on(CommitReuseOp& op);
+  void on(LookupReuseOp& op);
+  void on(WithdrawReuseOp& op);
   void on(WorkerAttached& event);
   void on(WorkerGone& event);
   void on(UnregisterLayout& event);
   void on(Resolved& event);
   void on(PullResolved& event);
   void on(Compiled& event);
+  void on(CopyCompiled& event);
+  void on(Packed& event);
   void on(CopyEnded& event);
   void on(ConditionMet& event);
   void on(LinkUp& event);

@@ -44,6 +44,14 @@ struct ReadyCondition {
   bool operator==(const ReadyCondition&) const = default;
 };
 
+// A word of the worker's that is set when the transfer is COMPLETED (receiver) or its source is
+// released (sender).
+struct DoneWord {
+  uint32_t word = 0;
+  uint64_t value = 0;
+  bool operator==(const DoneWord&) const = default;
+};
+
 // OpenSend: announces a transfer before its blocks are known.
 struct OpenSendOp {
   OpRef op;
@@ -72,6 +80,16 @@ struct SendOp {
   Duration lease{};
   Duration deadline{};
   uint32_t max_receivers = 1;
+  std::optional<DoneWord> done;  // the transfer's: all its Sends that name one name the same
+  // A packed copy of the slice is asked for, and takes so many bytes (0: it has no cell here).
+  std::optional<uint64_t> packed_bytes;
+};
+
+// Hash j names the prompt up to the end of the group's block j.
+struct PromptHashes {
+  uint32_t group = 0;
+  std::vector<std::string> hashes;
+  bool operator==(const PromptHashes&) const = default;
 };
 
 struct ReceiveOp {
@@ -84,10 +102,13 @@ struct ReceiveOp {
   std::vector<GroupNeed> needs;
   std::vector<GroupBlocks> blocks;
   uint64_t num_tokens = 0;
-  ReadyCondition ready;        // the destination's
-  bool wait_for_arena = true;  // false: RESOURCE_EXHAUSTED when there is no room now
-  Duration wait{};             // until the first slice
-  Duration deadline{};         // from the first slice
+  ReadyCondition ready;              // the destination's
+  bool wait_for_arena = true;        // false: RESOURCE_EXHAUSTED when there is no room now
+  Duration wait{};                   // until the first slice
+  Duration deadline{};               // from the first slice
+  std::vector<PromptHashes> hashes;  // blocks that the node has already are copied
+  uint64_t reuse_pin = 0;            // of an earlier LookupReuse; 0: none
+  std::optional<DoneWord> done;
 };
 
 // The transfers a worker names in the calls below are its own, by the handle it gave.
@@ -106,6 +127,11 @@ struct RevokeOp {
   uint64_t client_handle = 0;
   uint64_t from_token = 0;
 };
+// What the receivers that have come need of this send. Answered at once.
+struct ReceiverNeedsOp {
+  OpRef op;
+  uint64_t client_handle = 0;
+};
 struct ClaimOp {
   OpRef op;
   uint64_t client_handle = 0;
@@ -119,6 +145,42 @@ struct DeclineOp {
   TransferKey key;
   std::string ticket;
   std::shared_ptr<const LayoutHandle> layout;
+};
+
+// Room in the arena for a Receive to come, the whole transfer's or at least what keeps it moving.
+// Answered when it is promised; idempotent by the transfer.
+struct ReserveOp {
+  OpRef op;
+  TransferKey key;
+  std::shared_ptr<const LayoutHandle> layout;  // the receiver's
+  uint64_t bytes = 0;                          // 0: the streaming minimum, one frame
+  bool may_wait = true;  // false: RESOURCE_EXHAUSTED when it cannot be promised now
+  Duration lease{};      // until its Receive
+};
+
+// Publishes blocks of a COMPLETED receive. Hash j belongs to entry j of the group's block list.
+struct CommitReuseOp {
+  struct Group {
+    uint32_t group = 0;
+    uint64_t tokens = 0;
+    std::vector<std::string> hashes;
+    bool operator==(const Group&) const = default;
+  };
+  OpRef op;
+  uint64_t client_handle = 0;
+  std::vector<Group> groups;
+};
+struct LookupReuseOp {
+  OpRef op;
+  std::shared_ptr<const LayoutHandle> layout;
+  std::vector<PromptHashes> hashes;
+  Duration pin{};  // how long what was found stays; 0: nothing is pinned
+};
+// Answered when nobody reads those blocks any more.
+struct WithdrawReuseOp {
+  OpRef op;
+  std::shared_ptr<const LayoutHandle> layout;
+  std::vector<GroupBlocks> groups;
 };
 
 struct WorkerAttached {
@@ -170,6 +232,7 @@ struct PullResolved {
   uint32_t receiver_dp_group = 0;
   std::vector<SenderLeg> legs;
   std::shared_ptr<const LegContext> context;  // of the leg that the pull names
+  std::vector<GroupRanges> needs;             // what that leg takes of the sender's groups
 };
 
 struct Compiled {
@@ -177,6 +240,25 @@ struct Compiled {
   Reason reason = Reason::kNone;  // else plan is empty
   std::string message;
   std::shared_ptr<const Plan> plan;
+};
+
+// Answer to CompileCopy.
+struct CopyCompiled {
+  CompileId compile;
+  Reason reason = Reason::kNone;  // else there are no plans
+  std::string message;
+  std::shared_ptr<const Plan> source;
+  std::shared_ptr<const Plan> destination;
+};
+
+// Answer to MakePacked, once no more is read: the copy as a layout, and the slice's blocks in it.
+// Its memory lasts as long as somebody holds the layout, or a plan made from it.
+struct Packed {
+  CopyId copy;
+  Reason reason = Reason::kNone;  // else there is no layout
+  std::string message;
+  std::shared_ptr<const LayoutHandle> layout;
+  std::vector<GroupBlocks> blocks;
 };
 
 enum class CopyOutcome : uint8_t { kOk, kFailed, kCheckMismatch };
@@ -260,10 +342,11 @@ struct Drain {
 };
 
 using Event =
-    std::variant<OpenSendOp, SendOp, ReceiveOp, CancelOp, CloseOp, RevokeOp, ClaimOp, DeclineOp,
+    std::variant<OpenSendOp, SendOp, ReceiveOp, CancelOp, CloseOp, RevokeOp, ReceiverNeedsOp,
+                 ClaimOp, DeclineOp, ReserveOp, CommitReuseOp, LookupReuseOp, WithdrawReuseOp,
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
-                 CopyEnded, ConditionMet, LinkUp, LinkEnded, LaneConnected, LaneFailed,
-                 LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn, OfferIn,
-                 ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
+                 CopyCompiled, Packed, CopyEnded, ConditionMet, LinkUp, LinkEnded, LaneConnected,
+                 LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn,
+                 OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine

@@ -22,6 +22,12 @@ enum class Flaw : uint8_t {
   kUpdateFirst,         // messages are handled as they come, not in sequence
   kNoGapTimer,          // a gap in the sequence lasts as long as the lane answers pings
   kOldNumbers,          // a new control lane goes on with the old numbers
+  kKeepReservation,     // a reservation outlives its transfer
+  kWithdrawNow,         // a withdrawal is answered while the block is read
+  kWriteUnread,         // a receive writes blocks that others still read
+  kReleaseUnpacked,     // pages are released before their packed copy is made
+  kRepayEarly,          // a page that is lent to a local receiver counts as read while it is read
+  kTailFirst,           // a slice's tail is cleared beside its last chunks, not after them
   kSticky,              // an older message of another lane undoes a later fact
 };
 

@@ -11,6 +11,8 @@ void Core::check_invariants() const {
   std::vector<std::pair<RegionKind, memory::Region>> regions;
   sender.check_invariants(regions);
   receiver.check_invariants(regions);
+  reuse.check_invariants();
+  reservations.check_invariants();
   arena.verify(regions);
   for (const auto& [id, link] : lanes.all()) {
     KVFERRY_CHECK(!link.control || link.lanes[*link.control].state == LaneState::kUp,
@@ -43,13 +45,25 @@ void Core::check_invariants() const {
 
 void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
   std::map<uint64_t, uint32_t> gathers;
+  std::map<uint64_t, uint32_t> reads;
+  std::map<std::pair<uint64_t, uint64_t>, uint32_t> packed_gathers;
+  for (const auto& [copy, of] : packings_) {
+    ++gathers[of.first];
+    ++reads[of.first];
+  }
   for (const auto& [id, staging] : stagings_) {
-    regions.emplace_back(RegionKind::kStaging, staging.region);
+    if (!staging.lent) regions.emplace_back(RegionKind::kStaging, staging.region);
     KVFERRY_CHECK(staging.wanted || staging.gathering || staging.sends > 0,
                   "staging that nobody wants or touches is freed");
     KVFERRY_CHECK(!staging.offered || newest_.contains(staging.offer),
                   "an offer that is out is found");
-    if (staging.gathering) ++gathers[staging.send];
+    if (staging.gathering) {
+      ++gathers[staging.send];
+      if (staging.packed)
+        ++packed_gathers[{staging.send, staging.slice}];
+      else
+        ++reads[staging.send];
+    }
     if (!staging.wanted) continue;
     const auto leg = legs_.find(staging.leg);
     KVFERRY_CHECK(leg != legs_.end(), "wanted staging has a live leg");
@@ -76,6 +90,14 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
       if (slice.dropped) continue;
       uint64_t acked = 0;
       uint64_t gathered = 0;
+      if (slice.all_acked()) {
+        KVFERRY_CHECK(slice.plan == nullptr && slice.chunks.empty() &&
+                          slice.gathered == slice.count &&
+                          slice.state == TxSlice::State::kAnnounced,
+                      "of a slice that is wholly acknowledged only numbers are kept");
+        continue;
+      }
+      KVFERRY_CHECK(slice.chunks.size() == slice.count, "an open slice has its chunks");
       for (const TxChunk& chunk : slice.chunks) {
         acked += chunk.state == TxState::kAcked;
         gathered += chunk.state > TxState::kGathering;
@@ -85,29 +107,89 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
       KVFERRY_CHECK(acked == slice.acked && gathered == slice.gathered,
                     "a slice counts its chunks");
       const bool announced = slice.state == TxSlice::State::kAnnounced;
-      ungathered += !announced || gathered < slice.chunks.size();
-      unacked += slice.chunks.empty() ? !slice.empty_acked : acked < slice.chunks.size();
+      ungathered += !slice.packed && (!announced || gathered < slice.count);
+      ++unacked;
     }
     KVFERRY_CHECK(ungathered == leg.ungathered && unacked == leg.unacked,
                   "a leg counts its slices");
   }
   KVFERRY_CHECK(ahead == ahead_total_, "chunks staged ahead are counted");
   for (const auto& [id, send] : sends_) {
-    const auto running = gathers.find(id);
-    KVFERRY_CHECK(send.gathers == (running == gathers.end() ? 0 : running->second),
+    const auto count_in = [](const auto& counts, const auto& key) {
+      const auto found = counts.find(key);
+      return found == counts.end() ? 0 : found->second;
+    };
+    KVFERRY_CHECK(send.gathers == count_in(gathers, id) && send.reads == count_in(reads, id),
                   "a send counts its gathers");
     KVFERRY_CHECK(!send.terminal() || send.legs.empty(), "a terminal send has no live leg");
-    KVFERRY_CHECK(!send.record.released || send.gathers == 0,
-                  "a released source is not being read");
+    KVFERRY_CHECK(!send.record.released || send.reads == 0, "a released source is not being read");
+    uint64_t by_end = 0;
+    for (uint32_t index = 0; index < send.sends.size(); ++index) {
+      const SendSlice& slice = send.sends[index];
+      const uint64_t end = slice.dropped || slice.gone ? 0 : end_of(*slice.op);
+      by_end += end > 0 ? 1U : 0U;
+      KVFERRY_CHECK(end == 0 || send.by_end.contains({end, slice.ordinal}),
+                    "a slice that a Revoke may drop is found by its end");
+      KVFERRY_CHECK(slice.packed.gathers ==
+                        (slice.gone ? 0 : count_in(packed_gathers, std::pair(id, slice.ordinal))),
+                    "a packed copy counts its gathers");
+    }
+    KVFERRY_CHECK(by_end == send.by_end.size(), "a Revoke looks at no other slices");
   }
+  check_packed();
+}
+
+void Sender::check_packed() const {
+  uint64_t bytes = 0;
+  for (const auto& [id, send] : sends_) {
+    uint32_t paged = 0;
+    uint32_t packed = 0;
+    uint32_t unpacked = 0;
+    for (uint32_t index = 0; index < send.sends.size(); ++index) {
+      const SendSlice& slice = send.sends[index];
+      const PackedCopy& copy = slice.packed;
+      bytes += copy.bytes;
+      const bool making = copy.state == PackedCopy::State::kMaking;
+      const auto known = packings_.find(copy.copy);
+      KVFERRY_CHECK(making == (known != packings_.end() && known->second == std::pair(id, index)),
+                    "a packed copy that is being made is found");
+      KVFERRY_CHECK(
+          copy.bytes == 0 || making || copy.gathers > 0 || !(slice.dropped || send.terminal()),
+          "a packed copy that nobody wants or reads is gone");
+      if (slice.dropped || slice.gone) continue;
+      if (!slice.op->packed_bytes) {
+        paged += offers_something(*slice.op) ? 1U : 0U;
+        continue;
+      }
+      ++packed;
+      unpacked += copy.state != PackedCopy::State::kMade ? 1U : 0U;
+    }
+    KVFERRY_CHECK(send.terminal() ||
+                      (paged == send.paged && packed == send.packed && unpacked == send.unpacked),
+                  "a send counts its packed slices");
+  }
+  KVFERRY_CHECK(bytes == packed_bytes_ && bytes <= core_.config.max_packed_bytes,
+                "packed copies are counted and within their limit");
 }
 
 void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
   std::map<uint64_t, uint64_t> held;
   std::map<uint64_t, uint64_t> granted;
   std::map<uint64_t, uint32_t> scatters;
+  uint32_t loans = 0;
   for (const auto& [id, region] : regions_) {
-    regions.emplace_back(RegionKind::kLanding, region.region);
+    KVFERRY_CHECK(region.local
+                      ? region.state == RegionState::kScattering && region.region.bytes == 0
+                      : region.loan == 0,
+                  "a local chunk has no region");
+    if (region.loan != 0) {
+      ++loans;
+      const auto loan = core_.sender.stagings().find(region.loan);
+      KVFERRY_CHECK(
+          loan != core_.sender.stagings().end() && loan->second.lent && loan->second.gathering,
+          "what a local copy reads is lent");
+    }
+    if (!region.local) regions.emplace_back(RegionKind::kLanding, region.region);
     const auto leg = legs_.find(region.leg);
     const bool live = leg != legs_.end() && (leg->second.state == RxLegState::kOpen ||
                                              leg->second.state == RxLegState::kUnsent);
@@ -127,7 +209,8 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     }
     const RxSlice& slice = leg->second.slices.at(region.slice);
     if (slice.state == RxSlice::State::kDropped) continue;
-    const RxState state = slice.chunks.at(region.chunk);
+    KVFERRY_CHECK(region.chunk < slice.chunks.size(), "a slice that is done has no region");
+    const RxState state = slice.chunks[region.chunk];
     KVFERRY_CHECK(
         state == (region.state == RegionState::kLanding ? RxState::kLanding : RxState::kLanded),
         "a chunk's state fits its region");
@@ -148,25 +231,34 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     KVFERRY_CHECK(receive != receives_.end() && !receive->second.terminal() &&
                       receive->second.legs.contains(pull),
                   "a live leg's transfer is open");
+    KVFERRY_CHECK(leg.local == (leg.link == kLoopedLink) && (!leg.local || leg.credits.empty()),
+                  "a local leg has no credits");
     uint64_t chunks = 0;
     uint64_t done = 0;
     for (const auto& [ordinal, slice] : leg.slices) {
       if (slice.state != RxSlice::State::kCounts) continue;
-      chunks += slice.chunks.size();
+      chunks += slice.count;
+      done += slice.done;
+      if (slice.all_done()) {
+        KVFERRY_CHECK(slice.plan == nullptr && slice.chunks.empty(),
+                      "of a slice that is wholly done only numbers are kept");
+        continue;
+      }
+      KVFERRY_CHECK(slice.chunks.size() == slice.count, "an open slice has its chunks");
       const auto of_slice = static_cast<uint64_t>(
           std::count(slice.chunks.begin(), slice.chunks.end(), RxState::kDone));
       KVFERRY_CHECK(of_slice == slice.done, "a slice counts its chunks");
-      done += of_slice;
     }
     KVFERRY_CHECK(chunks == leg.known_chunks && done == leg.done_chunks, "a leg counts its chunks");
   }
+  KVFERRY_CHECK(loans == local_copies_, "local copies are counted");
   for (const auto& [id, receive] : receives_) {
     const auto running = scatters.find(id);
     KVFERRY_CHECK(receive.scatters == (running == scatters.end() ? 0 : running->second),
                   "a receive counts its scatters");
     KVFERRY_CHECK(!receive.terminal() || receive.legs.empty(),
                   "a terminal receive has no live leg");
-    KVFERRY_CHECK(!receive.record.released || receive.scatters == 0,
+    KVFERRY_CHECK(!receive.record.released || !receive.writing(),
                   "released pages are not being written");
   }
 }

@@ -71,6 +71,10 @@ Lane* Lanes::current(const LaneRef& ref, Link*& link) {
 // ---- links ------------------------------------------------------------------------------------
 
 void Lanes::link_up(const LinkUp& event) {
+  if (event.link == kLoopedLink || event.node == core_.config.node) {  // needs no other link
+    core_.emit(CloseLink{event.link, Reason::kProtocol});
+    return;
+  }
   if (find(event.link) != nullptr) return;
   if (Link* old = find_node(event.node)) end_link(old->id, Reason::kPeerLost, true);
   Link& link = links_[event.link];
@@ -230,7 +234,7 @@ void Lanes::resync(Link& link) {
 void Lanes::flush() {
   for (auto it = links_.begin(); it != links_.end();) {
     Link& link = (it++)->second;
-    if (link.protocol_errors > kMaxProtocolErrors)
+    if (link.protocol_errors > kMaxProtocolErrors && !link.looped())
       end_link(LinkId{link.id}, Reason::kProtocol, true);
     else if (link.resync_due && link.control)
       resync(link);
@@ -293,6 +297,10 @@ void Lanes::send_on(Link& link, uint32_t index, ControlMessage message) {
 }
 
 bool Lanes::send(Link& link, ControlMessage message) {
+  if (link.looped()) {
+    looped_.emplace_back(Role::kSender, std::move(message));
+    return true;
+  }
   if (!link.control) return false;
   send_on(link, *link.control, std::move(message));
   return true;
@@ -398,14 +406,23 @@ void Lanes::dispatch(LinkId id, uint32_t index, ControlMessage& message) {
       protocol_error(id);
     else
       peer_lane_down({id, down->lane, down->epoch});
-  } else if (auto* pull = std::get_if<MsgPull>(&message)) {
+    return;
+  }
+  const auto* end = std::get_if<MsgEnd>(&message);
+  const bool ours = end != nullptr && end->pull.receiver == core_.config.boot;
+  deliver(link, ours ? Role::kSender : Role::kReceiver, message);
+}
+
+// `by`: which side says it; only of an END it is not plain.
+void Lanes::deliver(Link& link, Role by, ControlMessage& message) {
+  if (auto* pull = std::get_if<MsgPull>(&message)) {
     core_.sender.pull_in(link, *pull);
   } else if (const auto* update = std::get_if<MsgUpdate>(&message)) {
     core_.sender.update_in(link, *update);
   } else if (auto* slice = std::get_if<MsgSlice>(&message)) {
     core_.receiver.slice_in(link, *slice);
   } else if (const auto* end = std::get_if<MsgEnd>(&message)) {
-    if (end->pull.receiver == core_.config.boot)
+    if (by == Role::kSender)
       core_.receiver.end_in(link, *end);
     else
       core_.sender.end_in(link, *end);

@@ -6,8 +6,10 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <optional>
+#include <utility>
 
 #include "daemon/engine/state.h"
 #include "daemon/engine/timers.h"
@@ -18,7 +20,7 @@ class Core;
 
 class Lanes {
  public:
-  explicit Lanes(Core& core) : core_(core) {}
+  explicit Lanes(Core& core);
 
   // Events.
   void link_up(const LinkUp& event);
@@ -36,6 +38,10 @@ class Lanes {
   void timer(TimerKey key);
   // Resyncs that are due although the control lane stayed; links that broke the protocol too often.
   void flush();
+  // Hands over what the two ends of this daemon's own legs have told each other, in order, until
+  // both are silent. To be done before whatever that may change, and again while `looping`.
+  void loop();
+  bool looping() const { return !looped_.empty(); }
 
   Link* find(LinkId id);
   const Link* find(LinkId id) const;
@@ -45,6 +51,8 @@ class Lanes {
 
   // On the control lane. False if none is up: the resync will tell it.
   bool send(Link& link, ControlMessage message);
+  // An END, which either side may say; the others say themselves who says them.
+  bool send_end(Link& link, Role by, MsgEnd message);
   void refuse(const LaneRef& lane, const MsgRefuse& message);
   // The lane for the next offer, round robin over those that are up.
   std::optional<uint32_t> offer_lane(Link& link);
@@ -67,13 +75,15 @@ class Lanes {
   void end_link(LinkId id, Reason reason, bool close);
   void heard(Link& link, uint32_t lane);
   void dispatch(LinkId id, uint32_t lane, ControlMessage& message);
+  void deliver(Link& link, Role by, ControlMessage& message);
   void retry_later(Link& link, uint32_t lane);
   void ping(Link& link);
   void silence(LinkId id, uint32_t lane);
 
   Core& core_;
   std::map<LinkId, Link> links_;
-  bool rails_ = true;  // the rails process runs, as far as we know
+  std::deque<std::pair<Role, ControlMessage>> looped_;  // said by that side, not handed over yet
+  bool rails_ = true;                                   // the rails process runs, as far as we know
 };
 
 }  // namespace kvferry::engine

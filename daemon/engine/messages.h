@@ -97,6 +97,7 @@ struct MsgSlice {
   std::optional<Range> layers;      // absent: all layers
   uint64_t bytes = 0;               // of the slice's stream on this leg
   uint64_t digest = 0;              // of the stream's text
+  bool with_aux = false;            // last: its Send had aux, whichever leg carries it
   std::optional<std::string> aux;   // on the last slice of the leg that carries it
   bool operator==(const MsgSlice&) const = default;
 };

@@ -5,10 +5,18 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "daemon/base/ids.h"
 
 namespace kvferry::engine {
+
+// What the reuse index has to know of a group.
+struct ReuseGroup {
+  uint64_t block_tokens = 0;  // of a block id; 0: its blocks are not named by hashes
+  uint64_t window = 0;        // tokens; 0: none
+  uint32_t id_space = 0;      // groups of one share their blocks' memory
+};
 
 // A registered layout: a rank of an instance with its pools. Shared by the transfers that use it,
 // so its pools stay mapped as long as a copy may touch them.
@@ -19,6 +27,16 @@ struct LayoutHandle {
   Incarnation incarnation;
   uint32_t rank = 0;
   uint32_t dp_group = 0;
+  // Blocks of layouts of one space hold the same where their hashes are the same; zero: no reuse.
+  Digest16 reuse_space;
+  std::vector<ReuseGroup> reuse_groups;  // as the layout's groups
+  // Whether a block of `group` has every cell that a block of `other_group` of `other` needs.
+  virtual bool serves(uint32_t /*group*/, const LayoutHandle& /*other*/,
+                      uint32_t /*other_group*/) const {
+    return false;
+  }
+  // Whether some byte may be a page of both.
+  virtual bool shares_pages(const LayoutHandle& other) const { return this == &other; }
 };
 
 // Everything needed to compile a slice of one leg: both ranks' holdings and the leg table.
@@ -29,9 +47,10 @@ struct LegContext {
 // One side's compiled slice of one leg.
 struct Plan {
   virtual ~Plan() = default;
-  uint64_t bytes = 0;   // of the stream
-  uint64_t digest = 0;  // of the stream's text
-  uint64_t runs = 0;    // pieces contiguous on this side, for statistics
+  uint64_t bytes = 0;     // of the stream
+  uint64_t digest = 0;    // of the stream's text
+  uint64_t runs = 0;      // pieces contiguous on this side, for statistics
+  bool has_tail = false;  // receiver: cells to be cleared once the whole stream is scattered
 };
 
 }  // namespace kvferry::engine

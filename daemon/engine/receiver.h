@@ -5,10 +5,13 @@
 //   receiver_calls.cc    what workers ask; resolution; a receive's end
 //   receiver_legs.cc     SLICE, DROP, END; dp groups; resync
 //   receiver_chunks.cc   offers, landing, scatter
+//   receiver_reuse.cc    blocks that the node has already
+//   receiver_local.cc    chunks of legs whose sender is on this daemon
 //   receiver_credits.cc  grants, withdrawal, PULL and UPDATE
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <memory>
 #include <optional>
@@ -40,7 +43,10 @@ class Receiver {
   // Answers.
   bool resolved(Resolved& event);
   bool compiled(Compiled& event);
+  bool copy_compiled(CopyCompiled& event);
   bool copy_ended(const CopyEnded& event);
+  // Places have lost their last reader: receives that wait for that may be ready.
+  void places_quiet();
   bool condition_met(ConditionId condition);
   void receive_ended(const ReceiveEnded& event);
 
@@ -64,6 +70,10 @@ class Receiver {
 
   Receive* find(uint64_t id);
   const Receive* find(uint64_t id) const;
+  // Of the receive that made this pull; null if its leg is gone or has ended.
+  const LayoutHandle* layout_of(uint64_t pull) const;
+  const Receive* find(const RankKey& key) const;
+  bool knows(const RankKey& key) const { return by_name_.contains(key); }
   const std::map<uint64_t, Receive>& receives() const { return receives_; }
   const std::map<uint64_t, RxLeg>& legs() const { return legs_; }
   const std::map<uint64_t, RxRegion>& regions() const { return regions_; }
@@ -87,8 +97,6 @@ class Receiver {
   void close_leg(uint64_t pull);
   uint64_t oldest(const Link& link) const;
   void wait_is_over(Receive& receive, RxLeg& leg);
-  bool cover(RxLeg& leg, const MsgSlice& message);
-  void uncover(RxLeg& leg, const MsgSlice& message);
   void release_leg(RxLeg& leg);
   void drop_group(Receive& receive, uint32_t group);
   bool complete(const RxLeg& leg) const;
@@ -105,7 +113,25 @@ class Receiver {
   void landed(RxRegion& region);
   void scatter_landed(Receive& receive);
   void scattered(RxRegion& region, const CopyEnded& event);
+  bool clear_tail(RxRegion& region);
   void ack(RxLeg& leg, const Ack& ack);
+
+  // receiver_reuse.cc
+  void claim_places(Receive& receive);
+  void match(Receive& receive, const PromptHashes& hashes, const std::set<BlockPlace>& taken,
+             std::set<BlockPlace>& in_place, ReceiveOp& rest);
+  void may_be_ready(Receive& receive);
+  void queue_copies(Receive& receive);
+  void run_copies();
+  bool chunk_copied(const CopyEnded& event);
+  void end_copy(Receive& receive, uint64_t copy);
+  void end_copies(Receive& receive);
+
+  // receiver_local.cc
+  void slice_to_copy(Receive& receive, RxLeg& leg, uint64_t ordinal);
+  void update_local(RxLeg& leg);
+  void run_local();
+  void copy_chunk(RxLeg& leg);
 
   // receiver_credits.cc
   uint64_t wanted(const RxLeg& leg) const;
@@ -113,10 +139,11 @@ class Receiver {
   void leave_queues(RxLeg& leg);
   void grant(RxLeg& leg, const memory::Region& region);
   void grant_all();
+  void grant_reserved();
+  std::optional<uint64_t> loose_region(const RxLeg& leg) const;
   bool withdraw_for(const RxLeg& leg);
   bool grant_at_once(const RxLeg& leg);
   void withdraw_region(uint64_t region);
-  void withdraw(RxLeg& leg);
   void spend(RxLeg& leg, uint64_t credit);
   void free_region(uint64_t region);
   void quarantine(RxRegion& region);
@@ -133,8 +160,20 @@ class Receiver {
   std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;  // -> pull, ordinal
   std::map<ConditionId, uint64_t> conditions_;                   // -> receive
   std::map<ResolveId, uint64_t> resolves_;                       // -> receive
-  FairQueue waiting_;  // legs with a SLICE that want a region
-  FairQueue idle_;     // ... without
+  struct CopyChunk {
+    uint64_t receive = 0;
+    uint64_t copy = 0;
+    uint64_t bytes = 0;
+  };
+  std::map<CopyId, CopyChunk> copying_;
+  std::map<CompileId, std::pair<uint64_t, uint64_t>> copy_compiles_;  // -> receive, copy
+  std::deque<std::pair<uint64_t, uint64_t>> copy_turns_;              // receive, copy; each once
+  FairQueue local_turns_;        // local legs with a chunk that may be copied now
+  uint32_t local_copies_ = 0;    // under way
+  std::set<uint64_t> reserved_;  // open receives with a reservation
+  std::set<uint64_t> blocked_;   // receives whose places are read
+  FairQueue waiting_;            // legs with a SLICE that want a region
+  FairQueue idle_;               // ... without
   std::set<FairKey> starving_;
   std::set<FairKey> starving_idle_;
   std::set<uint64_t> withdrawable_;  // pulls with LIVE credits

@@ -25,6 +25,11 @@ Receive* Receiver::find(uint64_t id) {
   return it == receives_.end() ? nullptr : &it->second;
 }
 
+const Receive* Receiver::find(const RankKey& key) const {
+  const auto it = by_name_.find(key);
+  return it == by_name_.end() ? nullptr : &receives_.at(it->second);
+}
+
 void Receiver::reply(const OpRef& op, const Receive& receive, bool existing) {
   Reply answer;
   answer.op = op;
@@ -37,7 +42,7 @@ void Receiver::reply(const OpRef& op, const Receive& receive, bool existing) {
 
 // The field in which a repeated call differs from the first.
 const char* Receiver::different(const Receive& receive, const ReceiveOp& op) const {
-  const ReceiveOp& first = *receive.op;
+  const ReceiveOp& first = *receive.asked;
   return receive.worker != op.op.worker                     ? "transfer.id"
          : receive.record.client_handle != op.client_handle ? "client_handle"
          : receive.layout != op.layout                      ? "layout"
@@ -48,6 +53,9 @@ const char* Receiver::different(const Receive& receive, const ReceiveOp& op) con
          : first.num_tokens != op.num_tokens                ? "num_tokens"
          : !(first.ready == op.ready)                       ? "ready"
          : first.wait_for_arena != op.wait_for_arena        ? "wait_for_arena"
+         : first.hashes != op.hashes                        ? "prompt_hashes"
+         : first.reuse_pin != op.reuse_pin                  ? "reuse_pin"
+         : first.done != op.done                            ? "done"
                                                             : nullptr;
 }
 
@@ -80,6 +88,7 @@ void Receiver::receive(const ReceiveOp& op) {
     return;
   }
   if (core_.refused(op.op, op.layout.get())) return;
+  if (core_.reuse.bad_groups(op.op, *op.layout, op.hashes)) return;
   Receive fresh;
   fresh.id = core_.next_number();
   fresh.worker = op.op.worker;
@@ -89,7 +98,9 @@ void Receiver::receive(const ReceiveOp& op) {
   fresh.created = core_.now;
   fresh.record.client_handle = op.client_handle;
   fresh.record.role = Role::kReceiver;
-  fresh.op = std::make_shared<const ReceiveOp>(op);
+  fresh.asked = std::make_shared<const ReceiveOp>(op);
+  fresh.op = fresh.asked;
+  fresh.done = op.done;
   if (!core_.workers.enter(fresh, Role::kReceiver)) {
     core_.reply_error(op.op, Code::kResourceExhausted, "STATUS_TABLE_FULL",
                       "the worker has no free slot in its status table");
@@ -101,13 +112,17 @@ void Receiver::receive(const ReceiveOp& op) {
   receive.deadline = core_.limited(op.deadline, core_.config.default_deadline);
   receive.must_end = core_.now + wait + receive.deadline;
   core_.timers.set({TimerKind::kWait, receive.id, 0}, core_.now + wait);
-  receive.ready = op.ready.kind == ReadyCondition::Kind::kHostSynced;
-  if (!receive.ready) {
+  receive.signalled = op.ready.kind == ReadyCondition::Kind::kHostSynced;
+  claim_places(receive);
+  may_be_ready(receive);
+  if (!receive.signalled) {
     receive.condition = ConditionId{core_.next_number()};
     conditions_[receive.condition] = receive.id;
     core_.emit(WatchCondition{receive.condition, receive.worker, op.ready});
   }
   core_.claims.received(receive.worker, name);
+  receive.reservation = core_.reservations.received(name);
+  if (receive.reservation != 0) reserved_.insert(receive.id);
   core_.workers.changed(receive, Role::kReceiver);
   reply(op.op, receive, false);
   ask_legs(receive);
@@ -131,8 +146,6 @@ bool Receiver::resolved(Resolved& event) {
   if (reason == Reason::kNone && event.legs.size() > kMostLegs) reason = Reason::kTooFragmented;
   for (const ReceiverLeg& leg : event.legs) {
     if (reason != Reason::kNone) break;
-    // Both ends on one daemon would need a path of their own: refused, not pretended.
-    if (leg.node == core_.config.node) reason = Reason::kIncompatible;
     const Link* link = core_.lanes.find_node(leg.node);
     if (reason == Reason::kNone && link == nullptr) reason = Reason::kPeerLost;
     if (reason == Reason::kNone && link->own_pulls.size() >= core_.config.max_legs)
@@ -161,6 +174,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   RxLeg leg;
   leg.pull = ++last_pull_;
   leg.link = link.id;
+  leg.local = link.looped();
   leg.receive = receive.id;
   leg.sender_rank = of.sender_rank;
   leg.dp_group = of.sender_dp_group;
@@ -239,7 +253,7 @@ void Receiver::layout_gone(const LayoutHandle* layout, Reason reason) {
 bool Receiver::uses(const LayoutHandle* layout) const {
   return std::any_of(receives_.begin(), receives_.end(), [&](const auto& entry) {
     const Receive& receive = entry.second;
-    return receive.layout.get() == layout && (!receive.terminal() || receive.scatters > 0);
+    return receive.layout.get() == layout && (!receive.terminal() || receive.writing());
   });
 }
 
@@ -250,7 +264,7 @@ void Receiver::end_all(Reason reason) {
 
 bool Receiver::idle() const {
   return std::all_of(receives_.begin(), receives_.end(), [](const auto& entry) {
-    return entry.second.terminal() && entry.second.scatters == 0;
+    return entry.second.terminal() && !entry.second.writing();
   });
 }
 
@@ -260,7 +274,19 @@ void Receiver::end_receive(Receive& receive, TransferState state, Reason reason)
   KVFERRY_CHECK(!receive.terminal(), "a receive ends once");
   receive.record.state = state;
   receive.record.reason = reason;
-  if (state == TransferState::kCompleted) receive.record.delivery = Delivery::kDelivered;
+  if (state == TransferState::kCompleted) {
+    receive.record.delivery = Delivery::kDelivered;
+    if (receive.done && receive.attached)
+      core_.emit(SetDoneWord{receive.worker, receive.done->word, receive.done->value});
+  }
+  // Given up before its sender has heard of it: told, so that the pages there need not wait out
+  // their lease.
+  const bool given_up = reason == Reason::kCancelled || reason == Reason::kWorkerLost ||
+                        reason == Reason::kUnregistered;
+  const bool unheard = std::all_of(receive.legs.begin(), receive.legs.end(), [&](uint64_t pull) {
+    return legs_.at(pull).state == RxLegState::kUnsent;
+  });
+  if (given_up && unheard) core_.claims.decline_unheard(receive);
   core_.timers.cancel({TimerKind::kWait, receive.id, 0});
   core_.timers.cancel({TimerKind::kReceiveDeadline, receive.id, 0});
   core_.timers.cancel({TimerKind::kReady, receive.id, 0});
@@ -277,6 +303,9 @@ void Receiver::end_receive(Receive& receive, TransferState state, Reason reason)
   const std::set<uint64_t> legs = std::exchange(receive.legs, {});
   for (const uint64_t pull : legs) end_leg(legs_.at(pull), outcome, reason);
   receive.landed.clear();
+  end_copies(receive);
+  if (receive.reservation != 0) core_.reservations.receive_ended(receive.reservation);
+  reserved_.erase(receive.id);
   core_.emit(ended(receive, Role::kReceiver, core_.now));
   core_.workers.changed(receive, Role::kReceiver);
   release(receive);
@@ -303,6 +332,7 @@ void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
   for (const auto& [ordinal, slice] : leg.slices) compiles_.erase(slice.compile);
   leg.slices.clear();
   leg.coverage.clear();
+  leg.to_copy.clear();
   leg.refused.clear();
   leg.new_acks.clear();
   leg.new_credits.clear();
@@ -323,20 +353,21 @@ void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
 
 // DEST_RELEASED: terminal, and no copy writes the pages.
 void Receiver::release(Receive& receive) {
-  const bool writing = receive.scatters > 0;
+  const bool writing = receive.writing();
   if (receive.record.memory_in_use != writing) {
     receive.record.memory_in_use = writing;
     core_.workers.changed(receive, Role::kReceiver);
   }
   if (receive.record.released || writing || !receive.terminal()) return;
   receive.record.released = true;
+  for (const BlockPlace& place : std::exchange(receive.writes, {})) core_.reuse.write_ended(place);
   receive.record.released_reason = receive.record.reason;
   core_.workers.changed(receive, Role::kReceiver);
 }
 
 void Receiver::forget_if_done(uint64_t id) {
   Receive& receive = receives_.at(id);
-  if (receive.attached || !receive.terminal() || receive.scatters > 0) return;
+  if (receive.attached || !receive.terminal() || receive.writing()) return;
   const RankKey key = rank_key(receive.name, *receive.layout);
   core_.workers.bury(Role::kReceiver, key, receive.record.reason);
   by_name_.erase(key);

@@ -48,11 +48,11 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
     return;
   }
   const bool known = it != leg.slices.end() && it->second.state == RxSlice::State::kCounts;
-  if (known && (of.send != leg.send || of.chunk >= it->second.chunks.size())) {
+  if (known && (of.send != leg.send || of.chunk >= it->second.count)) {
     fail(Reason::kProtocol);
     return;
   }
-  const RxState state = known ? it->second.chunks[of.chunk] : RxState::kLanding;
+  const RxState state = known ? it->second.chunk_state(of.chunk) : RxState::kLanding;
   switch (state) {
     case RxState::kDone:
       drop_offer(offer);
@@ -110,7 +110,7 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
   region.epoch = offer.lane.epoch;
   region.check = offer.offer.check;
   region.since = core_.now;
-  slice.chunks[region.chunk] = RxState::kLanding;
+  slice.chunks.at(region.chunk) = RxState::kLanding;
   ++core_.stats.offers_accepted;
   const auto by_rate = std::chrono::nanoseconds(static_cast<int64_t>(
       static_cast<double>(region.bytes) * 1e9 /
@@ -166,7 +166,7 @@ void Receiver::receive_ended(const ReceiveEnded& event) {
     if (flawed(Flaw::kScatterQuarantined) && event.ok && live &&
         leg->second.slices.contains(region.slice) &&
         leg->second.slices.at(region.slice).state == RxSlice::State::kCounts &&
-        leg->second.slices.at(region.slice).chunks[region.chunk] < RxState::kLanded) {
+        leg->second.slices.at(region.slice).chunk_state(region.chunk) < RxState::kLanded) {
       ++leg->second.regions_held;
       landed(region);
       return;
@@ -185,7 +185,7 @@ void Receiver::receive_ended(const ReceiveEnded& event) {
   } else if (event.ok) {
     landed(region);
   } else {
-    leg->second.slices.at(region.slice).chunks[region.chunk] = RxState::kNeeded;
+    leg->second.slices.at(region.slice).chunks.at(region.chunk) = RxState::kNeeded;
     free_region(region.id);
     decide_held(pull);
     core_.lanes.give_up(lane);
@@ -196,7 +196,7 @@ void Receiver::landed(RxRegion& region) {
   RxLeg& leg = legs_.at(region.leg);
   Receive& receive = receives_.at(leg.receive);
   region.state = RegionState::kLanded;
-  leg.slices.at(region.slice).chunks[region.chunk] = RxState::kLanded;
+  leg.slices.at(region.slice).chunks.at(region.chunk) = RxState::kLanded;
   receive.wire += core_.now - region.since;
   region.since = core_.now;
   receive.landed.insert(region.id);
@@ -215,9 +215,8 @@ bool Receiver::condition_met(ConditionId condition) {
   if (it == conditions_.end()) return false;
   Receive& receive = receives_.at(it->second);
   conditions_.erase(it);
-  receive.ready = true;
-  core_.timers.cancel({TimerKind::kReady, receive.id, 0});
-  scatter_landed(receive);
+  receive.signalled = true;
+  may_be_ready(receive);
   return true;
 }
 
@@ -234,7 +233,7 @@ void Receiver::scatter_landed(Receive& receive) {
     it = receive.landed.erase(it);
     RxSlice& slice = leg.slices.at(region.slice);
     region.state = RegionState::kScattering;
-    slice.chunks[region.chunk] = RxState::kScattering;
+    slice.chunks.at(region.chunk) = RxState::kScattering;
     region.since = core_.now;
     ++receive.scatters;
     Scatter command;
@@ -252,20 +251,42 @@ void Receiver::scatter_landed(Receive& receive) {
 
 bool Receiver::copy_ended(const CopyEnded& event) {
   const auto it = scatters_.find(event.copy);
-  if (it == scatters_.end()) return false;
+  if (it == scatters_.end()) return chunk_copied(event);
   RxRegion& region = regions_.at(it->second);
   scatters_.erase(it);
   scattered(region, event);
   return true;
 }
 
+// The last chunk of a slice with a tail is not done before the tail is cleared: until then its
+// region is held, for the clearing is a write to the pages like the scatter before it.
+bool Receiver::clear_tail(RxRegion& region) {
+  const auto leg = legs_.find(region.leg);
+  if (leg == legs_.end() || leg->second.state != RxLegState::kOpen) return false;
+  if (region.of_dropped || region.clearing) return false;
+  const RxSlice& slice = leg->second.slices.at(region.slice);
+  const std::size_t due = flawed(Flaw::kTailFirst) ? 1 : slice.count;
+  if (!slice.plan->has_tail || slice.done + 1 != due) return false;
+  region.clearing = true;
+  const CopyId copy{core_.next_number()};
+  scatters_[copy] = region.id;
+  core_.emit(ClearTail{copy, slice.plan});
+  return true;
+}
+
 void Receiver::scattered(RxRegion& region, const CopyEnded& event) {
+  if (region.loan != 0) {
+    --local_copies_;
+    core_.sender.repay(std::exchange(region.loan, 0), event);
+  }
+  if (event.outcome == CopyOutcome::kOk && clear_tail(region)) return;
   const uint64_t id = region.receive;
   const uint64_t pull = region.leg;
   const uint64_t ordinal = region.slice;
   const uint64_t chunk = region.chunk;
   const uint64_t bytes = region.bytes;
   const bool of_dropped = region.of_dropped;
+  const bool local = region.local;
   Receive& receive = receives_.at(id);
   --receive.scatters;
   receive.scatter += core_.now - region.since;
@@ -288,13 +309,16 @@ void Receiver::scattered(RxRegion& region, const CopyEnded& event) {
   }
   if (!of_dropped) {
     RxSlice& slice = leg.slices.at(ordinal);
-    slice.chunks[chunk] = RxState::kDone;
+    slice.chunks.at(chunk) = RxState::kDone;
     ++leg.done_chunks;
-    if (++slice.done == slice.chunks.size()) ++receive.record.slices;
+    if (++slice.done == slice.count) {
+      ++receive.record.slices;
+      slice.forget();
+    }
     receive.record.bytes_done += bytes;
     ++receive.chunks;
-    ++core_.stats.chunks_scattered;
-    core_.stats.bytes_received += bytes;
+    ++(local ? core_.stats.chunks_local : core_.stats.chunks_scattered);
+    (local ? core_.stats.bytes_local : core_.stats.bytes_received) += bytes;
     ack(leg, {ordinal, chunk});
     core_.workers.changed(receive, Role::kReceiver);
   }
@@ -319,7 +343,7 @@ void Receiver::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
       continue;
     RxLeg& leg = legs_.at(region.leg);
     RxSlice& slice = leg.slices.at(region.slice);
-    if (slice.state == RxSlice::State::kCounts) slice.chunks[region.chunk] = RxState::kNeeded;
+    if (slice.state == RxSlice::State::kCounts) slice.chunks.at(region.chunk) = RxState::kNeeded;
     quarantine(region);
     touched.insert(leg.pull);
   }

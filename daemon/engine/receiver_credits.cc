@@ -26,7 +26,7 @@ bool has_spare(const RxLeg& leg) {
 // How many regions the leg should hold: as many as it has chunks to come, up to the caps.
 uint64_t Receiver::wanted(const RxLeg& leg) const {
   const Link* link = core_.lanes.find(leg.link);
-  if (link == nullptr || leg.expected_bytes == 0) return 0;
+  if (link == nullptr || leg.local || leg.expected_bytes == 0) return 0;
   if (leg.state != RxLegState::kOpen && leg.state != RxLegState::kUnsent) return 0;
   if (!receives_.at(leg.receive).decided) return 0;
   uint64_t to_come = leg.known_chunks - leg.done_chunks;
@@ -37,6 +37,10 @@ uint64_t Receiver::wanted(const RxLeg& leg) const {
 
 // After any change of its regions or chunks: the leg's place in the queues.
 void Receiver::update(RxLeg& leg) {
+  if (leg.local) {
+    update_local(leg);
+    return;
+  }
   const bool wants = leg.regions_held < wanted(leg);
   const bool idle = !leg.heard;
   if (leg.queued && (!wants || leg.queued_idle != idle)) leave_queues(leg);
@@ -49,7 +53,7 @@ void Receiver::update(RxLeg& leg) {
 
 void Receiver::leave_queues(RxLeg& leg) {
   if (!leg.queued) return;
-  (leg.queued_idle ? idle_ : waiting_).erase(leg.turn);
+  (leg.local ? local_turns_ : leg.queued_idle ? idle_ : waiting_).erase(leg.turn);
   starving_.erase(leg.turn);
   starving_idle_.erase(leg.turn);
   leg.queued = false;
@@ -94,6 +98,7 @@ void Receiver::grant_all() {
     };
   };
   const auto always = [] { return true; };
+  grant_reserved();
   while (true) {
     serve_in_turn(waiting_, core_.arena, RegionKind::kLanding, starving_, always, size, use,
                   passed(starving_));
@@ -121,13 +126,44 @@ void Receiver::grant_all() {
                 passed(starving_idle_));
 }
 
+// What reservations have been promised: a transfer's legs in turn, those that have a slice to bring
+// first, then whichever holds least.
+void Receiver::grant_reserved() {
+  for (const uint64_t id : reserved_) {
+    const Receive& receive = receives_.at(id);
+    while (true) {
+      RxLeg* next = nullptr;
+      for (const uint64_t pull : receive.legs) {
+        RxLeg& leg = legs_.at(pull);
+        if (!leg.queued || leg.local) continue;
+        if (next == nullptr ||
+            std::pair(!leg.heard, leg.regions_held) < std::pair(!next->heard, next->regions_held))
+          next = &leg;
+      }
+      if (next == nullptr) break;
+      const auto region = core_.arena.take_reserved(receive.reservation, next->credit_bytes);
+      if (!region) break;
+      grant(*next, *region);
+    }
+  }
+}
+
+// A region of an unused credit that may be taken back: a reservation's are not.
+std::optional<uint64_t> Receiver::loose_region(const RxLeg& leg) const {
+  for (const auto& [credit, region] : leg.credits)
+    if (!core_.arena.is_reserved(regions_.at(region).region)) return region;
+  return std::nullopt;
+}
+
 // Takes unused credits back so that `leg` gets a region: from legs that have brought no SLICE; if
 // `leg` has chunks that were refused, also from one that has. False if nothing changed.
 bool Receiver::withdraw_for(const RxLeg& leg) {
   for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
     RxLeg& other = legs_.at(*it);
     if (other.heard || other.pull == leg.pull) continue;
-    withdraw(other);
+    const auto loose = loose_region(other);
+    if (!loose) continue;
+    withdraw_region(*loose);
     return true;
   }
   if (!needy(leg)) return false;
@@ -135,16 +171,19 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
     RxLeg& other = legs_.at(*it);
     if (!has_spare(other) || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
       continue;
-    withdraw(other);
+    const auto loose = loose_region(other);
+    if (!loose) continue;
+    withdraw_region(*loose);
     return grant_at_once(leg);
   }
   // Nobody has one so large: all the small ones of a frame.
   std::map<std::pair<uint32_t, uint64_t>, std::vector<uint64_t>> frames;
   std::set<std::pair<uint32_t, uint64_t>> in_use;
   for (const auto& [id, region] : regions_) {
+    if (region.local) continue;
     const std::pair frame{region.region.segment, region.region.offset / core_.arena.frame_bytes()};
     const bool unused = region.state == RegionState::kGranted && region.leg != leg.pull &&
-                        has_spare(legs_.at(region.leg));
+                        has_spare(legs_.at(region.leg)) && !core_.arena.is_reserved(region.region);
     if (unused)
       frames[frame].push_back(id);
     else
@@ -187,11 +226,7 @@ void Receiver::withdraw_region(uint64_t id) {
     region.credit = oldest->first;
     oldest->second = id;
   }
-  withdraw(leg);
-}
-
-// Silently: an offer that names the credit is refused.
-void Receiver::withdraw(RxLeg& leg) {
+  // Silently: an offer that names the credit is refused.
   ++core_.stats.credits_withdrawn;
   spend(leg, leg.credits.begin()->first);
 }
@@ -212,7 +247,9 @@ void Receiver::free_region(uint64_t id) {
   const auto it = regions_.find(id);
   const RxRegion region = it->second;
   core_.timers.cancel({TimerKind::kLanding, id, 0});
-  core_.arena.give_back(RegionKind::kLanding, region.region);
+  if (!region.local)
+    core_.arena.give_back(RegionKind::kLanding, region.region,
+                          region.state == RegionState::kQuarantined);
   regions_.erase(it);
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
@@ -223,6 +260,7 @@ void Receiver::free_region(uint64_t id) {
 // A posted receive may still write it; only the end of that receive is evidence.
 void Receiver::quarantine(RxRegion& region) {
   region.state = RegionState::kQuarantined;
+  core_.arena.quarantine(region.region);
   ++core_.stats.quarantines;
   core_.timers.cancel({TimerKind::kLanding, region.id, 0});
   const auto leg = legs_.find(region.leg);
@@ -273,6 +311,8 @@ void Receiver::tell_oldest(Link& link) {
 }
 
 void Receiver::flush() {
+  run_copies();
+  run_local();
   grant_all();
   const std::set<uint64_t> unsent = std::exchange(unsent_, {});
   for (const uint64_t pull : unsent) {
@@ -280,7 +320,8 @@ void Receiver::flush() {
     if (it == legs_.end()) continue;
     RxLeg& leg = it->second;
     Receive& receive = receives_.at(leg.receive);
-    if (!receive.op->wait_for_arena && leg.credits.empty() && wanted(leg) > 0) {
+    if (!receive.op->wait_for_arena && leg.credits.empty() && wanted(leg) > 0 &&
+        core_.arena.promised(receive.reservation) == 0) {
       const uint64_t id = receive.id;
       end_receive(receive, TransferState::kFailed, Reason::kArenaExhausted);
       forget_if_done(id);

@@ -11,9 +11,7 @@ namespace kvferry::engine {
 namespace {
 
 constexpr std::size_t kMostAux = 64 * 1024;
-constexpr std::size_t kMostLayerIntervals = 4096;  // of a group's slices on a leg
-constexpr uint64_t kMostRanges = 1 << 20;          // of all slices of a leg
-constexpr uint32_t kMostResolves = 3;              // attempts with newer cards
+constexpr uint32_t kMostResolves = 3;  // attempts with newer cards
 
 }  // namespace
 
@@ -33,8 +31,9 @@ RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
   if (it == legs_.end()) {
     // We made all pulls: one that we do not know has ended.
     core_.dropped(DropCause::kUnknownPull);
-    (void)core_.lanes.send(link,
-                           MsgEnd{pull, {}, Outcome::kFailed, Reason::kCancelled, std::nullopt});
+    (void)core_.lanes.send_end(
+        link, Role::kReceiver,
+        MsgEnd{pull, {}, Outcome::kFailed, Reason::kCancelled, std::nullopt});
     return nullptr;
   }
   if (it->second.state == RxLegState::kOpen) return &it->second;
@@ -46,7 +45,7 @@ RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
 void Receiver::answer_end(Link& link, const RxLeg& leg) {
   MsgEnd end{PullId{core_.config.boot, leg.pull}, leg.name, leg.outcome, leg.reason, std::nullopt};
   if (!leg.heard) end.proof = leg.message->proof;
-  (void)core_.lanes.send(link, std::move(end));
+  (void)core_.lanes.send_end(link, Role::kReceiver, std::move(end));
 }
 
 void Receiver::close_leg(uint64_t pull) {
@@ -126,10 +125,12 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
     if (!flawed(Flaw::kSticky) || known->second.state != RxSlice::State::kDropped) return;
     leg->slices.erase(known);
   }
-  const bool aux_misplaced = message.aux && (!message.last || !leg->carries_aux);
+  const bool aux_misplaced =
+      (message.aux && (!message.last || !leg->carries_aux || !message.with_aux)) ||
+      (message.with_aux && !message.last);
   if (aux_misplaced || (message.aux && message.aux->size() > kMostAux) ||
       leg->slices.size() >= core_.config.max_slices || (message.last && leg->last) ||
-      !cover(*leg, message)) {
+      !leg->coverage.enter(message.ranges, message.layers)) {
     core_.dropped(DropCause::kProtocol);
     end_receive(receive, TransferState::kFailed, Reason::kProtocol);
     forget_if_done(receive.id);
@@ -138,10 +139,16 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
   wait_is_over(receive, *leg);
   RxSlice& slice = leg->slices[message.ordinal];
   slice.bytes = message.bytes;
-  if (message.last) leg->last = message.ordinal;
-  slice.message = std::make_shared<const MsgSlice>(std::move(message));
+  slice.digest = message.digest;
+  if (message.last) {
+    leg->last = message.ordinal;
+    leg->with_aux = message.with_aux;
+    leg->aux = std::move(message.aux);
+  }
+  slice.ranges = std::move(message.ranges);
+  slice.layers = message.layers;
   slice.compile = CompileId{core_.next_number()};
-  compiles_[slice.compile] = {leg->pull, slice.message->ordinal};
+  compiles_[slice.compile] = {leg->pull, message.ordinal};
   ++leg->compiling;
   update(*leg);  // from the queue of those that have heard nothing
   Compile compile;
@@ -149,50 +156,9 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
   compile.side = Role::kReceiver;
   compile.context = leg->context;
   compile.receive = receive.op;
-  compile.offer = slice.message->ranges;
-  compile.layers = slice.message->layers;
+  compile.offer = slice.ranges;
+  compile.layers = slice.layers;
   core_.emit(std::move(compile));
-}
-
-// Enters the tokens and layers of a slice; false if one of them has come before.
-bool Receiver::cover(RxLeg& leg, const MsgSlice& message) {
-  for (const GroupRanges& group : message.ranges) leg.ranges += 1 + group.ranges.size();
-  if (leg.ranges > kMostRanges) return false;
-  const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
-  std::set<uint32_t> groups;
-  for (const GroupRanges& group : message.ranges) {
-    if (!groups.insert(group.group).second) return false;
-    uint64_t end = 0;
-    for (const Range& range : group.ranges) {
-      if (range.empty() || range.begin < end) return false;
-      end = range.end;
-    }
-    if (group.ranges.empty() || layers.empty()) continue;
-    auto& intervals = leg.coverage[group.group];
-    for (const auto& [other, tokens] : intervals) {
-      if (intersect(other, layers).empty()) continue;
-      for (const Range& range : group.ranges) {
-        const auto after = tokens.lower_bound(range.end);  // first that begins at or past its end
-        if (after != tokens.begin() && std::prev(after)->second > range.begin) return false;
-      }
-    }
-    if (intervals.size() >= kMostLayerIntervals && !intervals.contains(layers)) return false;
-    auto& tokens = intervals[layers];
-    for (const Range& range : group.ranges) tokens.emplace(range.begin, range.end);
-  }
-  return true;
-}
-
-void Receiver::uncover(RxLeg& leg, const MsgSlice& message) {
-  const Range layers = message.layers.value_or(Range{0, UINT64_MAX});
-  for (const GroupRanges& group : message.ranges) {
-    const auto intervals = leg.coverage.find(group.group);
-    if (intervals == leg.coverage.end()) continue;
-    const auto tokens = intervals->second.find(layers);
-    if (tokens == intervals->second.end()) continue;
-    for (const Range& range : group.ranges) tokens->second.erase(range.begin);
-    if (tokens->second.empty()) intervals->second.erase(tokens);
-  }
 }
 
 bool Receiver::compiled(Compiled& event) {
@@ -207,7 +173,7 @@ bool Receiver::compiled(Compiled& event) {
   Reason reason = event.reason;
   if (reason == Reason::kNone && event.plan == nullptr) reason = Reason::kInternal;
   if (reason == Reason::kNone &&
-      (event.plan->bytes != slice.bytes || event.plan->digest != slice.message->digest))
+      (event.plan->bytes != slice.bytes || event.plan->digest != slice.digest))
     reason = Reason::kLayoutMismatch;
   const Link& link = *core_.lanes.find(leg.link);
   if (reason == Reason::kNone && std::min(link.chunk_bytes, slice.bytes) > leg.credit_bytes)
@@ -221,15 +187,18 @@ bool Receiver::compiled(Compiled& event) {
   --leg.compiling;
   slice.state = RxSlice::State::kCounts;
   slice.plan = std::move(event.plan);
-  slice.chunks.assign(ceil_div(slice.bytes, link.chunk_bytes), RxState::kNeeded);
+  slice.count = ceil_div(slice.bytes, link.chunk_bytes);
+  slice.chunks.assign(slice.count, RxState::kNeeded);
   leg.known_bytes += slice.bytes;
-  leg.known_chunks += slice.chunks.size();
+  leg.known_chunks += slice.count;
   receive.runs += slice.plan->runs;
-  if (slice.chunks.empty()) {
+  if (slice.count == 0) {
+    slice.forget();
     ack(leg, {ordinal, 0});
     ++receive.record.slices;
     core_.workers.changed(receive, Role::kReceiver);
   }
+  if (leg.local) slice_to_copy(receive, leg, ordinal);
   update(leg);
   decide_held(pull);
   check_complete(receive.id);
@@ -264,19 +233,20 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
     --leg->compiling;
   } else {
     leg->known_bytes -= slice.bytes;
-    leg->known_chunks -= slice.chunks.size();
+    leg->known_chunks -= slice.count;
     leg->done_chunks -= slice.done;
+    if (slice.all_done()) receive.record.bytes_done -= slice.bytes;
     for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk)
       if (slice.chunks[chunk] == RxState::kDone)
         receive.record.bytes_done -=
             std::min(link.chunk_bytes, slice.bytes - chunk * link.chunk_bytes);
-    if (slice.done == slice.chunks.size()) --receive.record.slices;
+    if (slice.all_done()) --receive.record.slices;
     core_.workers.changed(receive, Role::kReceiver);
   }
   slice.state = RxSlice::State::kDropped;
-  slice.plan.reset();
-  uncover(*leg, *slice.message);
-  slice.message.reset();
+  slice.forget();
+  leg->coverage.leave(slice.ranges, slice.layers);
+  slice.ranges = std::vector<GroupRanges>();
   for (auto it = regions_.begin(); it != regions_.end();) {
     RxRegion& region = it->second;
     ++it;
@@ -290,7 +260,7 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
       ++leg->dropped_scatters;
     }
   }
-  slice.chunks.clear();
+  leg->to_copy.erase(message.slice);
   std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
   update(*leg);
   decide_held(leg->pull);
@@ -325,12 +295,19 @@ void Receiver::check_complete(uint64_t id) {
     }
     all = all && complete(leg);
   }
-  if (!all || receive->scatters > 0) return;
+  if (!all || receive->writing() || !receive->copies.empty()) return;
+  bool expects_aux = false;
   for (const uint64_t pull : receive->legs) {
     const RxLeg& leg = legs_.at(pull);
-    const MsgSlice& last = *leg.slices.at(*leg.last).message;
-    if (leg.carries_aux && last.aux)
-      receive->record.aux = std::make_shared<const std::string>(*last.aux);
+    expects_aux = expects_aux || leg.with_aux;
+    if (leg.carries_aux && leg.aux)
+      receive->record.aux = std::make_shared<const std::string>(*leg.aux);
+  }
+  // Another sender rank's Send had aux; the one whose leg carries it here gave none.
+  if (expects_aux && receive->record.aux == nullptr) {
+    end_receive(*receive, TransferState::kFailed, Reason::kAuxMissing);
+    forget_if_done(id);
+    return;
   }
   end_receive(*receive, TransferState::kCompleted, Reason::kNone);
   forget_if_done(id);
@@ -440,9 +417,9 @@ void Receiver::resync_leg(Link& link, RxLeg& leg) {
     leg.new_credits.push_back({CreditId{credit}, regions_.at(region).region.bytes});
   for (const auto& [ordinal, slice] : leg.slices) {
     if (slice.state != RxSlice::State::kCounts) continue;
-    if (slice.chunks.empty()) leg.new_acks.push_back({ordinal, 0});
-    for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk)
-      if (slice.chunks[chunk] == RxState::kDone) leg.new_acks.push_back({ordinal, chunk});
+    if (slice.count == 0) leg.new_acks.push_back({ordinal, 0});
+    for (uint64_t chunk = 0; chunk < slice.count; ++chunk)
+      if (slice.chunk_state(chunk) == RxState::kDone) leg.new_acks.push_back({ordinal, chunk});
   }
   send_pull(link, leg, {});
   send_update(link, leg);

@@ -4,7 +4,9 @@
 //   sender_calls.cc   what workers ask; a send's end, its receivers, release of its source
 //   sender_pulls.cc   what receivers' daemons say: PULL, END, CLAIM, DECLINE, also before the Send
 //   sender_legs.cc    slices of a leg: compile, announce, ack; resync; revoke
-//   sender_chunks.cc  gather, offer, staging
+//   sender_chunks.cc  gather, offer, staging; chunks lent to receivers on this daemon
+//   sender_needs.cc   what receivers need: RECEIVER_READY
+//   sender_packed.cc  packed copies: room for them, their making, their end
 #pragma once
 
 #include <cstdint>
@@ -33,6 +35,7 @@ class Sender {
   void cancel(uint64_t send, const OpRef& op);
   void close(uint64_t send, const OpRef& op);
   void revoke(uint64_t send, const RevokeOp& op);
+  void receiver_needs(uint64_t send, const OpRef& op);
   void worker_gone(WorkerId worker);
   void layout_gone(const LayoutHandle* layout, Reason reason);
   bool uses(const LayoutHandle* layout) const;
@@ -42,6 +45,7 @@ class Sender {
   // Answers.
   void pull_resolved(PullResolved& event);
   bool compiled(Compiled& event);
+  void packed(Packed& event);
   bool copy_ended(const CopyEnded& event);
   bool condition_met(ConditionId condition);
   void offer_send_ended(OfferId offer);
@@ -60,6 +64,16 @@ class Sender {
   void resync(Link& link);
   void rails_died();
 
+  // The other end of a local leg is to copy this chunk from its pages, which are lent until `repay`
+  // tells of the copy's end. Without a plan if the slice or the leg is no more: a message about
+  // that is on its way.
+  struct Loan {
+    uint64_t id = 0;
+    std::shared_ptr<const Plan> plan;
+  };
+  Loan lend(uint64_t pull, uint64_t slice, uint64_t chunk);
+  void repay(uint64_t loan, const CopyEnded& event);
+
   void timer(TimerKey key);
   // Gathers and offers for which there is room, credit and a lane.
   void flush();
@@ -69,6 +83,8 @@ class Sender {
   const std::map<uint64_t, Send>& sends() const { return sends_; }
   const std::map<uint64_t, TxLeg>& legs() const { return legs_; }
   const std::map<uint64_t, Staging>& stagings() const { return stagings_; }
+  uint64_t packed_bytes() const { return packed_bytes_; }
+  uint32_t packed_copies() const { return packed_copies_; }
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
 
  private:
@@ -97,11 +113,13 @@ class Sender {
               Duration lease, Duration deadline, bool& existing);
   bool same_call(const OpRef& op, const Send& send, const SendOp& call, const SendOp& before);
   void add_slice(Send& send, const SendOp& op);
+  static bool offers_something(const SendOp& op);
+  static uint64_t end_of(const SendOp& op);  // where the last of its ranges ends
   void reply(const OpRef& op, const Send& send, bool existing);
   void start(Send& send);
   void end_send(Send& send, TransferState state, Reason reason);
   Delivery delivery_of(const Send& send) const;
-  bool all_gathered(const Send& send) const;
+  bool source_read(const Send& send) const;
   void evaluate(Send& send);
   void release(Send& send);
   void forget_if_done(uint64_t send);
@@ -129,6 +147,9 @@ class Sender {
   bool pulled(const Send& send, const std::string& instance, const Incarnation& incarnation,
               uint32_t rank) const;
 
+  // sender_needs.cc
+  void leg_needs(Send& send, Place& place, const std::vector<GroupRanges>& needs);
+
   // sender_legs.cc
   TxLeg* leg_of(Link& link, const PullId& pull);
   void pump(TxLeg& leg);
@@ -150,6 +171,7 @@ class Sender {
   bool next_idle(TxLeg& leg);
   void update(TxLeg& leg);
   void leave_queues(TxLeg& leg);
+  Staging& begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk);
   void gather(TxLeg& leg, const memory::Region& region);
   void gathered(Staging& staging, const CopyEnded& event);
   std::set<std::pair<uint64_t, uint64_t>>::const_iterator unknown_to_peer(const TxLeg& leg) const;
@@ -162,6 +184,15 @@ class Sender {
   void unwant(uint64_t staging);
   void free_if_done(uint64_t staging);
 
+  // sender_packed.cc
+  bool packed_refused(const SendOp& op);
+  void add_packed(Send& send, SendSlice& slice);
+  void make_packed(Send& send, uint32_t index);
+  void drop_packed(Send& send, SendSlice& slice);
+  void free_packed(Send& send);
+  void free_packed(SendSlice& slice);
+  void check_packed() const;
+
   Core& core_;
   std::map<uint64_t, Send> sends_;
   std::map<NameAndRank, uint64_t> by_name_;
@@ -170,6 +201,9 @@ class Sender {
   std::map<OfferId, uint64_t> newest_;     // offers that are out -> staging
   std::map<OfferId, uint64_t> sends_out_;  // UCX sends that have not ended -> staging
   std::map<CopyId, uint64_t> gathers_;     // -> staging
+  std::map<CopyId, std::pair<uint64_t, uint32_t>> packings_;         // -> send, send index
+  uint64_t packed_bytes_ = 0;                                        // of all packed copies ...
+  uint32_t packed_copies_ = 0;                                       // ... that have any
   std::map<CompileId, std::pair<uint64_t, uint64_t>> compiles_;      // -> leg, ordinal
   std::map<ConditionId, std::pair<uint64_t, uint32_t>> conditions_;  // -> send, send index
   std::map<ResolveId, uint64_t> resolves_;                           // -> leg

@@ -108,14 +108,16 @@ void Sender::open_send(const OpenSendOp& op) {
 
 bool Sender::same_call(const OpRef& op, const Send& send, const SendOp& call,
                        const SendOp& before) {
-  const char* field = call.num_tokens != before.num_tokens ? "num_tokens"
-                      : call.offer != before.offer         ? "offer"
-                      : call.blocks != before.blocks       ? "blocks"
-                      : call.layers != before.layers       ? "layers"
-                      : call.last != before.last           ? "last"
-                      : call.aux != before.aux             ? "aux"
-                      : !(call.ready == before.ready)      ? "ready"
-                                                           : nullptr;
+  const char* field = call.num_tokens != before.num_tokens       ? "num_tokens"
+                      : call.offer != before.offer               ? "offer"
+                      : call.blocks != before.blocks             ? "blocks"
+                      : call.layers != before.layers             ? "layers"
+                      : call.last != before.last                 ? "last"
+                      : call.aux != before.aux                   ? "aux"
+                      : !(call.ready == before.ready)            ? "ready"
+                      : call.done != before.done                 ? "done"
+                      : call.packed_bytes != before.packed_bytes ? "packed_copy"
+                                                                 : nullptr;
   if (field == nullptr) {
     reply(op, send, true);
     return true;
@@ -135,11 +137,18 @@ void Sender::send(const SendOp& op) {
                       "send_index");
     return;
   }
+  // A transfer that begins without the room it asks for does not begin.
+  if (known == nullptr && packed_refused(op)) return;
   Send* send = admit(op.op, op.client_handle, op.key, op.layout, op.max_receivers, op.lease,
                      op.deadline, existing);
   if (send == nullptr) return;
   if (op.send_index < send->sends.size()) {
     (void)same_call(op.op, *send, op, *send->sends[op.send_index].op);
+    return;
+  }
+  if (op.done && send->done && *op.done != *send->done) {
+    core_.reply_error(op.op, Code::kInvalidArgument, "DONE_WORD_DIFFERS",
+                      "an earlier Send of the transfer named another done word", "done");
     return;
   }
   const bool last_sent = send->last.has_value();
@@ -154,6 +163,7 @@ void Sender::send(const SendOp& op) {
                       send->terminal() ? "transfer.id" : "send_index");
     return;
   }
+  if (packed_refused(op)) return;
   add_slice(*send, op);
   reply(op.op, *send, false);
   const uint64_t id = send->id;
@@ -168,25 +178,45 @@ void Sender::send(const SendOp& op) {
   if ((send = find(id)) != nullptr) evaluate(*send);
 }
 
+bool Sender::offers_something(const SendOp& op) {
+  return std::any_of(op.offer.begin(), op.offer.end(), [](const GroupRanges& group) {
+    return std::any_of(group.ranges.begin(), group.ranges.end(),
+                       [](const Range& range) { return !range.empty(); });
+  });
+}
+
+uint64_t Sender::end_of(const SendOp& op) {
+  uint64_t end = 0;
+  for (const GroupRanges& group : op.offer)
+    for (const Range& range : group.ranges) end = std::max(end, range.end);
+  return end;
+}
+
 void Sender::add_slice(Send& send, const SendOp& op) {
   const auto index = static_cast<uint32_t>(send.sends.size());
   SendSlice& slice = send.sends.emplace_back();
   slice.op = std::make_shared<const SendOp>(op);
+  if (op.done) send.done = op.done;
   if (!send.lease_over && !send.terminal()) {
     send.lease_end =
         std::max(send.lease_end, core_.now + core_.limited(op.lease, core_.config.default_lease));
   }
-  const bool offers = std::any_of(op.offer.begin(), op.offer.end(), [](const GroupRanges& group) {
-    return std::any_of(group.ranges.begin(), group.ranges.end(),
-                       [](const Range& range) { return !range.empty(); });
-  });
+  const bool offers = offers_something(op);
   slice.gone = !offers && !op.last;
   if (slice.gone) return;
   slice.ordinal = send.by_ordinal.size();
   send.by_ordinal.push_back(index);
   if (op.last) send.last = slice.ordinal;
+  if (const uint64_t end = end_of(op); end > 0) send.by_end.emplace(end, slice.ordinal);
+  if (op.packed_bytes)
+    add_packed(send, slice);
+  else if (offers)
+    ++send.paged;
   slice.ready = op.ready.kind == ReadyCondition::Kind::kHostSynced;
-  if (slice.ready) return;
+  if (slice.ready) {
+    make_packed(send, index);
+    return;
+  }
   slice.condition = ConditionId{core_.next_number()};
   conditions_[slice.condition] = {send.id, index};
   core_.emit(WatchCondition{slice.condition, send.worker, op.ready});
@@ -199,11 +229,13 @@ bool Sender::condition_met(ConditionId condition) {
   conditions_.erase(it);
   Send& send = sends_.at(id);
   send.sends[index].ready = true;
+  make_packed(send, index);
   const std::set<uint64_t> legs = send.legs;
   for (const uint64_t leg : legs) {
     const auto found = legs_.find(leg);
     if (found != legs_.end() && found->second.resolved) pump(found->second);
   }
+  release(send);  // or a packed copy reads the pages now
   return true;
 }
 
@@ -243,13 +275,16 @@ void Sender::layout_gone(const LayoutHandle* layout, Reason reason) {
   std::vector<uint64_t> ids;
   for (const auto& [id, send] : sends_)
     if (send.layout.get() == layout && !send.terminal()) ids.push_back(id);
-  for (const uint64_t id : ids) end_send(sends_.at(id), TransferState::kFailed, reason);
+  for (const uint64_t id : ids) {
+    end_send(sends_.at(id), TransferState::kFailed, reason);
+    forget_if_done(id);
+  }
 }
 
 bool Sender::uses(const LayoutHandle* layout) const {
   return std::any_of(sends_.begin(), sends_.end(), [&](const auto& entry) {
     const Send& send = entry.second;
-    return send.layout.get() == layout && (!send.terminal() || send.gathers > 0);
+    return send.layout.get() == layout && (!send.terminal() || send.reads > 0);
   });
 }
 
@@ -257,7 +292,10 @@ void Sender::end_all(Reason reason) {
   std::vector<uint64_t> ids;
   for (const auto& [id, send] : sends_)
     if (!send.terminal()) ids.push_back(id);
-  for (const uint64_t id : ids) end_send(sends_.at(id), TransferState::kFailed, reason);
+  for (const uint64_t id : ids) {
+    end_send(sends_.at(id), TransferState::kFailed, reason);
+    forget_if_done(id);
+  }
 }
 
 bool Sender::idle() const {
@@ -312,15 +350,18 @@ void Sender::end_send(Send& send, TransferState state, Reason reason) {
     if (!slice.condition || conditions_.erase(slice.condition) == 0) continue;
     core_.emit(UnwatchCondition{slice.condition});
   }
+  free_packed(send);
   core_.emit(ended(send, Role::kSender, core_.now));
   core_.workers.changed(send, Role::kSender);
   release(send);
   answer_revokes(send);
 }
 
-// Whether nobody will want to gather from the source any more, as long as the send is not terminal.
-bool Sender::all_gathered(const Send& send) const {
-  if (!send.last) return false;
+// Whether nobody will want to read the pages any more, as long as the send is not terminal: what is
+// not packed has been gathered by all who may come.
+bool Sender::source_read(const Send& send) const {
+  if (!send.last || (send.unpacked > 0 && !flawed(Flaw::kReleaseUnpacked))) return false;
+  if (send.packed > 0 && send.paged == 0) return true;
   if (send.places.size() < send.max_receivers && !send.lease_over) return false;
   if (send.places.empty()) return false;
   for (const uint64_t id : send.legs)
@@ -338,14 +379,16 @@ bool Sender::all_gathered(const Send& send) const {
 }
 
 void Sender::release(Send& send) {
-  const bool reading = send.gathers > 0;
+  const bool reading = send.reads > 0;
   if (send.record.memory_in_use != reading) {
     send.record.memory_in_use = reading;
     core_.workers.changed(send, Role::kSender);
   }
-  if (send.record.released || reading || !(send.terminal() || all_gathered(send))) return;
+  if (send.record.released || reading || !(send.terminal() || source_read(send))) return;
   send.record.released = true;
   send.record.released_reason = send.terminal() ? send.record.reason : Reason::kNone;
+  if (send.done && send.attached)
+    core_.emit(SetDoneWord{send.worker, send.done->word, send.done->value});
   core_.workers.changed(send, Role::kSender);
 }
 

@@ -26,7 +26,8 @@ bool Sender::next_idle(TxLeg& leg) {
 void Sender::update(TxLeg& leg) {
   const uint64_t credits = leg.credits.size() + leg.returned.size();
   const uint64_t pending = leg.gathering + leg.staged.size();
-  const auto ahead = static_cast<uint32_t>(pending > credits ? pending - credits : 0);
+  const bool local = leg.link == kLoopedLink;  // needs neither credit nor staging
+  const auto ahead = static_cast<uint32_t>(pending > credits && !local ? pending - credits : 0);
   ahead_total_ += ahead;
   ahead_total_ -= leg.ahead;
   leg.ahead = ahead;
@@ -34,7 +35,7 @@ void Sender::update(TxLeg& leg) {
     ready_.insert(leg.id);
   else
     ready_.erase(leg.id);
-  const bool idle = leg.resolved && next_idle(leg);
+  const bool idle = leg.resolved && !local && next_idle(leg);
   const bool credited = idle && credits > pending;
   if (leg.queued && (!idle || leg.queued_ahead == credited)) leave_queues(leg);
   if (idle && !leg.queued) {
@@ -72,39 +73,59 @@ void Sender::flush() {
   serve_in_turn(
       credited_, core_.arena, RegionKind::kStaging, starving_, [] { return true; }, size, grant,
       passed);
+  const auto grant_ahead = [&](const FairKey& key, const memory::Region& region) {
+    ++core_.stats.chunks_ahead;
+    grant(key, region);
+  };
   std::set<FairKey> nobody;
   serve_in_turn(
       ahead_, core_.arena, RegionKind::kStaging, nobody,
-      [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant, [](const FairKey&) {});
+      [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant_ahead,
+      [](const FairKey&) {});
   const std::set<uint64_t> ready = ready_;
   for (const uint64_t leg : ready) offer(legs_.at(leg));
 }
 
-void Sender::gather(TxLeg& leg, const memory::Region& region) {
+// The chunk's pages are read from now on, into a region or by a copy within this daemon.
+Staging& Sender::begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk) {
   Send& send = sends_.at(leg.send);
-  KVFERRY_CHECK(!send.record.released, "no gather starts after the source was released");
-  const auto [ordinal, chunk] = leg.cursor;
   TxSlice& slice = leg.slices.at(ordinal);
+  KVFERRY_CHECK(slice.packed || !send.record.released,
+                "no gather starts after the source was released");
   const Link& link = *core_.lanes.find(leg.link);
   Staging staging;
   staging.id = core_.next_number();
-  staging.region = region;
   staging.leg = leg.id;
   staging.send = leg.send;
   staging.link = leg.link;
   staging.slice = ordinal;
   staging.chunk = chunk;
   staging.bytes = std::min(link.chunk_bytes, slice.plan->bytes - chunk * link.chunk_bytes);
+  staging.packed = slice.packed;
   staging.since = core_.now;
   slice.chunks[chunk].state = TxState::kGathering;
   slice.chunks[chunk].staging = staging.id;
-  ++leg.cursor.second;
   ++leg.gathering;
   ++send.gathers;
+  if (slice.packed)
+    ++send.sends[send.by_ordinal[ordinal]].packed.gathers;
+  else
+    ++send.reads;
   if (!send.moved) {
     send.moved = true;
     send.first_move = core_.now;
   }
+  return stagings_.emplace(staging.id, std::move(staging)).first->second;
+}
+
+void Sender::gather(TxLeg& leg, const memory::Region& region) {
+  Send& send = sends_.at(leg.send);
+  const auto [ordinal, chunk] = leg.cursor;
+  const TxSlice& slice = leg.slices.at(ordinal);
+  const Link& link = *core_.lanes.find(leg.link);
+  ++leg.cursor.second;
+  Staging& staging = begin_chunk(leg, ordinal, chunk);
+  staging.region = region;
   Gather command;
   command.copy = CopyId{core_.next_number()};
   command.plan = slice.plan;
@@ -113,10 +134,33 @@ void Sender::gather(TxLeg& leg, const memory::Region& region) {
   command.region = region;
   command.check_kind = link.check;
   gathers_[command.copy] = staging.id;
-  stagings_.emplace(staging.id, std::move(staging));
   core_.emit(std::move(command));
   update(leg);
-  if (!send.record.memory_in_use) release(send);  // which tells that a copy reads the source
+  if (!slice.packed && !send.record.memory_in_use)
+    release(send);  // which tells that a copy reads the source
+}
+
+Sender::Loan Sender::lend(uint64_t pull, uint64_t ordinal, uint64_t chunk) {
+  const Link& link = *core_.lanes.find(kLoopedLink);
+  const auto known = link.pulls.find(pull);
+  if (known == link.pulls.end() || known->second.kind != PeerPull::Kind::kLeg) return {};
+  TxLeg& leg = legs_.at(known->second.leg);
+  const auto it = leg.slices.find(ordinal);
+  if (it == leg.slices.end() || it->second.dropped) return {};
+  TxSlice& slice = it->second;
+  KVFERRY_CHECK(slice.state == TxSlice::State::kAnnounced && chunk < slice.chunks.size() &&
+                    slice.chunks[chunk].state == TxState::kIdle,
+                "a chunk is lent once, after its SLICE");
+  Staging& staging = begin_chunk(leg, ordinal, chunk);
+  staging.lent = true;
+  Send& send = sends_.at(leg.send);
+  if (!slice.packed && !send.record.memory_in_use)
+    release(send);  // which tells that a copy reads the source
+  return {staging.id, slice.plan};
+}
+
+void Sender::repay(uint64_t loan, const CopyEnded& event) {
+  gathered(stagings_.at(loan), event);
 }
 
 bool Sender::copy_ended(const CopyEnded& event) {
@@ -134,19 +178,36 @@ void Sender::gathered(Staging& staging, const CopyEnded& event) {
   staging.gathering = false;
   staging.check = event.check;
   --send.gathers;
+  if (staging.packed) {
+    SendSlice& packed = send.sends[send.by_ordinal[staging.slice]];
+    --packed.packed.gathers;
+    if (send.terminal() || packed.dropped) free_packed(packed);
+  } else {
+    --send.reads;
+  }
   send.gather += core_.now - staging.since;
   if (staging.wanted) {
     TxLeg& leg = legs_.at(staging.leg);
     TxSlice& slice = leg.slices.at(staging.slice);
     if (event.outcome != CopyOutcome::kOk) {
-      leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kGatherFailed);
+      leg_over(leg.id, LegFate::kFailed, Outcome::kFailed,
+               staging.lent ? Reason::kScatterFailed : Reason::kGatherFailed);
     } else {
       --leg.gathering;
-      ++core_.stats.chunks_gathered;
-      slice.chunks[staging.chunk].state = TxState::kStaged;
-      leg.staged.insert({staging.slice, staging.chunk});
-      if (++slice.gathered == slice.chunks.size()) {
-        --leg.ungathered;
+      if (staging.lent) {  // it is there; its ack will come
+        slice.chunks[staging.chunk].state = TxState::kOffered;
+        slice.chunks[staging.chunk].offered_once = true;
+        staging.offer = OfferId{core_.next_number()};
+        staging.offered = true;
+        staging.since = core_.now;
+        newest_[staging.offer] = staging.id;
+      } else {
+        ++core_.stats.chunks_gathered;
+        slice.chunks[staging.chunk].state = TxState::kStaged;
+        leg.staged.insert({staging.slice, staging.chunk});
+      }
+      if (++slice.gathered == slice.count) {
+        if (!slice.packed) --leg.ungathered;
         ++send.record.slices;
       }
       update(leg);
@@ -248,13 +309,16 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
     leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
   of.state = TxState::kAcked;
   of.staging = 0;
-  core_.stats.bytes_sent += staging.bytes;
+  if (!staging.lent) core_.stats.bytes_sent += staging.bytes;
   send.record.bytes_done += staging.bytes;
   ++send.chunks;
   send.wire += core_.now - staging.since;
   core_.workers.changed(send, Role::kSender);
   unwant(staging.id);
-  if (++slice.acked == slice.chunks.size()) --leg.unacked;
+  if (++slice.acked == slice.count) {
+    --leg.unacked;
+    slice.forget();
+  }
   update(leg);
 }
 

@@ -55,16 +55,21 @@ void Sender::pump(TxLeg& leg) {
   for (; leg.created < send.by_ordinal.size(); ++leg.created) {
     const SendSlice& of = send.sends[send.by_ordinal[leg.created]];
     if (of.dropped) continue;
+    // What comes from a packed copy is compiled when that is there; what comes later, after it.
+    if (of.packed.state == PackedCopy::State::kAwaited ||
+        of.packed.state == PackedCopy::State::kMaking)
+      break;
     TxSlice& slice = leg.slices[leg.created];
+    slice.packed = of.packed.state == PackedCopy::State::kMade;
     slice.compile = CompileId{core_.next_number()};
     compiles_[slice.compile] = {leg.id, leg.created};
-    ++leg.ungathered;
+    if (!slice.packed) ++leg.ungathered;
     ++leg.unacked;
     Compile compile;
     compile.compile = slice.compile;
     compile.side = Role::kSender;
     compile.context = leg.context;
-    compile.send = of.op;
+    compile.send = slice.packed ? of.packed.source : of.op;
     compile.pull = leg.pull;
     compile.offer = of.op->offer;
     compile.layers = of.op->layers;
@@ -107,7 +112,9 @@ bool Sender::compiled(Compiled& event) {
   }
   slice.plan = std::move(event.plan);
   slice.state = TxSlice::State::kCompiled;
-  slice.chunks.resize(ceil_div(slice.plan->bytes, link.chunk_bytes));
+  slice.bytes = slice.plan->bytes;
+  slice.count = ceil_div(slice.bytes, link.chunk_bytes);
+  slice.chunks.resize(slice.count);
   send.record.bytes_total += slice.plan->bytes;
   send.runs += slice.plan->runs;
   core_.workers.changed(send, Role::kSender);
@@ -128,6 +135,7 @@ MsgSlice Sender::slice_message(const TxLeg& leg, uint64_t ordinal, const TxSlice
   message.layers = op.layers;
   message.bytes = slice.plan->bytes;
   message.digest = slice.plan->digest;
+  message.with_aux = op.last && op.aux.has_value();
   if (op.last && leg.carries_aux) message.aux = op.aux;
   return message;
 }
@@ -139,8 +147,8 @@ bool Sender::tell_slice(TxLeg& leg, uint64_t ordinal, const TxSlice& slice) {
 void Sender::announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice) {
   slice.state = TxSlice::State::kAnnounced;
   (void)tell_slice(leg, ordinal, slice);
-  if (!slice.chunks.empty()) return;
-  --leg.ungathered;  // nothing to gather
+  if (slice.count > 0) return;
+  if (!slice.packed) --leg.ungathered;  // nothing to gather
   ++sends_.at(leg.send).record.slices;
 }
 
@@ -204,14 +212,16 @@ void Sender::ack(TxLeg& leg, const Ack& of) {
   TxSlice& slice = it->second;
   leg.acked_below = std::max(leg.acked_below, of.slice + 1);
   if (slice.dropped) return;  // they crossed
-  if (slice.chunks.empty()) {
+  if (slice.count == 0) {
     if (of.chunk == 0 && !slice.empty_acked) {
       slice.empty_acked = true;
+      slice.forget();
       --leg.unacked;
     }
     return;
   }
-  if (of.chunk >= slice.chunks.size() || slice.chunks[of.chunk].state <= TxState::kGathering) {
+  if (of.chunk < slice.count && slice.all_acked()) return;
+  if (of.chunk >= slice.count || slice.chunks[of.chunk].state <= TxState::kGathering) {
     leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
     return;
   }
@@ -331,9 +341,7 @@ void Sender::resync(Link& link) {
           (void)core_.lanes.send(link, MsgDrop{leg.pull->pull, ordinal});
       for (const auto& [ordinal, slice] : leg.slices) {
         // Who has acknowledged all of a slice knows it.
-        const bool known =
-            slice.chunks.empty() ? slice.empty_acked : slice.acked == slice.chunks.size();
-        if (!slice.dropped && slice.state == TxSlice::State::kAnnounced && !known)
+        if (!slice.dropped && slice.state == TxSlice::State::kAnnounced && !slice.all_acked())
           (void)tell_slice(leg, ordinal, slice);
       }
     }
@@ -360,33 +368,33 @@ void Sender::revoke(uint64_t id, const RevokeOp& op) {
         const TxLeg& leg = legs_.at(of.leg);
         const auto slice = leg.slices.find(ordinal);
         if (slice == leg.slices.end() || slice->second.state != TxSlice::State::kAnnounced ||
-            slice->second.gathered < slice->second.chunks.size())
+            slice->second.gathered < slice->second.count)
           return false;
       }
     }
     return true;
   };
+  const auto dropped = [&](uint64_t ordinal) {
+    // Released pages bring no other slices: what is packed by then stays.
+    return !send.record.released && !wholly_gathered(ordinal);
+  };
   PendingRevoke revoke;
   revoke.op = op.op;
-  for (uint64_t ordinal = 0; ordinal < send.by_ordinal.size(); ++ordinal) {
-    const SendSlice& slice = send.sends[send.by_ordinal[ordinal]];
-    const bool touched =
-        std::any_of(slice.op->offer.begin(), slice.op->offer.end(), [&](const GroupRanges& group) {
-          return std::any_of(group.ranges.begin(), group.ranges.end(),
-                             [&](const Range& range) { return range.end > op.from_token; });
-        });
-    if (!slice.dropped && touched && !wholly_gathered(ordinal)) revoke.ordinals.insert(ordinal);
-  }
+  for (auto it = send.by_end.upper_bound({op.from_token, UINT64_MAX}); it != send.by_end.end();
+       ++it)
+    if (dropped(it->second)) revoke.ordinals.insert(it->second);
   // Whatever comes anew comes with a new last slice.
   if (!revoke.ordinals.empty() && send.last) revoke.ordinals.insert(*send.last);
   for (const uint64_t ordinal : revoke.ordinals) {
     SendSlice& slice = send.sends[send.by_ordinal[ordinal]];
     slice.dropped = true;
+    send.by_end.erase({end_of(*slice.op), ordinal});
     revoke.sends.push_back(send.by_ordinal[ordinal]);
     if (slice.condition && conditions_.erase(slice.condition) > 0)
       core_.emit(UnwatchCondition{slice.condition});
     if (send.last == ordinal) send.last.reset();
     for (const uint64_t leg : send.legs) drop_slice(legs_.at(leg), ordinal);
+    drop_packed(send, slice);
   }
   for (const uint64_t leg : send.legs)
     if (legs_.at(leg).resolved) pump(legs_.at(leg));
@@ -400,25 +408,29 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
   TxSlice& slice = it->second;
   slice.dropped = true;
   slice.dropped_before = leg.announced;
-  if (slice.plan != nullptr) sends_.at(leg.send).record.bytes_total -= slice.plan->bytes;
-  if (slice.state != TxSlice::State::kAnnounced || slice.gathered < slice.chunks.size())
+  sends_.at(leg.send).record.bytes_total -= slice.bytes;
+  if (!slice.packed && (slice.state != TxSlice::State::kAnnounced || slice.gathered < slice.count))
     --leg.ungathered;
-  if (slice.chunks.empty() ? !slice.empty_acked : slice.acked < slice.chunks.size()) --leg.unacked;
+  if (slice.all_acked())
+    sends_.at(leg.send).record.bytes_done -= slice.bytes;
+  else
+    --leg.unacked;
   const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
   for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
     const TxState state = slice.chunks[chunk].state;
     if (state == TxState::kAcked)
       sends_.at(leg.send).record.bytes_done -=
-          std::min(chunk_bytes, slice.plan->bytes - chunk * chunk_bytes);
+          std::min(chunk_bytes, slice.bytes - chunk * chunk_bytes);
     if (slice.chunks[chunk].staging == 0) continue;
     Staging& staging = stagings_.at(slice.chunks[chunk].staging);
     if (state == TxState::kGathering) --leg.gathering;
     if (state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
-    if (state == TxState::kOffered)
+    if (state == TxState::kOffered && !staging.lent)
       leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
     slice.chunks[chunk].staging = 0;
     unwant(staging.id);
   }
+  slice.forget();
   if (slice.state == TxSlice::State::kAnnounced)
     (void)core_.lanes.send(*core_.lanes.find(leg.link), MsgDrop{leg.pull->pull, ordinal});
   update(leg);
@@ -429,10 +441,14 @@ void Sender::answer_revokes(Send& send) {
   if (send.revokes.empty()) return;
   std::set<uint64_t> reading;
   for (const auto& [id, staging] : stagings_)
-    if (staging.gathering && staging.send == send.id) reading.insert(staging.slice);
+    if (staging.gathering && !staging.packed && staging.send == send.id)
+      reading.insert(staging.slice);
   std::erase_if(send.revokes, [&](const PendingRevoke& revoke) {
-    for (const uint64_t ordinal : revoke.ordinals)
-      if (reading.contains(ordinal)) return false;
+    for (const uint64_t ordinal : revoke.ordinals) {
+      const SendSlice& slice = send.sends[send.by_ordinal[ordinal]];
+      if (reading.contains(ordinal) || slice.packed.state == PackedCopy::State::kMaking)
+        return false;
+    }
     Reply answer;
     answer.op = revoke.op;
     answer.slot = send.slot;

@@ -167,7 +167,7 @@ void Sender::accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> 
   TxLeg& leg = legs_.emplace(fresh.id, std::move(fresh)).first->second;
   leg.link = link.id;
   leg.send = send.id;
-  leg.in_time = !send.lease_over && !send.record.released;
+  leg.in_time = !send.lease_over;
   leg.pull = std::move(pull);
   leg.turn = {send.tenant, send.worker.value, send.id, leg.id};
   ProofFields fields;
@@ -190,7 +190,6 @@ void Sender::accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> 
   core_.timers.set({TimerKind::kLegDeadline, leg.id, 0}, expires);
   take_credits(link, leg, credits);
   start(send);
-  send.record.receiver_ready = true;
   send.record.state = TransferState::kActive;
   core_.workers.changed(send, Role::kSender);
   leg.resolve = ResolveId{core_.next_number()};
@@ -217,7 +216,8 @@ Place* Sender::place_for(Send& send, const TxLeg& leg, const PullResolved& event
     }
   }
   if (it == send.places.end()) {
-    if (!leg.in_time || send.record.released || send.places.size() >= send.max_receivers) {
+    // A source is released while a place is left only if packed copies serve it.
+    if (!leg.in_time || send.places.size() >= send.max_receivers) {
       refusal = Reason::kRefused;
       return nullptr;
     }
@@ -239,10 +239,26 @@ void Sender::pull_resolved(PullResolved& event) {
   resolves_.erase(it);
   leg.resolve = {};
   Send& send = sends_.at(leg.send);
+  // A copy between two layouts that share pages could read what it has written. No other layout of
+  // that receiver will come.
+  const LayoutHandle* other =
+      leg.link == kLoopedLink ? core_.receiver.layout_of(leg.pull->pull.counter) : nullptr;
+  if (other != nullptr && send.layout->shares_pages(*other)) {
+    const uint64_t id = send.id;
+    leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kIncompatible);
+    if (Send* left = find(id); left != nullptr && !left->terminal()) evaluate(*left);
+    return;
+  }
   Reason reason = event.reason;
   Place* place = reason == Reason::kNone ? place_for(send, leg, event, reason) : nullptr;
   if (place == nullptr) {
+    const std::shared_ptr<const MsgPull> pull = leg.pull;
+    PeerPull& entry = core_.lanes.find(leg.link)->pulls.at(pull->pull.counter);
     end_leg(leg, Outcome::kFailed, reason);
+    if (event.reason != Reason::kNone)
+      entry.turned_away =
+          std::make_unique<TurnedAway>(TurnedAway{pull->sender_rank, pull->receiver_instance,
+                                                  pull->receiver_incarnation, pull->receiver_rank});
     evaluate(send);
     return;
   }
@@ -254,6 +270,7 @@ void Sender::pull_resolved(PullResolved& event) {
   of.leg = leg.id;
   for (const SenderLeg& known : event.legs)
     if (known.receiver_rank == leg.pull->receiver_rank) leg.carries_aux = known.carries_aux;
+  leg_needs(send, *place, event.needs);
   lease_timer(send);
   pump(leg);
 }
@@ -284,8 +301,9 @@ void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outco
 }
 
 void Sender::answer_end(Link& link, uint64_t pull, const PeerPull& ended) {
-  (void)core_.lanes.send(
-      link, MsgEnd{PullId{link.boot, pull}, ended.name, ended.outcome, ended.reason, std::nullopt});
+  (void)core_.lanes.send_end(
+      link, Role::kSender,
+      MsgEnd{PullId{link.boot, pull}, ended.name, ended.outcome, ended.reason, std::nullopt});
 }
 
 // The peer has closed all its pulls below `oldest`.
@@ -313,18 +331,26 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
     core_.dropped(DropCause::kUnknownPull);
     if (pull < link.oldest) return;
     // Nothing was ever heard of it, so there is nothing to end; the peer may close it.
-    (void)core_.lanes.send(link, MsgEnd{message.pull, message.transfer, message.outcome,
-                                        message.reason, std::nullopt});
+    (void)core_.lanes.send_end(
+        link, Role::kSender,
+        MsgEnd{message.pull, message.transfer, message.outcome, message.reason, std::nullopt});
     return;
   }
   PeerPull& entry = it->second;
   const bool released = message.outcome == Outcome::kReleased;
   const Reason reason = message.reason == Reason::kNone ? Reason::kCancelled : message.reason;
   switch (entry.kind) {
-    case PeerPull::Kind::kEnded:
+    case PeerPull::Kind::kEnded: {
       // Our END may be lost, and the peer repeats its own until it has seen ours.
       answer_end(link, pull, entry);
+      const std::unique_ptr<TurnedAway> away = std::move(entry.turned_away);
+      if (away == nullptr || released || message.outcome == Outcome::kCompleted) return;
+      // It could have come again with newer cards, and does not.
+      Send* send = find(NameAndRank{entry.name, away->sender_rank});
+      if (send != nullptr && !send->terminal())
+        lose_place(*send, away->instance, away->incarnation, away->rank, reason);
       return;
+    }
     case PeerPull::Kind::kParked: {
       const std::unique_ptr<ParkedPull> parked = unpark(link, pull);
       if (!released && message.outcome != Outcome::kCompleted) {
@@ -466,7 +492,7 @@ void Sender::lose_place(Send& send, const std::string& instance, const Incarnati
   send.places[*lost].legs[rank].fate = LegFate::kFailed;
   lease_timer(send);
   fail_place(send, *lost, reason);
-  if (!send.terminal()) evaluate(send);
+  evaluate(send);  // it may be gone now
 }
 
 // ---- what came before the Send ----------------------------------------------------------------

@@ -50,6 +50,7 @@ EngineSnapshot Core::snapshot(Time at) const {
     snapshot.transfers.push_back(std::move(view));
   }
   for (const auto& [id, link] : lanes.all()) {
+    if (link.looped()) continue;  // no peer
     LinkView view;
     view.link = id;
     view.node = link.node;
@@ -69,6 +70,7 @@ EngineSnapshot Core::snapshot(Time at) const {
   view.total_bytes = arena.total_bytes();
   view.free_bytes = view.total_bytes;
   for (const auto& [id, region] : receiver.regions()) {
+    if (region.local) continue;
     uint64_t* bytes = nullptr;
     switch (region.state) {
       case RegionState::kGranted:
@@ -92,11 +94,18 @@ EngineSnapshot Core::snapshot(Time at) const {
     ++view.regions;
   }
   for (const auto& [id, staging] : sender.stagings()) {
+    if (staging.lent) continue;
     view.staging_bytes += staging.region.bytes;
     view.free_bytes -= staging.region.bytes;
     ++view.regions;
   }
+  snapshot.arena.reserved_bytes = arena.reserved_frames() * arena.frame_bytes();
+  snapshot.reservations = static_cast<uint32_t>(reservations.count());
   snapshot.workers = workers.count();
+  snapshot.packed_bytes = sender.packed_bytes();
+  snapshot.packed_copies = sender.packed_copies();
+  snapshot.reuse_entries = reuse.entries();
+  snapshot.reuse_pins = reuse.pins();
   snapshot.draining = draining;
   return snapshot;
 }

@@ -59,6 +59,7 @@ struct ArenaView {
   uint64_t scattering_bytes = 0;
   uint64_t quarantined_bytes = 0;
   uint64_t staging_bytes = 0;
+  uint64_t reserved_bytes = 0;  // promised, used or not; not part of the sum
   uint32_t regions = 0;
 };
 
@@ -67,6 +68,11 @@ struct EngineSnapshot {
   std::vector<LinkView> links;
   ArenaView arena;
   uint32_t workers = 0;
+  uint32_t reservations = 0;  // in line or promised
+  uint64_t packed_bytes = 0;  // of packed copies, made or promised
+  uint32_t packed_copies = 0;
+  uint64_t reuse_entries = 0;
+  uint64_t reuse_pins = 0;
   bool draining = false;
 };
 
@@ -95,9 +101,21 @@ struct EngineStats {
   uint64_t credits_withdrawn = 0;
   uint64_t quarantines = 0;
   uint64_t chunks_gathered = 0;
+  uint64_t chunks_ahead = 0;  // of those: begun without a credit in hand
   uint64_t chunks_scattered = 0;
+  uint64_t packed_made = 0;
+  uint64_t packed_refused = 0;  // Sends, for want of room
+  uint64_t chunks_local = 0;    // from page to page, of legs within this daemon
+  uint64_t bytes_local = 0;     // ... and their bytes; of neither of the next two
   uint64_t bytes_sent = 0;      // acknowledged by receivers
   uint64_t bytes_received = 0;  // scattered
+  uint64_t reuse_commits = 0;
+  uint64_t reuse_lookups = 0;      // by LookupReuse
+  uint64_t reuse_lookup_hits = 0;  // groups of which it found something
+  uint64_t reuse_withdrawn = 0;    // entries, by WithdrawReuse
+  uint64_t reuse_evicted = 0;      // entries, for newer ones
+  uint64_t reuse_blocks = 0;       // that receives had from the node
+  uint64_t reuse_bytes = 0;        // copied for them
 };
 
 }  // namespace kvferry::engine

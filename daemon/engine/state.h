@@ -15,9 +15,11 @@
 
 #include "daemon/engine/commands.h"
 #include "daemon/engine/config.h"
+#include "daemon/engine/coverage.h"
 #include "daemon/engine/events.h"
 #include "daemon/engine/fair_queue.h"
 #include "daemon/engine/messages.h"
+#include "daemon/engine/reuse_types.h"
 
 namespace kvferry::engine {
 
@@ -51,6 +53,15 @@ struct ParkedPull {
   Time expires;
 };
 
+// A receiver rank whose proven pull was turned away before it had a place: if it does not come
+// again, its END says so.
+struct TurnedAway {
+  uint32_t sender_rank = 0;
+  std::string instance;
+  Incarnation incarnation;
+  uint32_t rank = 0;
+};
+
 // What this side, as sender, knows of one pull of the peer.
 struct PeerPull {
   enum class Kind : uint8_t { kParked, kLeg, kEnded } kind = Kind::kEnded;
@@ -59,8 +70,11 @@ struct PeerPull {
   TransferName name;                   // kEnded: goes into every END
   Outcome outcome = Outcome::kFailed;  // kEnded: our END
   Reason reason = Reason::kNone;
+  std::unique_ptr<TurnedAway> turned_away;  // kEnded, the peer's END has not come
 };
 
+// kLoopedLink has one too, without lanes: it never ends, and what is said on it comes straight back
+// (Lanes::loop).
 struct Link {
   LinkId id;
   std::string node;
@@ -87,6 +101,8 @@ struct Link {
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
   uint64_t oldest_told = 0;  // what the peer may forget, as last told by a message
+
+  bool looped() const { return id == kLoopedLink; }
 };
 
 // One rank's part of a transfer: several instances on one daemon may receive the same one.
@@ -116,6 +132,7 @@ struct Transfer {
   TransferName name;
   std::shared_ptr<const LayoutHandle> layout;
   TransferRecord record;
+  std::optional<DoneWord> done;
   Time created;
   Time first_move;  // when its first region was taken
   bool moved = false;
@@ -146,13 +163,23 @@ struct TxChunk {
 struct TxSlice {
   enum class State : uint8_t { kCompiling, kCompiled, kAnnounced } state = State::kCompiling;
   CompileId compile;
+  // Of a slice that is wholly acknowledged, or dropped, only numbers are kept: no plan, no chunks.
   std::shared_ptr<const Plan> plan;
   std::vector<TxChunk> chunks;
+  uint64_t bytes = 0;  // from compilation on; so `count`
+  uint64_t count = 0;  // of its chunks
   uint64_t gathered = 0;
   uint64_t acked = 0;
   bool empty_acked = false;
   bool dropped = false;
+  bool packed = false;          // brings a packed copy: its gathers do not read the pages
   uint64_t dropped_before = 0;  // ordinals from here on were announced after its DROP
+
+  bool all_acked() const { return count == 0 ? empty_acked : acked == count; }
+  void forget() {
+    plan.reset();  // and with it a packed copy
+    chunks = std::vector<TxChunk>();
+  }
 };
 
 // An offer that nobody waits for any more, though it may not have arrived: its chunk's slice was
@@ -175,13 +202,13 @@ struct TxLeg {
   std::shared_ptr<const LegContext> context;
   uint32_t dp_group = 0;  // the receiver's
   bool carries_aux = false;
-  Proof proof;                                     // of what we say
-  std::map<uint64_t, TxSlice> slices;              // by ordinal
-  uint64_t created = 0;                            // ordinals below have an entry or were dropped
-  uint64_t acked_below = 0;                        // the highest ordinal with an ack, plus 1
-  uint64_t announced = 0;                          // ordinals below are announced or dropped
-  uint64_t ungathered = 0;                         // entries that count and are not wholly gathered
-  uint64_t unacked = 0;                            // ... and not wholly acked
+  Proof proof;                         // of what we say
+  std::map<uint64_t, TxSlice> slices;  // by ordinal
+  uint64_t created = 0;                // ordinals below have an entry or were dropped
+  uint64_t acked_below = 0;            // the highest ordinal with an ack, plus 1
+  uint64_t announced = 0;              // ordinals below are announced or dropped
+  uint64_t ungathered = 0;  // entries that count and are neither packed nor wholly gathered
+  uint64_t unacked = 0;     // ... and not wholly acked
   std::pair<uint64_t, uint64_t> cursor{};          // next chunk to gather: slice, chunk
   std::set<std::pair<uint64_t, uint64_t>> staged;  // gathered, waiting for credit or lane
   uint32_t gathering = 0;
@@ -199,7 +226,8 @@ struct TxLeg {
   FairKey turn;
 };
 
-// A region that holds a chunk on its way out. Lives on after its leg until nobody reads it.
+// A region that holds a chunk on its way out. Lives on after its leg until nobody reads it. A chunk
+// that is lent to a receiver on this daemon has no region: it is copied from page to page.
 struct Staging {
   uint64_t id = 0;
   memory::Region region;
@@ -210,7 +238,9 @@ struct Staging {
   uint64_t chunk = 0;
   uint64_t bytes = 0;
   Check check;
-  bool gathering = true;
+  bool lent = false;
+  bool gathering = true;         // lent: that copy runs
+  bool packed = false;           // gathered from a packed copy
   bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
   uint32_t sends = 0;            // UCX sends that have not ended
   OfferId offer;                 // the newest
@@ -223,6 +253,20 @@ struct Staging {
   Time since;         // gather or offer began
 };
 
+// The packed copy of a slice.
+struct PackedCopy {
+  enum class State : uint8_t {
+    kNone,     // not asked for, or gone
+    kAwaited,  // asked for: the slice's condition does not hold yet
+    kMaking,
+    kMade,
+  } state = State::kNone;
+  uint64_t bytes = 0;                    // taken of the limit
+  uint32_t gathers = 0;                  // running ones read it
+  CopyId copy;                           // kMaking
+  std::shared_ptr<const SendOp> source;  // kMade: the Send as if it had been made from the copy
+};
+
 struct SendSlice {
   std::shared_ptr<const SendOp> op;
   bool ready = false;
@@ -230,6 +274,7 @@ struct SendSlice {
   bool gone = false;  // rounds to nothing, not the last: never goes out
   uint64_t ordinal = 0;
   ConditionId condition;
+  PackedCopy packed;
 };
 
 struct ReceiverKey {
@@ -248,7 +293,8 @@ struct Place {
     LegFate fate = LegFate::kExpected;
     uint64_t leg = 0;
   };
-  std::map<uint32_t, Leg> legs;  // by receiver rank, all that exist by holdings
+  std::map<uint32_t, Leg> legs;    // by receiver rank, all that exist by holdings
+  std::vector<GroupRanges> needs;  // of all legs that have come, by this rank's groups
   bool failed = false;
   Reason reason = Reason::kNone;
 };
@@ -271,10 +317,16 @@ struct Send : Transfer {
   std::vector<SendSlice> sends;      // by send index
   std::vector<uint32_t> by_ordinal;  // ordinal -> send index
   std::optional<uint64_t> last;      // ordinal of the last slice
+  // Slices that have ranges and are not dropped: where the last of them ends, ordinal.
+  std::set<std::pair<uint64_t, uint64_t>> by_end;
   std::map<ReceiverKey, Place> places;
   std::set<uint64_t> legs;  // live ones
   std::set<std::pair<std::string, std::pair<Incarnation, uint32_t>>> declined;
-  uint32_t gathers = 0;     // running ones read the source
+  uint32_t gathers = 0;     // running ones, and packed copies being made ...
+  uint32_t reads = 0;       // ... of which these read the pages
+  uint32_t paged = 0;       // slices that count, offer something and are not packed
+  uint32_t packed = 0;      // ... that are ...
+  uint32_t unpacked = 0;    // ... and whose copy has not been made
   bool all_offered = true;  // no leg ended with a chunk that was never offered
   std::vector<PendingRevoke> revokes;
 };
@@ -286,11 +338,23 @@ enum class RxState : uint8_t { kNeeded, kLanding, kLanded, kScattering, kDone };
 struct RxSlice {
   enum class State : uint8_t { kCompiling, kCounts, kDropped } state = State::kCompiling;
   CompileId compile;
-  std::shared_ptr<const MsgSlice> message;
+  std::vector<GroupRanges> ranges;  // as its SLICE said; none once it is dropped
+  std::optional<Range> layers;
+  uint64_t digest = 0;
+  // Of a slice that is wholly done only numbers are kept: no plan, no chunks.
   std::shared_ptr<const Plan> plan;
   uint64_t bytes = 0;
   std::vector<RxState> chunks;
+  uint64_t count = 0;  // of its chunks, from compilation on
   uint64_t done = 0;
+  uint64_t begun = 0;  // local: chunks below are copied or being copied
+
+  bool all_done() const { return state == State::kCounts && done == count; }
+  RxState chunk_state(uint64_t chunk) const { return all_done() ? RxState::kDone : chunks[chunk]; }
+  void forget() {
+    plan.reset();
+    chunks = std::vector<RxState>();
+  }
 };
 
 struct HeldOffer {
@@ -307,16 +371,13 @@ enum class RxLegState : uint8_t {
   kEnded,     // our side is terminal; waits for the peer's END
 };
 
-// Which tokens of which layers have come, to notice cells that come twice: per sender group, per
-// interval of layers, disjoint token ranges (begin -> end).
-using Coverage = std::map<uint32_t, std::map<Range, std::map<uint64_t, uint64_t>>>;
-
 struct RxLeg {
   uint64_t pull = 0;
   LinkId link;
   uint64_t receive = 0;
   uint32_t sender_rank = 0;
   uint32_t dp_group = 0;  // the sender's
+  bool local = false;     // its sender is on this daemon
   bool empty = false;
   bool carries_aux = false;
   bool any_dropped = false;  // a slice of it was
@@ -334,8 +395,9 @@ struct RxLeg {
   Proof expected_proof;  // of that send
   std::map<uint64_t, RxSlice> slices;
   Coverage coverage;
-  uint64_t ranges = 0;  // that its slices have named
   std::optional<uint64_t> last;
+  bool with_aux = false;           // `last` says so
+  std::optional<std::string> aux;  // ... and brought it
   uint64_t compiling = 0;
   uint64_t known_bytes = 0;  // of slices that count
   uint64_t known_chunks = 0;
@@ -350,6 +412,7 @@ struct RxLeg {
   std::vector<Ack> new_acks;
   uint32_t dropped_scatters = 0;  // running scatters of dropped slices
   uint32_t passes = 0;
+  std::set<uint64_t> to_copy;  // local: slices with chunks that are not begun
   bool queued = false;
   bool queued_idle = false;
   FairKey turn;
@@ -357,7 +420,8 @@ struct RxLeg {
 
 enum class RegionState : uint8_t { kGranted, kLanding, kLanded, kScattering, kQuarantined };
 
-// A landing region from grant to release. Its number is the landing's.
+// A landing region from grant to release. Its number is the landing's. A chunk of a local leg has
+// one without a byte of the arena, SCATTERING all its life.
 struct RxRegion {
   uint64_t id = 0;
   memory::Region region;
@@ -374,10 +438,14 @@ struct RxRegion {
   Check check;
   Time since;
   bool of_dropped = false;  // SCATTERING, its slice has been dropped since
+  bool clearing = false;    // SCATTERING: the bytes are written, the slice's tail is being cleared
+  bool local = false;
+  uint64_t loan = 0;  // local: what the sender lends, until the copy has ended
 };
 
 struct Receive : Transfer {
-  std::shared_ptr<const ReceiveOp> op;
+  std::shared_ptr<const ReceiveOp> asked;  // as the worker called
+  std::shared_ptr<const ReceiveOp> op;     // without what the node's own blocks bring
   ResolveId resolve;
   uint32_t resolves = 0;
   Incarnation sender_incarnation;
@@ -388,10 +456,21 @@ struct Receive : Transfer {
   bool decided = false;       // one group is left
   bool first_slice = false;
   ConditionId condition;
-  bool ready = false;
+  bool signalled = false;     // the worker's condition holds
+  bool ready = false;         // ... and nobody reads the blocks that are written
   std::set<uint64_t> landed;  // regions that wait for their scatter
   uint32_t scatters = 0;
   bool granted_any = false;
+  uint64_t reservation = 0;  // 0: none
+
+  // Reuse of the node's blocks.
+  std::map<uint64_t, ReuseCopy> copies;  // that are not done
+  uint32_t copying = 0;                  // chunks of them under way
+  std::vector<BlockPlace> writes;        // places that are written until its end
+  std::set<BlockPlace> read_by_others;   // ... of which these are still read
+  std::shared_ptr<const CommitReuseOp> committed;
+
+  bool writing() const { return scatters + copying > 0; }
 };
 
 }  // namespace kvferry::engine

@@ -29,6 +29,8 @@ enum class TimerKind : uint8_t {
   kClaimRenew,       // a: claim
   kClaimEnd,         // a: claim
   kDeclineEnd,       // a: decline
+  kReusePin,         // a: pin
+  kReservation,      // a: reservation
   kDrain,
 };
 

@@ -203,6 +203,7 @@ void fields(Io& io, M& m) {
   });
   io.number(m.bytes, "bytes");
   io.number(m.digest, "digest");
+  io.boolean(m.with_aux, "with_aux");
   optional(io, m.aux, "aux", [&](auto& aux) { io.text(aux, kMaxAuxBytes, "aux"); });
 }
 template <typename Io, Is<MsgOffer> M>

@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "daemon/base/units.h"
+#include "daemon/memory/shared_memory.h"
 
 namespace kvferry::memory {
 namespace {
@@ -89,8 +90,16 @@ Result<std::shared_ptr<HostPool>> HostPool::import(UniqueFd fd, uint64_t bytes,
   if (base == MAP_FAILED) return call_failed("mmap");
   // Best effort: a worker's memory has no business in the daemon's core dump.
   ::madvise(base, mapped, MADV_DONTDUMP);
-  return std::shared_ptr<HostPool>(
-      new HostPool(std::move(fd), static_cast<std::byte*>(base), bytes, mapped));
+  return std::shared_ptr<HostPool>(new HostPool(std::move(fd), {file.st_dev, file.st_ino},
+                                                static_cast<std::byte*>(base), bytes, mapped));
+}
+
+Result<std::shared_ptr<HostPool>> HostPool::create(std::string_view name, uint64_t bytes) {
+  auto memory = SharedMemory::create(name, bytes);
+  KVFERRY_RETURN_IF_ERROR(memory);
+  UniqueFd fd(::fcntl(memory->fd(), F_DUPFD_CLOEXEC, 0));
+  if (!fd) return call_failed("fcntl");
+  return import(std::move(fd), bytes);
 }
 
 HostPool::~HostPool() {

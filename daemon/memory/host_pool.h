@@ -7,11 +7,14 @@
 // lasts until the last copy has ended. All functions may be called from any thread.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "daemon/base/result.h"
@@ -40,6 +43,10 @@ class HostPool {
                                                   const HostPoolLimits& limits = {},
                                                   std::string field = "pools");
 
+  // Memory of the daemon's own that is used like a worker's, all of it taken at once. Errors: those
+  // of SharedMemory::create. Blocks for as long as the kernel zeroes `bytes`.
+  static Result<std::shared_ptr<HostPool>> create(std::string_view name, uint64_t bytes);
+
   ~HostPool();
   HostPool(const HostPool&) = delete;
   HostPool& operator=(const HostPool&) = delete;
@@ -47,6 +54,10 @@ class HostPool {
   std::byte* base() const { return base_; }
   uint64_t bytes() const { return bytes_; }
   bool contains(const void* address) const;
+  // Whether both are of one file, so that some bytes may be of both.
+  bool same_file(const HostPool& other) const {
+    return file_.device == other.file_.device && file_.inode == other.file_.inode;
+  }
 
   // Set when a copy faulted, never cleared: nothing is copied from or to the pool any more.
   bool failed() const { return failed_.load(std::memory_order_acquire); }
@@ -57,10 +68,15 @@ class HostPool {
   bool still_allocated() const;
 
  private:
-  HostPool(UniqueFd fd, std::byte* base, uint64_t bytes, uint64_t mapped_bytes)
-      : fd_(std::move(fd)), base_(base), bytes_(bytes), mapped_bytes_(mapped_bytes) {}
+  struct FileId {
+    dev_t device;
+    ino_t inode;
+  };
+  HostPool(UniqueFd fd, FileId file, std::byte* base, uint64_t bytes, uint64_t mapped_bytes)
+      : fd_(std::move(fd)), file_(file), base_(base), bytes_(bytes), mapped_bytes_(mapped_bytes) {}
 
   const UniqueFd fd_;
+  const FileId file_;
   std::byte* const base_;
   const uint64_t bytes_;
   const uint64_t mapped_bytes_;  // rounded up to the file's page size

@@ -213,6 +213,7 @@ void Admin::list_arenas(Time, rpc::Reply<std::vector<rpc::ArenaInfo>> done) {
     row.scattering_bytes = snapshot.arena.scattering_bytes;
     row.quarantined_bytes = snapshot.arena.quarantined_bytes;
     row.staging_bytes = snapshot.arena.staging_bytes;
+    row.reserved_bytes = snapshot.arena.reserved_bytes;
     row.regions = snapshot.arena.regions;
     row.segments = static_cast<uint32_t>(config_.arena.bytes / config_.arena.segment_bytes);
     done(std::vector<rpc::ArenaInfo>{row});

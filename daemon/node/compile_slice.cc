@@ -1,11 +1,13 @@
 #include "daemon/node/compile_slice.h"
 
+#include <algorithm>
 #include <map>
 #include <utility>
 #include <vector>
 
 #include "daemon/mapping/plan.h"
 #include "daemon/mapping/stream.h"
+#include "daemon/mapping/validate.h"
 #include "daemon/node/registered_layout.h"
 
 namespace kvferry::node {
@@ -98,9 +100,104 @@ engine::Compiled compile_now(const engine::Compile& command) {
     Result<mapping::Plan> tail =
         mapping::bind_tail(*stream, layout->layout, blocks, prompts_of(layout->layout, needs));
     if (!tail) return failed(command, reason_of(tail.error()), tail.error().to_string());
-    plan->tail = std::make_shared<const mapping::Plan>(std::move(*tail));
+    plan->has_tail = tail->bytes() > 0;
+    if (plan->has_tail) plan->tail = std::make_shared<const mapping::Plan>(std::move(*tail));
   }
   return {command.compile, Reason::kNone, {}, std::move(plan)};
+}
+
+// ---- copies between two layouts of this daemon -------------------------------------------------
+
+namespace {
+
+// The groups of `layout` that `needs` names, renumbered from 0: what the others look like is
+// nobody's affair in this copy.
+struct Part {
+  mapping::RankLayout layout;
+  std::vector<mapping::GroupNeed> needs;
+  std::vector<mapping::GroupBlocks> blocks;
+};
+Result<Part> part_of(const mapping::RankLayout& layout,
+                     const std::vector<mapping::GroupNeed>& needs,
+                     const std::vector<mapping::GroupBlocks>& blocks) {
+  Part part;
+  part.layout.fingerprint = layout.fingerprint;
+  part.layout.pools = layout.pools;
+  for (const mapping::GroupNeed& need : needs) {
+    if (need.group >= layout.groups.size())
+      return fail(Code::kInvalidArgument, "UNKNOWN_GROUP", "no such group", "needs");
+    const auto number = static_cast<uint32_t>(part.layout.groups.size());
+    part.layout.groups.push_back(layout.groups[need.group]);
+    part.needs.push_back(need);
+    part.needs.back().group = number;
+    for (const mapping::GroupBlocks& of : blocks) {
+      if (of.group != need.group) continue;
+      part.blocks.push_back(of);
+      part.blocks.back().group = number;
+    }
+  }
+  return part;
+}
+
+std::shared_ptr<const mapping::Instance> alone(const mapping::RankLayout& layout) {
+  auto instance = std::make_shared<mapping::Instance>();
+  instance->ranks.push_back(mapping::holding_of(layout));
+  instance->ranks.front().topology = {};
+  return instance;
+}
+
+Result<std::shared_ptr<const CompiledPlan>> bound(
+    const mapping::Stream& stream, mapping::Side side,
+    const std::shared_ptr<const RegisteredLayout>& layout, const mapping::RankLayout& shape,
+    const std::vector<mapping::GroupBlocks>& blocks) {
+  Result<mapping::Plan> plan = mapping::bind_plan(stream, side, shape, blocks);
+  if (!plan) return tl::unexpected<Error>(std::move(plan).error());
+  auto compiled = std::make_shared<CompiledPlan>();
+  compiled->layout = layout;
+  compiled->bytes = stream.bytes;
+  compiled->digest = stream.digest;
+  compiled->runs = plan->run_count();
+  compiled->plan = std::make_shared<const mapping::Plan>(std::move(*plan));
+  return std::shared_ptr<const CompiledPlan>(std::move(compiled));
+}
+
+Status compile_copy(const engine::CompileCopy& command, engine::CopyCompiled& out) {
+  const auto source = std::dynamic_pointer_cast<const RegisteredLayout>(command.source);
+  const auto destination = std::dynamic_pointer_cast<const RegisteredLayout>(command.destination);
+  if (source == nullptr || destination == nullptr)
+    return fail(Code::kInternal, "NO_LAYOUT", "a copy has two layouts");
+  Result<Part> part = part_of(destination->layout, command.needs, command.destination_blocks);
+  if (!part) return tl::unexpected<Error>(std::move(part).error());
+  const auto table = mapping::LegTable::make(alone(source->layout), alone(part->layout));
+  if (!table) return tl::unexpected<Error>(table.error());
+  // The source offers all that anybody asks for: the needs alone decide what is copied.
+  uint64_t end = 0;
+  for (const mapping::GroupNeed& need : part->needs) end = std::max(end, need.end);
+  std::vector<mapping::GroupRanges> offer;
+  for (uint32_t group = 0; group < source->layout.groups.size(); ++group)
+    offer.push_back(
+        {group, {{0, round_up(end, mapping::granule_of(source->layout.groups[group]))}}});
+  const Result<mapping::Stream> stream = mapping::compile_stream(**table, 0, 0, part->needs, offer);
+  if (!stream) return tl::unexpected<Error>(stream.error());
+  auto from = bound(*stream, mapping::Side::kSender, source, source->layout, command.source_blocks);
+  if (!from) return tl::unexpected<Error>(std::move(from).error());
+  auto to = bound(*stream, mapping::Side::kReceiver, destination, part->layout, part->blocks);
+  if (!to) return tl::unexpected<Error>(std::move(to).error());
+  out.source = std::move(*from);
+  out.destination = std::move(*to);
+  return {};
+}
+
+}  // namespace
+
+engine::CopyCompiled compile_now(const engine::CompileCopy& command) {
+  engine::CopyCompiled answer;
+  answer.compile = command.compile;
+  if (const Status done = compile_copy(command, answer); !done) {
+    answer.reason = reason_of(done.error());
+    answer.message = done.error().to_string();
+  }
+  return answer;
 }
 
 }  // namespace kvferry::node

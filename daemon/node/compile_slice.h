@@ -20,6 +20,8 @@ struct CompileContext : engine::LegContext {
 };
 
 engine::Compiled compile_now(const engine::Compile& command);
+// The same for a copy between two layouts of this daemon.
+engine::CopyCompiled compile_now(const engine::CompileCopy& command);
 
 // The reason that a transfer ends with for an error of the directory or the mapping.
 Reason reason_of(const Error& error);

@@ -87,6 +87,7 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.chunk_bytes = config.engine.chunk_bytes;
   out.leg_credits = config.engine.leg_credits;
   out.staged_ahead = config.engine.staged_ahead;
+  out.max_packed_bytes = config.engine.packed_bytes;
   out.starvation_passes = config.engine.passed_over_limit;
   out.default_lease = config.engine.lease;
   out.default_wait = config.engine.wait_deadline;
@@ -143,6 +144,7 @@ struct Daemon::Impl {
   std::unique_ptr<copy::CopyPool> copies;
   std::unique_ptr<TaskPool> look_ups;
   std::unique_ptr<TaskPool> compiles;
+  std::unique_ptr<TaskPool> packer;
   std::unique_ptr<rpc::PeerDialer> dialer;
   LatePeerBackend late_peers;
   std::unique_ptr<LinkManager> links;
@@ -198,6 +200,7 @@ Status Daemon::Impl::make_core() {
   copies = std::make_unique<copy::CopyPool>(copy_options);
   look_ups = std::make_unique<TaskPool>("kvf-lookup", 2, 1 << 16);
   compiles = std::make_unique<TaskPool>("kvf-compile", 1, 1 << 17);
+  packer = std::make_unique<TaskPool>("kvf-pack", 1, 1 << 16);
   dialer = rpc::grpc_peer_dialer();
 
   auto listener = rpc::PeerServer::start({config.peer.listen, 256}, late_peers);
@@ -239,6 +242,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   parts.arena = &arena;
   parts.rails = std::move(rails);
   parts.copies = copies.get();
+  parts.packer = packer.get();
   parts.directory = directory.get();
   parts.links = links.get();
   parts.metrics = metrics.get();
@@ -256,7 +260,10 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
     }
   }
   engine = std::make_unique<EngineThread>(std::move(parts));
-  registry = std::make_unique<Registry>(*engine, *directory, *metrics);
+  std::string transports;
+  for (const std::string& transport : config.rails.transports)
+    transports += (transports.empty() ? "" : ",") + transport;
+  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(transports));
   Admin::Facts facts;
   facts.version = ops::version();
   facts.commit = ops::commit();
@@ -296,6 +303,7 @@ Status Daemon::Impl::make_listeners() {
   worker_config.limits.deadline_max = config.engine.transfer_deadline_max;
   worker_config.limits.max_receivers = config.engine.max_receivers;
   worker_config.limits.timeline_words = lifeline_config.page.timeline_words;
+  worker_config.limits.done_words = lifeline_config.page.done_words;
   worker_config.on_answer = [this](Code code) { metrics->rpc_ended(code); };
 
   // The gRPC socket first: a worker that has attached may call at once.
@@ -402,6 +410,7 @@ void Daemon::stop() {
   if (d.peer_server) d.peer_server->shutdown(soon);
   if (d.look_ups) d.look_ups->stop();
   if (d.compiles) d.compiles->stop();
+  if (d.packer) d.packer->stop();
   if (d.http) d.http->join();
 }
 

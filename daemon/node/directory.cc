@@ -170,17 +170,24 @@ Result<std::string> Directory::ticket(const std::string& instance) const {
   return format_ticket(ticket);
 }
 
+template <typename Command>
+bool Directory::Impl::compile_later(const Command& command) {
+  auto work = std::make_shared<const Command>(command);
+  MutexLock lock(mutex);
+  return !stopped &&
+         compile_pool.post([impl = shared_from_this(), work] { impl->sink(compile_now(*work)); });
+}
+
 void Directory::compile(const engine::Compile& command) {
-  auto work = std::make_shared<const engine::Compile>(command);
-  bool posted = false;
-  {
-    MutexLock lock(impl_->mutex);
-    posted = !impl_->stopped &&
-             impl_->compile_pool.post([impl = impl_, work] { impl->sink(compile_now(*work)); });
-  }
-  if (!posted)
-    impl_->sink(engine::Compiled{command.compile, Reason::kInternal,
-                                 "too many slices wait to be compiled", nullptr});
+  if (impl_->compile_later(command)) return;
+  impl_->sink(engine::Compiled{command.compile, Reason::kInternal,
+                               "too many slices wait to be compiled", nullptr});
+}
+
+void Directory::compile(const engine::CompileCopy& command) {
+  if (impl_->compile_later(command)) return;
+  impl_->sink(engine::CopyCompiled{command.compile, Reason::kInternal,
+                                   "too many copies wait to be compiled", nullptr, nullptr});
 }
 
 Result<rpc::CardPage> Directory::answer_cards(const PeerRef& peer, const rpc::CardQuery& query) {

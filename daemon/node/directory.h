@@ -44,6 +44,7 @@ struct Registration {
 };
 
 struct JoinOutcome {
+  bool existing = false;  // the same cards were joined before
   Incarnation incarnation;
   bool complete = false;
   std::vector<uint32_t> missing_ranks;
@@ -81,8 +82,9 @@ class Directory : public PeerQuestions {
 
   // Cards of all ranks, as add_local() made them on their nodes. Asks every node named for its own
   // cards; `done` when all have answered or at the deadline, with what is missing; asking goes on
-  // in the background. PERMISSION_DENIED INSTANCE_FOREIGN, INVALID_ARGUMENT BAD_CARD, NOT_FOUND
-  // INSTANCE_UNKNOWN (no rank of it is here).
+  // in the background. The same cards again, in any order, are `existing`; the nodes are asked
+  // all the same, as one of them may have started anew. PERMISSION_DENIED INSTANCE_FOREIGN,
+  // INVALID_ARGUMENT BAD_CARD, NOT_FOUND INSTANCE_UNKNOWN (no rank of it is here).
   void join(const std::string& instance, const std::vector<std::string>& cards,
             const std::optional<InstanceKey>& key, Time deadline,
             std::function<void(Result<JoinOutcome>)> done);
@@ -99,6 +101,7 @@ class Directory : public PeerQuestions {
   void cancel_resolve(const engine::CancelResolve& command);
   void resolve_pull(const engine::ResolvePull& command);
   void compile(const engine::Compile& command);
+  void compile(const engine::CompileCopy& command);
 
   // --- PeerQuestions.
   Result<rpc::CardPage> answer_cards(const PeerRef& peer, const rpc::CardQuery& query) override;

@@ -37,6 +37,7 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
     std::map<uint32_t, rpc::SignedCard> joined;  // confirmed by the nodes that made them
     CardSetPtr set;                              // null while a rank is missing
     std::shared_ptr<Join> join;
+    std::optional<Digest16> asked;  // the cards of the last JoinInstance here
   };
   using LocalKey = std::pair<std::string, Incarnation>;
 
@@ -129,6 +130,9 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   bool soon(std::function<void()> task) { return later(Time{}, std::move(task)); }
 
   // --- directory.cc
+  // False: too many wait already, or the directory is stopping.
+  template <typename Command>
+  bool compile_later(const Command& command) KVFERRY_EXCLUDES(mutex);
   Local* find_local(const std::string& instance, const Incarnation& incarnation)
       KVFERRY_REQUIRES(mutex);
   // Sets `set` if all ranks are known; an error if they do not make an instance.
@@ -163,6 +167,8 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   void resolve_step(const PendingPtr& task) KVFERRY_EXCLUDES(mutex);
   void resolve_legs(const PendingPtr& task, const CardSetPtr& sender, const CardSetPtr& receiver)
       KVFERRY_EXCLUDES(mutex);
+  // A controller's: every rank of the sender is a leg of it, without a table.
+  void resolve_ranks(const PendingPtr& task, const CardSetPtr& sender) KVFERRY_EXCLUDES(mutex);
   void resolve_failed(const PendingPtr& task, Error error) KVFERRY_EXCLUDES(mutex);
   void answer(const PendingPtr& task, engine::Resolved answer) KVFERRY_EXCLUDES(mutex);
 

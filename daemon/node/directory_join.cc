@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "daemon/base/crypto.h"
 #include "daemon/node/directory_impl.h"
 
 namespace kvferry::node {
@@ -48,10 +49,20 @@ Result<std::vector<rpc::NodeAddress>> nodes_of(const std::string& instance,
   return out;
 }
 
+// In any order they are the same cards.
+Digest16 digest_of_cards(const std::vector<std::string>& cards) {
+  std::vector<Sha256> hashes;
+  for (const std::string& card : cards) hashes.push_back(sha256({bytes_of(card)}));
+  std::sort(hashes.begin(), hashes.end());
+  std::string all;
+  for (const Sha256& hash : hashes) all.append(hash.begin(), hash.end());
+  return {cut<16>(sha256({bytes_of("kvferry joined cards 1"), bytes_of(all)}))};
+}
+
 }  // namespace
 
 JoinOutcome Directory::Impl::outcome_of(const Local& local) const {
-  JoinOutcome out{local.incarnation, local.set != nullptr, missing_ranks(local)};
+  JoinOutcome out{false, local.incarnation, local.set != nullptr, missing_ranks(local)};
   // A node that has not confirmed in this round may have registered again.
   if (local.join)
     for (const auto& [name, node] : local.join->nodes)
@@ -190,6 +201,7 @@ void Directory::join(const std::string& instance, const std::vector<std::string>
   Incarnation incarnation;
   Result<std::vector<rpc::NodeAddress>> nodes = nodes_of(instance, cards, key, incarnation);
   if (!nodes) return done(tl::unexpected<Error>(std::move(nodes).error()));
+  const Digest16 digest = digest_of_cards(cards);
   std::optional<Result<JoinOutcome>> answer;
   uint64_t waiter = 0;
   {
@@ -208,11 +220,20 @@ void Directory::join(const std::string& instance, const std::vector<std::string>
                        "ranks on several nodes have to share an instance key");
     } else if (Status status = impl_->start_join(*local, *nodes, true); !status) {
       answer = tl::unexpected<Error>(std::move(status).error());
-    } else if (impl_->outcome_of(*local).complete) {
-      answer = impl_->outcome_of(*local);
     } else {
-      waiter = impl_->next_waiter++;
-      local->join->waiters.push_back({waiter, std::move(done)});
+      const bool existing = local->asked == digest;
+      local->asked = digest;
+      if (impl_->outcome_of(*local).complete) {
+        answer = impl_->outcome_of(*local);
+        (*answer)->existing = existing;
+      } else {
+        waiter = impl_->next_waiter++;
+        local->join->waiters.push_back(
+            {waiter, [existing, done = std::move(done)](Result<JoinOutcome> outcome) {
+               if (outcome) outcome->existing = existing;
+               done(std::move(outcome));
+             }});
+      }
     }
   }
   if (answer) return done(std::move(*answer));

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "daemon/mapping/limits.h"
+#include "daemon/mapping/needs.h"
 #include "daemon/mapping/stream.h"
 #include "daemon/node/directory_impl.h"
 
@@ -352,6 +353,13 @@ void Directory::Impl::resolve_step(const PendingPtr& task) {
   const engine::ReceiveOp& receive = *task->command.receive;
   Result<Ticket> ticket = parse_ticket(receive.ticket);
   if (!ticket) return resolve_failed(task, std::move(ticket).error());
+  if (receive.layout->incarnation.is_zero()) {  // a controller's, see worker_service.cc
+    find_set(*ticket, task->fresh, [impl = shared_from_this(), task](Result<CardSetPtr> sender) {
+      if (!sender) return impl->resolve_failed(task, std::move(sender).error());
+      impl->resolve_ranks(task, *sender);
+    });
+    return;
+  }
   Result<CardSetPtr> own = local_set(receive.layout->instance, receive.layout->incarnation);
   if (!own) return resolve_failed(task, std::move(own).error());
   find_set(*ticket, task->fresh,
@@ -362,6 +370,22 @@ void Directory::Impl::resolve_step(const PendingPtr& task) {
                  }))
                impl->resolve_failed(task, {Code::kInternal, "BUSY", "too much work waits", {}});
            });
+}
+
+void Directory::Impl::resolve_ranks(const PendingPtr& task, const CardSetPtr& sender) {
+  auto found = std::make_shared<engine::Resolved>();
+  found->sender_incarnation = sender->instance->incarnation;
+  std::set<rpc::NodeAddress> nodes(sender->places.begin(), sender->places.end());
+  for (uint32_t rank = 0; rank < sender->places.size(); ++rank) {
+    engine::ReceiverLeg leg;
+    leg.sender_rank = rank;
+    leg.node = sender->places[rank].node;
+    found->legs.push_back(std::move(leg));
+  }
+  link_all(std::move(nodes), [impl = shared_from_this(), task, found](Status status) {
+    if (!status) return impl->resolve_failed(task, std::move(status).error());
+    impl->answer(task, std::move(*found));
+  });
 }
 
 void Directory::Impl::resolve_legs(const PendingPtr& task, const CardSetPtr& sender,
@@ -472,6 +496,13 @@ void Directory::Impl::pull_with(const engine::ResolvePull& command, const CardSe
     return pull_failed(
         command,
         {Code::kPermissionDenied, "BAD_MESSAGE", "there is no leg between the two ranks", {}});
+  Result<std::vector<mapping::GroupRanges>> needs =
+      mapping::needs_by_sender_group(**table, pull.sender_rank, pull.receiver_rank, pull.needs);
+  // The needs are the peer's word; what is wrong with them is the peer's fault.
+  if (!needs)
+    return pull_failed(command, {Code::kInvalidArgument, "BAD_MESSAGE", needs.error().message,
+                                 needs.error().field});
+  answer.needs = std::move(*needs);
   sink(std::move(answer));
 }
 

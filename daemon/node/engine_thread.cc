@@ -1,7 +1,7 @@
 #include "daemon/node/engine_thread.h"
 
 #include <poll.h>
-#include <xxhash.h>
+#include <sys/prctl.h>
 
 #include <algorithm>
 #include <future>
@@ -10,9 +10,7 @@
 #include "daemon/base/check.h"
 #include "daemon/node/directory.h"
 #include "daemon/node/link_manager.h"
-#include "daemon/node/registered_layout.h"
 #include "daemon/ops/log.h"
-#include "kernels/host_copy.h"
 
 namespace kvferry::node {
 namespace {
@@ -22,24 +20,6 @@ constexpr Duration kLongestSleep = std::chrono::milliseconds(100);
 constexpr Duration kConditionPoll = std::chrono::microseconds(50);
 constexpr Duration kLastWords = std::chrono::milliseconds(250);  // for messages at the end
 constexpr Duration kRefresh = std::chrono::milliseconds(100);
-
-// The first byte of each pool that the plan's layout names.
-std::vector<std::byte*> pool_bases(const CompiledPlan& plan) {
-  std::vector<std::byte*> bases;
-  bases.reserve(plan.layout->pools.size());
-  for (const auto& pool : plan.layout->pools) bases.push_back(pool->base());
-  return bases;
-}
-
-engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t bytes) {
-  engine::Check check;
-  if (kind != engine::CheckKind::kXxh3) return check;
-  check.kind = kind;
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, bytes));
-  std::copy(std::begin(canonical.digest), std::end(canonical.digest), check.value.begin());
-  return check;
-}
 
 }  // namespace
 
@@ -151,6 +131,9 @@ EngineThread::RailsView EngineThread::rails_view() const {
 // ---- the loop ----------------------------------------------------------------------------------
 
 void EngineThread::run() {
+  // Short sleeps (for timeline words) shall be as short as asked: by default the kernel may add 50
+  // us.
+  (void)prctl(PR_SET_TIMERSLACK, 1000UL);
   if (Status started = parts_.rails->start(monotonic_now()); !started) {
     ops::log_error("rails not started", {ops::field("error", started.error())});
     MutexLock lock(view_mutex_);
@@ -302,6 +285,13 @@ void EngineThread::execute(engine::Publish& command) {
   session->second->page().publish(command.slot, record, from.aux);
 }
 
+void EngineThread::execute(engine::SetDoneWord& command) {
+  const auto session = sessions_.find(command.worker);
+  if (session == sessions_.end()) return;
+  // Whether the page has such a word was checked when the worker named it.
+  (void)session->second->page().store_done(command.word, command.value);
+}
+
 void EngineThread::execute(engine::FreeSlot& command) {
   shown_.erase({command.worker, command.slot});
   const auto session = sessions_.find(command.worker);
@@ -339,70 +329,8 @@ void EngineThread::execute(engine::Compile& command) {
   parts_.directory->compile(command);
 }
 
-void EngineThread::copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check) {
-  post(engine::CopyEnded{copy, outcome, check});
-}
-
-void EngineThread::execute(engine::Gather& command) {
-  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
-  std::byte* const to = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(to != nullptr && command.bytes <= command.region.bytes, "a gather fits its region");
-  copy::Job job;
-  job.bytes = command.bytes;
-  job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, to](
-                 uint64_t begin, uint64_t end) {
-    return kernels::gather(*form, bases, offset + begin, end - begin, to + begin);
-  };
-  job.done = [this, plan, copy = command.copy, to, bytes = command.bytes,
-              kind = command.check_kind](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
-    parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed,
-               ok ? check_of(kind, to, bytes) : engine::Check{});
-  };
-  if (!parts_.copies->submit(std::move(job)))
-    follow_up_.push_back(engine::CopyEnded{command.copy, engine::CopyOutcome::kFailed, {}});
-}
-
-void EngineThread::execute(engine::Scatter& command) {
-  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
-  const std::byte* const from = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(from != nullptr && command.bytes <= command.region.bytes,
-                "a scatter fits its region");
-  copy::Job job;
-  job.bytes = command.bytes;
-  job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, from](
-                 uint64_t begin, uint64_t end) {
-    return kernels::scatter(*form, bases, offset + begin, end - begin, from + begin);
-  };
-  job.done = [this, plan, copy = command.copy, bytes = command.bytes](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
-    parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed);
-  };
-  const auto submit = [this, copy = command.copy](copy::Job ready) {
-    if (!parts_.copies->submit(std::move(ready))) copy_ended(copy, engine::CopyOutcome::kFailed);
-  };
-  if (command.check.kind == engine::CheckKind::kNone) {
-    submit(std::move(job));
-    return;
-  }
-  // Nothing is scattered before the whole chunk has been checked.
-  copy::Job verify;
-  verify.bytes = 1;
-  verify.copy = [from, bytes = command.bytes, check = command.check](uint64_t, uint64_t) {
-    return check_of(check.kind, from, bytes) == check;
-  };
-  verify.done = [this, submit, copy = command.copy,
-                 shared = std::make_shared<copy::Job>(std::move(job))](copy::Outcome outcome) {
-    if (outcome == copy::Outcome::kOk)
-      submit(std::move(*shared));
-    else
-      copy_ended(copy, engine::CopyOutcome::kCheckMismatch);
-  };
-  submit(std::move(verify));
+void EngineThread::execute(engine::CompileCopy& command) {
+  parts_.directory->compile(command);
 }
 
 void EngineThread::execute(engine::TransferEnded& command) {
@@ -474,6 +402,7 @@ void EngineThread::refresh_views(Time now) {
   arena.of(RegionState::kScattering).set_bytes(snapshot.arena.scattering_bytes);
   arena.of(RegionState::kQuarantined).set_bytes(snapshot.arena.quarantined_bytes);
   arena.of(RegionState::kStaging).set_bytes(snapshot.arena.staging_bytes);
+  arena.reserved.set_bytes(snapshot.arena.reserved_bytes);
   parts_.metrics->links.set(static_cast<int64_t>(snapshot.links.size()));
   int64_t up = 0;
   int64_t down = 0;
@@ -481,6 +410,10 @@ void EngineThread::refresh_views(Time now) {
     for (const engine::LaneView& lane : link.lanes) ++(lane.up ? up : down);
   parts_.metrics->of(ops::LaneState::kUp).set(up);
   parts_.metrics->of(ops::LaneState::kDown).set(down);
+  parts_.metrics->packed_bytes.set_bytes(snapshot.packed_bytes);
+  parts_.metrics->packed_copies.set(snapshot.packed_copies);
+  parts_.metrics->reuse_entries.set(static_cast<int64_t>(snapshot.reuse_entries));
+  parts_.metrics->reuse_pins.set(static_cast<int64_t>(snapshot.reuse_pins));
   parts_.metrics->draining.set(snapshot.draining ? 1 : 0);
 
   export_stats();
@@ -509,6 +442,15 @@ void EngineThread::export_stats() {
   metrics.lane_downs.store(stats.lane_downs);
   metrics.links_lost.store(stats.links_lost);
   metrics.quarantines.store(stats.quarantines);
+  metrics.of(ops::ByteDirection::kLocal).store(stats.reuse_bytes + stats.bytes_local);
+  metrics.packed_made.store(stats.packed_made);
+  metrics.packed_refused.store(stats.packed_refused);
+  metrics.reuse_commits.store(stats.reuse_commits);
+  metrics.reuse_blocks.store(stats.reuse_blocks);
+  metrics.reuse_lookups.store(stats.reuse_lookups);
+  metrics.reuse_lookup_hits.store(stats.reuse_lookup_hits);
+  metrics.reuse_withdrawn.store(stats.reuse_withdrawn);
+  metrics.reuse_evicted.store(stats.reuse_evicted);
   using engine::DropCause;
   const auto dropped = [&](DropCause cause) {
     return stats.dropped[static_cast<std::size_t>(cause)];

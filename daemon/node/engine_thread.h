@@ -30,6 +30,7 @@ namespace kvferry::node {
 
 class Directory;
 class LinkManager;
+class TaskPool;
 
 class EngineThread final : private rails::RailsEvents {
  public:
@@ -38,6 +39,7 @@ class EngineThread final : private rails::RailsEvents {
     memory::HostArena* arena = nullptr;  // outlives the thread, as do all below
     std::unique_ptr<rails::RailsClient> rails;
     copy::CopyPool* copies = nullptr;
+    TaskPool* packer = nullptr;  // takes memory for packed copies
     Directory* directory = nullptr;
     LinkManager* links = nullptr;
     ops::Metrics* metrics = nullptr;
@@ -121,14 +123,19 @@ class EngineThread final : private rails::RailsEvents {
   // One for each command.
   void execute(engine::Reply& command);
   void execute(engine::Publish& command);
+  void execute(engine::SetDoneWord& command);
   void execute(engine::FreeSlot& command);
   void execute(engine::LayoutQuiet& command);
   void execute(engine::Resolve& command);
   void execute(engine::ResolvePull& command);
   void execute(engine::CancelResolve& command);
   void execute(engine::Compile& command);
+  void execute(engine::CompileCopy& command);
+  void execute(engine::LocalCopy& command);
+  void execute(engine::MakePacked& command);
   void execute(engine::Gather& command);
   void execute(engine::Scatter& command);
+  void execute(engine::ClearTail& command);
   void execute(engine::WatchCondition& command);
   void execute(engine::UnwatchCondition& command);
   void execute(engine::ConnectLane& command);

@@ -18,21 +18,15 @@ void LinkManager::Impl::ensure(PeerTarget target, EnsureDone done) {
   std::optional<Result<PeerRef>> answer;
   {
     MutexLock lock(mutex);
-    const bool self =
+    const bool own =
         target.node == config.node || (target.node.empty() && target.address == config.advertise);
     const std::string key = dial_key(target);
     const auto existing = dials.find(key);
     Dial* dial = existing == dials.end() ? nullptr : &existing->second;
     if (stopped) {
       answer = fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
-    } else if (self) {
-      const auto loop = by_node.find(config.node);
-      if (loop != by_node.end())
-        answer = PeerRef{loop->second, config.node, config.boot};
-      else if (rails.empty())
-        answer = fail(Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up");
-      else
-        answer = open_loop();
+    } else if (own) {
+      answer = self();
     } else if (const Link* link = find_target(target)) {
       answer = ref_of(*link);
     } else if (dial != nullptr && dial->under_way) {

@@ -102,43 +102,13 @@ PeerRef LinkManager::Impl::open_link(Link link, const Agreed& agreed,
   return ref;
 }
 
-// Both ends of a link to ourselves, over the rails like any other.
-PeerRef LinkManager::Impl::open_loop() {
-  link::KeyMaterial material;
-  random_bytes(material.initiator_random);
-  random_bytes(material.responder_random);
-  material.initiator_node = material.responder_node = config.node;
-  material.initiator_boot = material.responder_boot = config.boot;
-  const LinkId first{next_link++};
-  const LinkId second{next_link++};
-  for (const bool initiator : {true, false}) {
-    Link link;
-    link.id = initiator ? first : second;
-    link.twin = initiator ? second : first;
-    link.node = config.node;
-    link.boot = config.boot;
-    link.address = config.advertise;
-    link.ucx_version = ucx_version;
-    link.initiator = initiator;
-    link.keys = link::derive_keys(material, initiator);
-    for (const rpc::PeerRail& rail : rails) link.lanes.push_back({0, rail});
-    sink(engine::LinkUp{link.id, link.node, link.boot, initiator,
-                        static_cast<uint32_t>(link.lanes.size()), config.chunk_bytes,
-                        config.max_credits, config.check});
-    links.emplace(link.id, std::move(link));
-  }
-  by_node[config.node] = first;
-  return {first, config.node, config.boot};
-}
-
 void LinkManager::Impl::forget_link(LinkId id) {
   const auto it = links.find(id);
   if (it == links.end()) return;
   if (const auto name = by_name.find(it->second.keys.link_name);
       name != by_name.end() && name->second == id)
     by_name.erase(name);
-  if (const auto node = by_node.find(it->second.node);
-      node != by_node.end() && (node->second == id || node->second == it->second.twin))
+  if (const auto node = by_node.find(it->second.node); node != by_node.end() && node->second == id)
     by_node.erase(node);
   links.erase(it);
 }
@@ -146,10 +116,8 @@ void LinkManager::Impl::forget_link(LinkId id) {
 void LinkManager::Impl::end_link(LinkId id, Reason reason) {
   const Link* link = find(id);
   if (link == nullptr) return;
-  const LinkId twin = link->twin;
   forget_link(id);
   sink(engine::LinkEnded{id, reason});
-  if (twin) end_link(twin, reason);
 }
 
 void LinkManager::Impl::send_call(LinkId id, rpc::LinkMethod method, std::string body,
@@ -206,7 +174,7 @@ void LinkManager::set_peers(std::vector<ops::PeerConfig> peers) {
   impl_->peers = std::move(peers);
   std::vector<LinkId> ended;
   for (const auto& [id, link] : impl_->links)
-    if (!link.twin && !still_allowed(impl_->peers, link.node, link.host)) ended.push_back(id);
+    if (!still_allowed(impl_->peers, link.node, link.host)) ended.push_back(id);
   for (LinkId id : ended) impl_->end_link(id, Reason::kPeerNotAllowed);
 }
 
@@ -231,8 +199,7 @@ Result<LanePath> LinkManager::lane_path(const engine::LaneRef& lane) const {
     return fail(Code::kNotFound, "LINK_DOWN", "the link has ended");
   if (impl_->rails.empty()) return rails_down();
   const uint32_t rail = lane.lane % static_cast<uint32_t>(impl_->rails.size());
-  // A looped link leads to our own rails, wherever they listen now.
-  const rpc::PeerRail& peer = link->twin ? impl_->rails[rail] : link->lanes[lane.lane].peer_rail;
+  const rpc::PeerRail& peer = link->lanes[lane.lane].peer_rail;
   return LanePath{rail, peer.transport, peer.address};
 }
 
@@ -281,11 +248,6 @@ void LinkManager::reopen_lane(const engine::ReopenLane& command) {
     MutexLock lock(impl_->mutex);
     Impl::Link* link = impl_->find(lane.link);
     if (link != nullptr && lane.lane < link->lanes.size() && !impl_->rails.empty()) {
-      if (link->twin) {
-        impl_->sink(engine::LaneReopened{{link->twin, lane.lane, lane.epoch}});
-        impl_->sink(engine::LaneReopened{lane});
-        return;
-      }
       request.ucx_version = impl_->ucx_version;
       request.rail = impl_->rails[lane.lane % impl_->rails.size()];
       asks_peer = true;
@@ -310,12 +272,6 @@ void LinkManager::reopen_lane(const engine::ReopenLane& command) {
 
 void LinkManager::tell_lane_down(const engine::TellLaneDown& command) {
   const engine::LaneRef lane = command.lane;
-  {
-    MutexLock lock(impl_->mutex);
-    const Impl::Link* link = impl_->find(lane.link);
-    if (link != nullptr && link->twin)
-      return impl_->sink(engine::PeerLaneDown{{link->twin, lane.lane, lane.epoch}});
-  }
   impl_->send_call(lane.link, rpc::LinkMethod::kLaneDown,
                    rpc::encode(rpc::LaneDownNotice{lane.lane, lane.epoch}),
                    monotonic_now() + impl_->config.call_timeout, [](const Result<std::string>&) {
@@ -329,13 +285,7 @@ void LinkManager::close_link(const engine::CloseLink& command) {
                    rpc::encode(rpc::CloseLinkNotice{command.reason}),
                    monotonic_now() + impl_->config.call_timeout, [](const Result<std::string>&) {});
   MutexLock lock(impl_->mutex);
-  const Impl::Link* link = impl_->find(command.link);
-  const LinkId twin = link == nullptr ? LinkId{} : link->twin;
   impl_->forget_link(command.link);
-  if (twin) {
-    impl_->forget_link(twin);
-    impl_->sink(engine::LinkEnded{twin, command.reason});
-  }
 }
 
 void LinkManager::ensure_link(PeerTarget target, Time /*deadline: a dial's own is shorter*/,
@@ -344,6 +294,7 @@ void LinkManager::ensure_link(PeerTarget target, Time /*deadline: a dial's own i
 }
 
 std::optional<PeerRef> LinkManager::peer_of(LinkId id) const {
+  if (id == kLoopedLink) return impl_->self();
   MutexLock lock(impl_->mutex);
   const Impl::Link* link = impl_->find(id);
   return link == nullptr ? std::nullopt : std::optional(impl_->ref_of(*link));

@@ -98,8 +98,9 @@ class LinkManager : public PeerLinks, public rpc::PeerBackend {
   void tell_lane_down(const engine::TellLaneDown& command);
   void close_link(const engine::CloseLink& command);
 
-  // PeerLinks. A target that is this node itself is answered with a looped link: two LinkUp, whose
-  // messages reach each other.
+  // PeerLinks. A target that is this node itself is answered with kLoopedLink, which is always
+  // there and of which neither the engine nor a peer is told: transfers within the daemon need no
+  // rails.
   void ensure_link(PeerTarget target, Time deadline,
                    std::function<void(Result<PeerRef>)> done) override;
   std::optional<PeerRef> peer_of(LinkId link) const override;

@@ -35,7 +35,6 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     std::vector<Lane> lanes;
     std::shared_ptr<rpc::PeerStub> stub;  // null where the peer cannot be called
     uint64_t calls = 0;
-    LinkId twin;  // looped link: the other end
   };
   // A dial of a node, or of whoever is at an address: waiting, under way, or in back-off.
   struct Dial {
@@ -85,6 +84,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   static std::string dial_key(const PeerTarget& target) {
     return target.node.empty() ? "@" + target.address : target.node;
   }
+  PeerRef self() const { return {kLoopedLink, config.node, config.boot}; }
   PeerRef ref_of(const Link& link) const { return {link.id, link.node, link.boot}; }
   Link* find(LinkId id) KVFERRY_REQUIRES(mutex);
   const Link* find(LinkId id) const KVFERRY_REQUIRES(mutex);
@@ -97,7 +97,6 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // Ends an older link of the node, tells the engine of both, and hands back who waited for it.
   PeerRef open_link(Link link, const Agreed& agreed, std::vector<EnsureDone>& waiters)
       KVFERRY_REQUIRES(mutex);
-  PeerRef open_loop() KVFERRY_REQUIRES(mutex);
   void end_link(LinkId id, Reason reason) KVFERRY_REQUIRES(mutex);
   void forget_link(LinkId id) KVFERRY_REQUIRES(mutex);
   // A tagged call to the peer; `done` gets the body of a reply whose tag is right.

@@ -5,11 +5,14 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
+#include "daemon/base/mutex.h"
 #include "daemon/engine/ports.h"
 #include "daemon/mapping/layout.h"
 #include "daemon/mapping/plan.h"
@@ -20,21 +23,39 @@ namespace kvferry::node {
 using InstanceKey = std::array<uint8_t, 16>;  // never logged, never sent
 
 struct RegisteredLayout : engine::LayoutHandle {
-  // LayoutHandle: worker, instance ("tenant/name"), incarnation, rank, dp_group.
+  // LayoutHandle: worker, instance ("tenant/name"), incarnation, rank, dp_group, reuse_space,
+  // reuse_groups.
   mapping::RankLayout layout;                            // validated
   mapping::Holding holding;                              // mapping::holding_of(layout)
   std::vector<std::shared_ptr<memory::HostPool>> pools;  // as layout.pools
   uint64_t generation = 0;  // this rank's count of registrations, from 1
   std::optional<InstanceKey> instance_key;
+
+  // Worked out by the mapping at the first question about a pair of groups, then remembered. Any
+  // thread.
+  bool serves(uint32_t group, const LayoutHandle& other, uint32_t other_group) const override;
+  // Whether some pool of both is of one file, wherever in it the blocks lie.
+  bool shares_pages(const LayoutHandle& other) const override;
+
+ private:
+  // Numbers are never used twice, as addresses are.
+  const uint64_t number_ = next_number();
+  static uint64_t next_number();
+  mutable Mutex mutex_;
+  mutable std::map<std::tuple<uint32_t, uint64_t, uint32_t>, bool> serves_
+      KVFERRY_GUARDED_BY(mutex_);
 };
+
+// How a layout's groups take part in reuse; block_tokens 0: not at all.
+std::vector<engine::ReuseGroup> reuse_groups_of(const mapping::RankLayout& layout);
 
 // One side's compiled slice with everything that it points into. What the executor hands to the
 // copy threads.
 struct CompiledPlan : engine::Plan {
   std::shared_ptr<const RegisteredLayout> layout;
   std::shared_ptr<const mapping::Plan> plan;
-  // Receiver, groups that clear their tail: cells to be cleared after the slice's scatter; null or
-  // empty where there are none.
+  // Receiver, groups that clear their tail: cells to be cleared after the slice's scatter; null
+  // where there are none.
   std::shared_ptr<const mapping::Plan> tail;
 };
 

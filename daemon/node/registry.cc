@@ -60,8 +60,12 @@ tl::unexpected<Error> unknown_layout() {
 
 }  // namespace
 
-Registry::Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics)
-    : engine_(engine), directory_(directory), metrics_(metrics) {}
+Registry::Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics,
+                   std::string transports)
+    : engine_(engine),
+      directory_(directory),
+      metrics_(metrics),
+      transports_(std::move(transports)) {}
 
 // ---- attachments -------------------------------------------------------------------------------
 
@@ -263,6 +267,24 @@ Incarnation Registry::drawn_incarnation(const std::string& instance) {
   return incarnation;
 }
 
+namespace {
+
+// Who may find whose blocks: tenant, key, model and how its blocks are hashed. Without any key the
+// user of the processes stands in for it.
+Digest16 reuse_space_of(const rpc::Session& session, const rpc::LayoutRequest& request) {
+  const rpc::Session::Facts& facts = session.facts();
+  const Secret& key = request.reuse_key.is_zero() ? request.instance_key : request.reuse_key;
+  const std::string who = key.is_zero() ? "user " + std::to_string(facts.uid)
+                                        : "key " + std::string(key.bytes.begin(), key.bytes.end());
+  std::string text = "kvferry reuse 1";
+  for (const std::string& part :
+       {facts.tenant, who, request.layout.fingerprint, request.hash_scheme})
+    text += std::to_string(part.size()) + ":" + part;
+  return {cut<16>(sha256({bytes_of(text)}))};
+}
+
+}  // namespace
+
 Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
     Worker& worker, const rpc::LayoutRequest& request) {
   const auto prefixed = [](Error error) {
@@ -284,13 +306,6 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
   }
   if (Status valid = mapping::validate_layout(request.layout); !valid)
     return prefixed(valid.error());
-  for (std::size_t i = 0; i < request.layout.groups.size(); ++i) {
-    if (request.layout.groups[i].tail != mapping::Tail::kLeave) {
-      return fail(Code::kUnimplemented, "FEATURE_NOT_SERVED",
-                  "cleared tails are not served by this daemon",
-                  "layout.groups[" + std::to_string(i) + "].tail");
-    }
-  }
   registered->worker = worker.session->id();
   registered->instance = full_name(*worker.session, request.instance);
   registered->rank = request.layout.topology.rank;
@@ -298,6 +313,10 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
   registered->layout = request.layout;
   registered->holding = mapping::holding_of(request.layout);
   if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key.bytes;
+  if (!request.hash_scheme.empty()) {
+    registered->reuse_space = reuse_space_of(*worker.session, request);
+    registered->reuse_groups = reuse_groups_of(request.layout);
+  }
   return registered;
 }
 
@@ -320,6 +339,8 @@ Result<rpc::LayoutRegistration> Registry::register_layout(
     if (!request.incarnation.is_zero() && request.incarnation != answer.incarnation)
       return differs("incarnation");
     if (request.instance_key != old->second.request.instance_key) return differs("instance_key");
+    if (request.reuse_key != old->second.request.reuse_key) return differs("reuse_key");
+    if (request.hash_scheme != old->second.request.hash_scheme) return differs("reuse_hash_scheme");
     if (request.layout != old->second.request.layout) return differs("layout");
     return answer;
   }
@@ -403,6 +424,36 @@ Result<rpc::LayoutView> Registry::find_layout(const rpc::Session& session,
   return rpc::LayoutView{found->second.registered, &found->second.registered->layout};
 }
 
+Result<rpc::LayoutView> Registry::find_reuse_layout(const rpc::Session& session,
+                                                    const std::string& instance, uint32_t rank,
+                                                    const Secret& key) {
+  MutexLock lock(mutex_);
+  for (const auto& [id, worker] : workers_) {
+    const auto found = worker.layouts.find({full_name(session, instance), rank});
+    if (found == worker.layouts.end()) continue;
+    const std::shared_ptr<const RegisteredLayout>& registered = found->second.registered;
+    rpc::LayoutView view{registered, &registered->layout};
+    if (registered->reuse_space.is_zero()) return view;
+    rpc::LayoutRequest asked;
+    asked.layout.fingerprint = registered->layout.fingerprint;
+    asked.hash_scheme = found->second.request.hash_scheme;
+    asked.reuse_key = key;
+    const Digest16 space = reuse_space_of(session, asked);
+    if (space == registered->reuse_space) return view;
+    // Another domain: asked in the same way, and nothing is found, as on a miss.
+    struct Foreign : engine::LayoutHandle {
+      std::shared_ptr<const RegisteredLayout> keeps;
+    };
+    auto foreign = std::make_shared<Foreign>();
+    static_cast<engine::LayoutHandle&>(*foreign) = *registered;
+    foreign->reuse_space = space;
+    foreign->keeps = registered;
+    view.handle = std::move(foreign);
+    return view;
+  }
+  return unknown_layout();
+}
+
 // ---- instances ---------------------------------------------------------------------------------
 
 void Registry::join_instance(rpc::Session& session, std::string instance,
@@ -416,8 +467,8 @@ void Registry::join_instance(rpc::Session& session, std::string instance,
                       done(tl::unexpected(outcome.error()));
                       return;
                     }
-                    done(rpc::JoinOutcome{false, outcome->incarnation, outcome->complete,
-                                          std::move(outcome->missing_ranks)});
+                    done(rpc::JoinOutcome{outcome->existing, outcome->incarnation,
+                                          outcome->complete, std::move(outcome->missing_ranks)});
                   });
 }
 
@@ -428,6 +479,28 @@ Result<rpc::TicketOutcome> Registry::get_ticket(rpc::Session& session,
   Result<Ticket> ticket = node::parse_ticket(*text);
   if (!ticket) return tl::unexpected(ticket.error());
   return rpc::TicketOutcome{std::move(*text), incarnation_of(*ticket)};
+}
+
+void Registry::resolve(rpc::Session& /*session*/, const std::string& ticket,
+                       std::shared_ptr<const engine::LayoutHandle> layout, Time deadline,
+                       rpc::Done<rpc::ResolveOutcome> done) {
+  directory_.probe(ticket, std::dynamic_pointer_cast<const RegisteredLayout>(std::move(layout)),
+                   deadline,
+                   [done = std::move(done), rails = transports_](Result<ProbeOutcome> probed) {
+                     if (!probed) {
+                       done(tl::unexpected(probed.error()));
+                       return;
+                     }
+                     rpc::ResolveOutcome outcome;
+                     outcome.reachable = probed->reachable;
+                     outcome.compatible = probed->compatible;
+                     outcome.problem = std::move(probed->problem);
+                     if (probed->reachable) outcome.transport = probed->local ? "local" : rails;
+                     outcome.instance = probed->instance.substr(probed->instance.find('/') + 1);
+                     outcome.incarnation = probed->incarnation;
+                     outcome.rank_count = probed->rank_count;
+                     done(std::move(outcome));
+                   });
 }
 
 Result<rpc::TicketFacts> Registry::parse_ticket(const rpc::Session& session,

@@ -25,7 +25,9 @@ namespace kvferry::node {
 
 class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
  public:
-  Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics);
+  // `transports`: what the rails offer, as "shm,tcp".
+  Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics,
+           std::string transports);
 
   // For sessions by token; set once, before the worker service serves.
   void set_lifeline(rpc::Lifeline* lifeline) {
@@ -58,6 +60,12 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
                                         const std::string& instance) override;
   Result<rpc::LayoutView> find_layout(const rpc::Session& session, const std::string& instance,
                                       uint32_t rank) override;
+  Result<rpc::LayoutView> find_reuse_layout(const rpc::Session& session,
+                                            const std::string& instance, uint32_t rank,
+                                            const Secret& key) override;
+  void resolve(rpc::Session& session, const std::string& ticket,
+               std::shared_ptr<const engine::LayoutHandle> layout, Time deadline,
+               rpc::Done<rpc::ResolveOutcome> done) override;
   Result<rpc::TicketFacts> parse_ticket(const rpc::Session& session,
                                         const std::string& ticket) override;
   void call(WorkerId worker, engine::Event op,
@@ -94,6 +102,7 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   EngineThread& engine_;
   Directory& directory_;
   ops::Metrics& metrics_;
+  const std::string transports_;
   std::atomic<rpc::Lifeline*> lifeline_{nullptr};
   std::atomic<bool> draining_{false};
   mutable Mutex mutex_;

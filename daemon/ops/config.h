@@ -129,9 +129,10 @@ struct RailsConfig {
 struct EngineConfig {
   uint64_t chunk_bytes = 1 * kMiB;  // multiple of 4096; the peers' smaller one counts
   uint32_t leg_credits = 8;
-  uint32_t staged_ahead = 2;        // chunks gathered before a credit is there (E)
-  uint32_t max_receivers = 64;      // the most that one transfer may ask for
-  uint32_t passed_over_limit = 64;  // grants that may overtake a waiting transfer
+  uint32_t staged_ahead = 2;         // chunks gathered before a credit is there (E)
+  uint32_t max_receivers = 64;       // the most that one transfer may ask for
+  uint64_t packed_bytes = 1 * kGiB;  // all packed copies together
+  uint32_t passed_over_limit = 64;   // grants that may overtake a waiting transfer
   Duration lease = seconds(30);
   Duration lease_max = minutes(10);
   Duration wait_deadline = seconds(30);

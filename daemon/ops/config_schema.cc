@@ -153,6 +153,10 @@ Section engine_section(EngineConfig& engine) {
         count_binding<uint32_t>(engine.staged_ahead, 0, 1024)},
        {"max_receivers", "The most receivers that one transfer may be sent to.",
         count_binding<uint32_t>(engine.max_receivers, 1, 4096)},
+       {"packed_bytes",
+        "Memory for packed copies, beside the arena and taken only while they last; beyond it a\n"
+        "Send that asks for one is refused. 0: none.",
+        size_binding(engine.packed_bytes, 0, 1024 * kGiB)},
        {"passed_over_limit",
         "A transfer that waits for room is overtaken by at most so many grants.",
         count_binding<uint32_t>(engine.passed_over_limit, 1, 1'000'000)}}};

@@ -44,7 +44,7 @@ constexpr Words<kByteDirections> kDirectionWords{"sent", "received", "local"};
 constexpr Words<kChunkEvents> kChunkWords{"gathered", "offered", "refused", "acked",     "requeued",
                                           "accepted", "dropped", "landed",  "scattered", "corrupt"};
 constexpr Words<kCreditEvents> kCreditWords{"granted", "spent", "withdrawn"};
-constexpr Words<kCopyKinds> kCopyWords{"gather", "scatter", "fused"};
+constexpr Words<kCopyKinds> kCopyWords{"gather", "scatter", "fused", "clear", "pack"};
 constexpr Words<kRegionStates> kRegionWords{"free",       "granted",     "landing", "landed",
                                             "scattering", "quarantined", "staging"};
 constexpr Words<kStages> kStageWords{"wait", "gather", "wire", "scatter"};
@@ -212,6 +212,8 @@ class Metrics::Collector {
   void add_arenas() {
     Family bytes("kvferry_arena_bytes", "Arena memory; the states add up to the arena's size.",
                  MetricType::Gauge);
+    Family reserved("kvferry_arena_reserved_bytes",
+                    "Promised to reservations, whether used or not.", MetricType::Gauge);
     Family info("kvferry_arena_info", "The kind of memory that was chosen.", MetricType::Gauge);
     for (std::size_t i = 0; i < m_.arenas_.size(); ++i) {
       const ArenaLabels& labels = m_.arena_labels_[i];
@@ -219,11 +221,41 @@ class Metrics::Collector {
       for (std::size_t state = 0; state < kRegionStates; ++state)
         bytes.add({arena, {"device", labels.device}, {"state", kRegionWords[state]}},
                   static_cast<double>(m_.arenas_[i]->bytes[state].value()));
+      reserved.add({arena, {"device", labels.device}},
+                   static_cast<double>(m_.arenas_[i]->reserved.value()));
       info.add({arena, {"device", labels.device}, {"kind", labels.kind}}, 1);
     }
     out_.push_back(bytes.done());
+    out_.push_back(reserved.done());
     out_.push_back(info.done());
     counter("kvferry_quarantines_total", "Regions put into quarantine.", m_.quarantines.value());
+    add_packed();
+    add_reuse();
+  }
+
+  void add_packed() {
+    gauge("kvferry_packed_bytes", "Memory that packed copies take.", m_.packed_bytes);
+    gauge("kvferry_packed_copies", "Packed copies, made or being made.", m_.packed_copies);
+    counter("kvferry_packed_made_total", "Packed copies that were made.", m_.packed_made.value());
+    counter("kvferry_packed_refused_total", "Sends refused because their copy found no room.",
+            m_.packed_refused.value());
+  }
+
+  void add_reuse() {
+    gauge("kvferry_reuse_entries", "Blocks that can be found by their hash.", m_.reuse_entries);
+    gauge("kvferry_reuse_pins", "Look-ups that hold what they found.", m_.reuse_pins);
+    counter("kvferry_reuse_commits_total", "Receives whose blocks were published.",
+            m_.reuse_commits.value());
+    counter("kvferry_reuse_blocks_total", "Blocks that receives had from this node.",
+            m_.reuse_blocks.value());
+    counter("kvferry_reuse_lookups_total", "Look-ups without a transfer.",
+            m_.reuse_lookups.value());
+    counter("kvferry_reuse_lookup_hits_total", "Groups of which a look-up found something.",
+            m_.reuse_lookup_hits.value());
+    counter("kvferry_reuse_withdrawn_total", "Blocks withdrawn by their workers.",
+            m_.reuse_withdrawn.value());
+    counter("kvferry_reuse_evicted_total", "Blocks forgotten because the index was full.",
+            m_.reuse_evicted.value());
   }
 
   void add_rails_and_links() {

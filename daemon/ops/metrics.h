@@ -105,8 +105,8 @@ inline constexpr std::size_t kChunkEvents = 10;
 enum class CreditEvent : uint8_t { kGranted, kSpent, kWithdrawn };
 inline constexpr std::size_t kCreditEvents = 3;
 
-enum class CopyKind : uint8_t { kGather, kScatter, kFused };
-inline constexpr std::size_t kCopyKinds = 3;
+enum class CopyKind : uint8_t { kGather, kScatter, kFused, kClear, kPack };
+inline constexpr std::size_t kCopyKinds = 5;
 
 // Partition an arena: the series of one arena add up to its size.
 enum class RegionState : uint8_t {
@@ -162,6 +162,7 @@ struct BuildLabels {
 
 struct ArenaMetrics {
   std::array<Gauge, kRegionStates> bytes;
+  Gauge reserved;  // promised, used or not: beside the states
   Gauge& of(RegionState state) { return bytes[static_cast<std::size_t>(state)]; }
 };
 
@@ -212,6 +213,22 @@ class Metrics {
   Counter lane_downs;
   Counter links_lost;
   Counter quarantines;  // regions that ever entered quarantine
+
+  // Packed copies, made or being made.
+  Gauge packed_bytes;
+  Gauge packed_copies;
+  Counter packed_made;
+  Counter packed_refused;  // Sends, for want of room
+
+  // The node's reuse index. Bytes: ByteDirection::kLocal.
+  Gauge reuse_entries;
+  Gauge reuse_pins;
+  Counter reuse_commits;
+  Counter reuse_blocks;  // that receives had from the node
+  Counter reuse_lookups;
+  Counter reuse_lookup_hits;  // groups
+  Counter reuse_withdrawn;    // entries
+  Counter reuse_evicted;      // entries
   Counter handshakes_failed;
   Counter messages_sent;
   Counter messages_received;

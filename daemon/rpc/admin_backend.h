@@ -139,6 +139,7 @@ struct ArenaInfo {
   uint64_t scattering_bytes = 0;
   uint64_t quarantined_bytes = 0;
   uint64_t staging_bytes = 0;
+  uint64_t reserved_bytes = 0;
   uint32_t regions = 0;  // allocated
   uint32_t quarantined_regions = 0;
   uint32_t segments = 0;

@@ -161,6 +161,7 @@ void fill(const ArenaInfo& from, pb::Arena& to) {
   to.set_scattering_bytes(from.scattering_bytes);
   to.set_quarantined_bytes(from.quarantined_bytes);
   to.set_staging_bytes(from.staging_bytes);
+  to.set_reserved_bytes(from.reserved_bytes);
   to.set_regions(from.regions);
   to.set_quarantined_regions(from.quarantined_regions);
   to.set_segments(from.segments);

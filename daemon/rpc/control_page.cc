@@ -153,6 +153,39 @@ void ControlPage::note_change(uint32_t slot) {
   cp::store<uint32_t>(status_.data() + ring_offset_ + 4 * index, slot);
   cp::store<uint64_t>(status_.data() + offsetof(cp::StatusHeader, ring_head), ++ring_head_);
   ring_doorbell();
+  tell([slot](StatusObserver& observer) { observer.slot_changed(slot); });
+}
+
+template <typename Fn>
+void ControlPage::tell(Fn&& what) {
+  if (observed_.load(std::memory_order_acquire) == 0) return;
+  MutexLock lock(observers_mutex_);
+  std::erase_if(observers_, [&](const std::weak_ptr<StatusObserver>& held) {
+    const std::shared_ptr<StatusObserver> observer = held.lock();
+    if (observer != nullptr) what(*observer);
+    return observer == nullptr;
+  });
+  observed_.store(static_cast<uint32_t>(observers_.size()), std::memory_order_release);
+}
+
+Status ControlPage::observe(const std::weak_ptr<StatusObserver>& observer) {
+  constexpr std::size_t kMost = 4;
+  MutexLock lock(observers_mutex_);
+  if (gone_) return fail(Code::kUnavailable, "WORKER_GONE", "the worker is not attached any more");
+  std::erase_if(observers_, [](const auto& held) { return held.expired(); });
+  if (observers_.size() >= kMost)
+    return fail(Code::kResourceExhausted, "TOO_MANY_WATCHES", "four watches of a worker at a time");
+  observers_.push_back(observer);
+  observed_.store(static_cast<uint32_t>(observers_.size()), std::memory_order_release);
+  return {};
+}
+
+void ControlPage::worker_gone() {
+  {
+    MutexLock lock(observers_mutex_);
+    gone_ = true;
+  }
+  tell([](StatusObserver& observer) { observer.worker_gone(); });
 }
 
 void ControlPage::tick(Time now) {
@@ -163,6 +196,8 @@ void ControlPage::tick(Time now) {
 void ControlPage::set_draining(bool draining) {
   cp::store<uint32_t>(status_.data() + offsetof(cp::StatusHeader, draining), draining ? 1U : 0U);
   ring_doorbell();
+  draining_.store(draining, std::memory_order_relaxed);
+  tell([](StatusObserver& observer) { observer.draining_changed(); });
 }
 
 void ControlPage::ring_doorbell() {

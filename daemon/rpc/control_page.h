@@ -7,6 +7,7 @@
 // depends on what the worker wrote: no index, size or pointer is read back from shared memory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -31,6 +32,16 @@ struct ControlPageConfig {
   uint32_t aux_bytes = 512;       // longer aux is fetched by a call; a multiple of 8
   uint32_t timeline_words = 1024;
   uint32_t done_words = 1024;
+};
+
+// Told that slots have changed, by the engine's thread, or that the worker is gone, by any. Must
+// not block, nor call the page back but for read() and draining().
+class StatusObserver {
+ public:
+  virtual ~StatusObserver() = default;
+  virtual void slot_changed(uint32_t slot) = 0;
+  virtual void draining_changed() = 0;
+  virtual void worker_gone() = 0;
 };
 
 class ControlPage {
@@ -79,6 +90,12 @@ class ControlPage {
   // What is shown now, for tools. Any thread; false for a slot out of range or just being written.
   bool read(uint32_t slot, control_page::Record& out) const;
 
+  bool draining() const { return draining_.load(std::memory_order_relaxed); }
+  // Held weakly. RESOURCE_EXHAUSTED TOO_MANY_WATCHES beyond four at a time, UNAVAILABLE
+  // WORKER_GONE.
+  Status observe(const std::weak_ptr<StatusObserver>& observer) KVFERRY_EXCLUDES(observers_mutex_);
+  void worker_gone() KVFERRY_EXCLUDES(observers_mutex_);
+
   // One atomic load of a word that the worker may change at any time; nothing for a word out of
   // range.
   std::optional<uint64_t> load_timeline(uint32_t word) const;
@@ -91,6 +108,8 @@ class ControlPage {
   void write_header(const BootId& boot);
   void write_slot(uint32_t slot, const control_page::Record& record, std::string_view aux);
   void note_change(uint32_t slot);
+  template <typename Fn>
+  void tell(Fn&& what) KVFERRY_EXCLUDES(observers_mutex_);
 
   const ControlPageConfig config_;
   memory::SharedMemory status_;
@@ -115,6 +134,12 @@ class ControlPage {
 
   mutable Mutex mutex_;
   std::unordered_map<uint64_t, std::shared_ptr<const std::string>> aux_ KVFERRY_GUARDED_BY(mutex_);
+
+  std::atomic<bool> draining_{false};
+  std::atomic<uint32_t> observed_{0};  // so that a page that nobody watches costs one load
+  Mutex observers_mutex_;
+  std::vector<std::weak_ptr<StatusObserver>> observers_ KVFERRY_GUARDED_BY(observers_mutex_);
+  bool gone_ KVFERRY_GUARDED_BY(observers_mutex_) = false;
 };
 
 }  // namespace kvferry::rpc

@@ -71,6 +71,7 @@ Status Session::add_pool_fd(const std::string& name, PoolDescriptor descriptor) 
 
 void Session::end() {
   alive_.store(false, std::memory_order_release);
+  page_->worker_gone();
   std::map<std::string, PoolDescriptor, std::less<>> closing;
   MutexLock lock(mutex_);
   closing.swap(waiting_);

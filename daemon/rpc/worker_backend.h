@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,8 @@ struct LayoutRequest {
   mapping::RankLayout layout;
   Incarnation incarnation;  // zero: drawn by the daemon
   Secret instance_key;      // zero: none
+  Secret reuse_key;         // zero: the instance key
+  std::string hash_scheme;  // empty: no reuse
 };
 struct LayoutRegistration {
   bool existing = false;
@@ -59,6 +62,17 @@ struct TicketOutcome {
 struct TicketFacts {
   std::string instance;     // "tenant/name"
   Incarnation incarnation;  // zero: the ticket is of the form by name
+};
+
+// What is behind a ticket.
+struct ResolveOutcome {
+  bool reachable = false;   // a link to every node of it is up
+  bool compatible = false;  // meaningful if a layout was given
+  std::optional<Error> problem;
+  std::string transport;  // "local", or what the rails offer, as "shm,tcp"
+  std::string instance;   // without the tenant
+  Incarnation incarnation;
+  uint32_t rank_count = 0;
 };
 
 // A registered layout as operations use it; `layout` lives as long as `handle`.
@@ -90,8 +104,18 @@ class WorkerBackend {
   // NOT_FOUND LAYOUT_UNKNOWN unless this worker has registered it.
   virtual Result<LayoutView> find_layout(const Session& session, const std::string& instance,
                                          uint32_t rank) = 0;
+  // The same for a layout of any worker of the session's tenant, to look up what the reuse domain
+  // of `key` (zero: of the session's user) holds for it.
+  virtual Result<LayoutView> find_reuse_layout(const Session& session, const std::string& instance,
+                                               uint32_t rank, const Secret& key) = 0;
   // INVALID_ARGUMENT TICKET_INVALID; PERMISSION_DENIED for another tenant's instance.
   virtual Result<TicketFacts> parse_ticket(const Session& session, const std::string& ticket) = 0;
+
+  // Asks for the instance behind a ticket that parse_ticket has accepted, once; `layout` may be
+  // null: whether it is reachable. Answered at the deadline at the latest.
+  virtual void resolve(Session& session, const std::string& ticket,
+                       std::shared_ptr<const engine::LayoutHandle> layout, Time deadline,
+                       Done<ResolveOutcome> done) = 0;
 
   // Hands an operation to the engine; `reply` comes once, on the engine's thread.
   virtual void call(WorkerId worker, engine::Event op,

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "daemon/mapping/limits.h"
+#include "daemon/mapping/packed.h"
 #include "daemon/mapping/tokens.h"
 
 namespace kvferry::rpc {
@@ -101,6 +102,19 @@ Result<engine::ReadyCondition> ready_of(const v1::ReadyCondition& ready, const O
   return out;
 }
 
+template <typename Request>
+Status take_done(const Request& request, const OpLimits& limits,
+                 std::optional<engine::DoneWord>& out) {
+  if (!request.has_done()) return {};
+  if (request.done().word() >= limits.done_words) {
+    return invalid(
+        "done.word", "WORD_OUT_OF_RANGE",
+        std::to_string(request.done().word()) + " of " + std::to_string(limits.done_words));
+  }
+  out = engine::DoneWord{request.done().word(), request.done().value()};
+  return {};
+}
+
 Result<uint32_t> receivers_of(uint32_t asked, const OpLimits& limits) {
   if (asked > limits.max_receivers) {
     return invalid("max_receivers", "TOO_MANY_RECEIVERS",
@@ -167,6 +181,43 @@ constexpr std::size_t kPullRoom = 62 * 1024;
 constexpr std::size_t kSliceRoom = 63 * 1024;
 constexpr std::size_t kSliceRoomBesideAux = 3'600;
 
+// `field`: of the list.
+template <typename List>
+Result<std::vector<std::string>> hashes_of(const List& list, const std::string& field) {
+  if (static_cast<std::size_t>(list.size()) > kMaxBlocks)
+    return invalid(field, "TOO_MANY_BLOCKS", std::to_string(list.size()));
+  for (int i = 0; i < list.size(); ++i) {
+    if (list[i].empty() || list[i].size() > kMaxHashBytes)
+      return invalid(field + "[" + std::to_string(i) + "]", "WRONG_SIZE",
+                     std::to_string(list[i].size()) + " bytes, not 1 to 32");
+  }
+  return std::vector<std::string>(list.begin(), list.end());
+}
+
+Result<std::vector<engine::PromptHashes>> prompt_hashes_of(
+    const google::protobuf::RepeatedPtrField<v1::PromptHashes>& from,
+    const mapping::RankLayout& layout) {
+  if (static_cast<std::size_t>(from.size()) > mapping::kMaxGroups)
+    return invalid("prompt_hashes", "TOO_MANY_GROUPS", std::to_string(from.size()));
+  std::vector<engine::PromptHashes> out;
+  for (int i = 0; i < from.size(); ++i) {
+    const std::string field = "prompt_hashes[" + std::to_string(i) + "].";
+    if (from[i].group() >= layout.groups.size())
+      return invalid(field + "group", "UNKNOWN_GROUP", "the layout has no such group");
+    auto hashes = hashes_of(from[i].hashes(), field + "hashes");
+    KVFERRY_RETURN_IF_ERROR(hashes);
+    out.push_back({from[i].group(), std::move(*hashes)});
+  }
+  return out;
+}
+
+Result<bool> waits_for_arena(v1::ArenaFull when_full) {
+  if (when_full != v1::ARENA_FULL_UNSPECIFIED && when_full != v1::ARENA_FULL_WAIT &&
+      when_full != v1::ARENA_FULL_FAIL)
+    return invalid("arena_full", "UNKNOWN_VALUE", "no such choice");
+  return when_full != v1::ARENA_FULL_FAIL;
+}
+
 bool is_request_group(const mapping::RankLayout& layout, uint32_t group) {
   return group < layout.groups.size() && !layout.groups[group].planes.empty() &&
          layout.groups[group].planes.front().granularity == mapping::Granularity::kRequest;
@@ -178,6 +229,8 @@ Error as_spelled(Error error) {
   static constexpr std::pair<std::string_view, std::string_view> kWhole[] = {
       {"transfer.id", "transfer.transfer_id"},
       {"wait_for_arena", "arena_full"},
+      {"lease", "lease_ms"},
+      {"ttl", "ttl_ms"},
       {"needs", "groups"},
       {"offer", "groups"},
       {"blocks", "groups"}};
@@ -218,6 +271,14 @@ Status check_handle(uint64_t client_handle) {
   return {};
 }
 
+Status check_hash_scheme(const std::string& scheme) {
+  const bool printable =
+      std::all_of(scheme.begin(), scheme.end(), [](char c) { return c > ' ' && c < '\x7f'; });
+  if (scheme.size() > kMaxHashSchemeBytes || !printable)
+    return invalid("reuse_hash_scheme", "HASH_SCHEME_INVALID", "at most 64 printable characters");
+  return {};
+}
+
 Status check_ticket_text(const std::string& ticket) {
   const bool printable =
       std::all_of(ticket.begin(), ticket.end(), [](char c) { return c > ' ' && c < '\x7f'; });
@@ -255,8 +316,7 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
   op.send_index = request.send_index();
   KVFERRY_RETURN_IF_ERROR(check_tokens(request.num_tokens()));
   op.num_tokens = request.num_tokens();
-  if (request.packed_copy()) return not_served("packed_copy", "packed copies");
-  if (request.has_done()) return not_served("done", "done words");
+  KVFERRY_RETURN_IF_ERROR(take_done(request, limits, op.done));
   if (request.has_layers()) {
     if (request.layers().begin() >= request.layers().end() ||
         request.layers().end() > mapping::kMaxLayers)
@@ -295,6 +355,11 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
   if (!rounded) return tl::unexpected<Error>(as_spelled(rounded.error()));
   op.offer = std::move(*rounded);
   KVFERRY_RETURN_IF_ERROR(check_fits_message(op.offer, op.aux ? kSliceRoomBesideAux : kSliceRoom));
+  if (request.packed_copy()) {
+    const auto packed = mapping::packed_shape(*layout.layout, op.offer, op.layers);
+    if (!packed) return tl::unexpected<Error>(as_spelled(packed.error()));
+    op.packed_bytes = packed->bytes;
+  }
   op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);
   auto receivers = receivers_of(request.max_receivers(), limits);
@@ -320,12 +385,14 @@ Result<engine::ReceiveOp> to_receive(const v1::ReceiveRequest& request, const La
   }
   KVFERRY_RETURN_IF_ERROR(check_tokens(request.num_tokens()));
   op.num_tokens = request.num_tokens();
-  if (request.prompt_hashes_size() > 0) return not_served("prompt_hashes", "reuse look-ups");
-  if (request.has_done()) return not_served("done", "done words");
-  if (request.arena_full() != v1::ARENA_FULL_UNSPECIFIED &&
-      request.arena_full() != v1::ARENA_FULL_WAIT && request.arena_full() != v1::ARENA_FULL_FAIL)
-    return invalid("arena_full", "UNKNOWN_VALUE", "no such choice");
-  op.wait_for_arena = request.arena_full() != v1::ARENA_FULL_FAIL;
+  auto hashes = prompt_hashes_of(request.prompt_hashes(), *layout.layout);
+  KVFERRY_RETURN_IF_ERROR(hashes);
+  op.hashes = std::move(*hashes);
+  op.reuse_pin = request.reuse_pin();
+  KVFERRY_RETURN_IF_ERROR(take_done(request, limits, op.done));
+  auto waits = waits_for_arena(request.arena_full());
+  KVFERRY_RETURN_IF_ERROR(waits);
+  op.wait_for_arena = *waits;
   auto ready = ready_of(request.ready(), limits);
   KVFERRY_RETURN_IF_ERROR(ready);
   op.ready = *ready;
@@ -375,6 +442,112 @@ Result<engine::DeclineOp> to_decline(const v1::DeclineRequest& request, const La
   op.ticket = request.ticket();
   op.layout = layout.handle;
   return op;
+}
+
+Result<engine::ReserveOp> to_reserve(const v1::ReserveRequest& request, const LayoutView& layout,
+                                     const TicketFacts& ticket, const OpLimits& limits) {
+  engine::ReserveOp op;
+  auto key = receiver_key(request.transfer(), ticket);
+  KVFERRY_RETURN_IF_ERROR(key);
+  op.key = std::move(*key);
+  op.layout = layout.handle;
+  op.bytes = request.bytes();
+  auto waits = waits_for_arena(request.arena_full());
+  KVFERRY_RETURN_IF_ERROR(waits);
+  op.may_wait = *waits;
+  op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
+  return op;
+}
+
+Result<engine::CommitReuseOp> to_commit_reuse(const v1::CommitReuseRequest& request) {
+  engine::CommitReuseOp op;
+  KVFERRY_RETURN_IF_ERROR(check_handle(request.client_handle()));
+  op.client_handle = request.client_handle();
+  KVFERRY_RETURN_IF_ERROR(check_group_count(request.groups_size()));
+  for (int i = 0; i < request.groups_size(); ++i) {
+    const auto& from = request.groups(i);
+    auto hashes = hashes_of(from.hashes(), group_field(i, "hashes"));
+    KVFERRY_RETURN_IF_ERROR(hashes);
+    op.groups.push_back({from.group(), from.tokens(), std::move(*hashes)});
+  }
+  return op;
+}
+
+Result<engine::LookupReuseOp> to_lookup_reuse(const v1::LookupReuseRequest& request,
+                                              const LayoutView& layout) {
+  engine::LookupReuseOp op;
+  op.layout = layout.handle;
+  if (request.prompt_hashes_size() == 0)
+    return invalid("prompt_hashes", "MISSING", "what is looked up");
+  auto hashes = prompt_hashes_of(request.prompt_hashes(), *layout.layout);
+  KVFERRY_RETURN_IF_ERROR(hashes);
+  op.hashes = std::move(*hashes);
+  if (request.pin_ms() > kMaxPinMs)
+    return invalid("pin_ms", "PIN_TOO_LONG", "at most 1000 milliseconds");
+  op.pin = std::chrono::milliseconds(request.pin_ms());
+  return op;
+}
+
+Result<engine::WithdrawReuseOp> to_withdraw_reuse(const v1::WithdrawReuseRequest& request,
+                                                  const LayoutView& layout) {
+  engine::WithdrawReuseOp op;
+  op.layout = layout.handle;
+  KVFERRY_RETURN_IF_ERROR(check_group_count(request.groups_size()));
+  for (int i = 0; i < request.groups_size(); ++i) {
+    const v1::GroupBlocks& from = request.groups(i);
+    if (from.group() >= layout.layout->groups.size())
+      return invalid(group_field(i, "group"), "UNKNOWN_GROUP", "the layout has no such group");
+    if (from.has_tokens())
+      return invalid(group_field(i, "tokens"), "UNEXPECTED", "blocks are withdrawn whole");
+    if (from.cached_tokens() != 0)
+      return invalid(group_field(i, "cached_tokens"), "UNEXPECTED", "blocks are withdrawn by id");
+    if (from.first_block() != 0)
+      return invalid(group_field(i, "first_block"), "UNEXPECTED", "the list has no positions");
+    auto blocks = blocks_of(from, i);
+    KVFERRY_RETURN_IF_ERROR(blocks);
+    const mapping::Group& group = layout.layout->groups[from.group()];
+    const auto count = static_cast<int64_t>(group.block_count / group.blocks_per_id);
+    for (std::size_t j = 0; j < blocks->ids.size(); ++j) {
+      if (blocks->ids[j] >= mapping::kHole && blocks->ids[j] < count) continue;
+      return invalid(group_field(i, "block_ids") + "[" + std::to_string(j) + "]",
+                     "BLOCK_OUT_OF_RANGE", std::to_string(blocks->ids[j]));
+    }
+    op.groups.push_back(std::move(*blocks));
+  }
+  return op;
+}
+
+void to_proto(const engine::Reply::Receiver& receiver,
+              v1::GetReceiverNeedsResponse::Receiver& out) {
+  out.set_instance(std::string(bare_name(receiver.instance)));
+  out.set_incarnation(receiver.incarnation.bytes.data(), receiver.incarnation.bytes.size());
+  out.set_dp_group(receiver.dp_group);
+  out.set_ready(receiver.ready);
+  for (const mapping::GroupRanges& group : receiver.needs) {
+    auto* to = out.add_groups();
+    to->set_group(group.group);
+    for (const Range& range : group.ranges) {
+      v1::TokenRange* tokens = to->add_ranges();
+      tokens->set_begin(range.begin);
+      tokens->set_end(range.end);
+    }
+  }
+}
+
+void to_proto(const ResolveOutcome& outcome, v1::ResolveResponse& out) {
+  out.set_reachable(outcome.reachable);
+  out.set_compatible(outcome.compatible);
+  if (outcome.problem) {
+    v1::ErrorDetail* problem = out.mutable_problem();
+    problem->set_code(static_cast<int32_t>(outcome.problem->code));
+    problem->set_reason(outcome.problem->reason);
+    problem->set_field(outcome.problem->field);
+    problem->set_message(outcome.problem->message);
+  }
+  out.set_transport(outcome.transport);
+  out.set_instance(outcome.instance);
+  out.set_incarnation(outcome.incarnation.bytes.data(), outcome.incarnation.bytes.size());
+  out.set_rank_count(outcome.rank_count);
 }
 
 }  // namespace kvferry::rpc

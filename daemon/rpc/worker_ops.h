@@ -23,12 +23,16 @@ struct OpLimits {
   Duration deadline_max = std::chrono::minutes(30);
   uint32_t max_receivers = 64;
   uint32_t timeline_words = 1024;
+  uint32_t done_words = 1024;
 };
 
 inline constexpr std::size_t kMaxAuxBytes = 64 * 1024;
 inline constexpr std::size_t kMaxTransferIdBytes = 64;
 inline constexpr std::size_t kMaxBlocks = 1U << 20;
 inline constexpr std::size_t kMaxTicketBytes = 512;
+inline constexpr std::size_t kMaxHashBytes = 32;
+inline constexpr uint32_t kMaxPinMs = 1000;
+inline constexpr std::size_t kMaxHashSchemeBytes = 64;
 inline constexpr uint64_t kMaxTokens = uint64_t{1} << 40;
 
 // The error with its field as the messages spell it: the mapping library and the engine name their
@@ -49,9 +53,21 @@ Result<engine::ClaimOp> to_claim(const v1::ClaimRequest& request, const LayoutVi
                                  const TicketFacts& ticket, const OpLimits& limits);
 Result<engine::DeclineOp> to_decline(const v1::DeclineRequest& request, const LayoutView& layout,
                                      const TicketFacts& ticket);
+Result<engine::ReserveOp> to_reserve(const v1::ReserveRequest& request, const LayoutView& layout,
+                                     const TicketFacts& ticket, const OpLimits& limits);
+Result<engine::CommitReuseOp> to_commit_reuse(const v1::CommitReuseRequest& request);
+Result<engine::LookupReuseOp> to_lookup_reuse(const v1::LookupReuseRequest& request,
+                                              const LayoutView& layout);
+Result<engine::WithdrawReuseOp> to_withdraw_reuse(const v1::WithdrawReuseRequest& request,
+                                                  const LayoutView& layout);
+
+void to_proto(const engine::Reply::Receiver& receiver, v1::GetReceiverNeedsResponse::Receiver& out);
+void to_proto(const ResolveOutcome& outcome, v1::ResolveResponse& out);
 
 // A handle that is not 0.
 Status check_handle(uint64_t client_handle);
+// At most 64 printable characters without spaces.
+Status check_hash_scheme(const std::string& scheme);
 // 1 to 512 printable bytes.
 Status check_ticket_text(const std::string& ticket);
 

@@ -14,6 +14,7 @@
 #include "daemon/rpc/layout_proto.h"
 #include "daemon/rpc/submit_stream.h"
 #include "daemon/rpc/unix_socket.h"
+#include "daemon/rpc/watch_stream.h"
 #include "kvferry/v1/worker.grpc.pb.h"
 
 namespace kvferry::rpc {
@@ -101,9 +102,9 @@ class Service final : public v1::WorkerService::CallbackService {
       asked.instance = request->instance();
       if (!valid_name(asked.instance)) return bad_name("instance");
       if (!request->has_layout()) return invalid("layout", "MISSING", "no layout is given");
-      if (!request->reuse_key().empty()) return not_served("reuse_key", "reuse domains");
-      if (!request->reuse_hash_scheme().empty())
-        return not_served("reuse_hash_scheme", "reuse domains");
+      KVFERRY_RETURN_IF_ERROR(check_hash_scheme(request->reuse_hash_scheme()));
+      asked.hash_scheme = request->reuse_hash_scheme();
+      KVFERRY_RETURN_IF_ERROR(take16(request->reuse_key(), "reuse_key", asked.reuse_key));
       auto layout = from_proto(request->layout());
       if (!layout) {
         Error error = layout.error();
@@ -221,6 +222,101 @@ class Service final : public v1::WorkerService::CallbackService {
     });
   }
 
+  grpc::ServerUnaryReactor* GetReceiverNeeds(Context* context,
+                                             const v1::GetReceiverNeedsRequest* request,
+                                             v1::GetReceiverNeedsResponse* response) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      KVFERRY_RETURN_IF_ERROR(check_handle(request->client_handle()));
+      engine::ReceiverNeedsOp op;
+      op.op.worker = session->id();
+      op.client_handle = request->client_handle();
+      backend_.call(session->id(), op, [response, finish](const engine::Reply& reply) {
+        for (const engine::Reply::Receiver& receiver : reply.receivers)
+          to_proto(receiver, *response->add_receivers());
+        finish(reply.error.code == Code::kOk ? Status{} : Status(tl::unexpected(reply.error)));
+      });
+      return {};
+    });
+  }
+
+  grpc::ServerUnaryReactor* Resolve(Context* context, const v1::ResolveRequest* request,
+                                    v1::ResolveResponse* response) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      auto ticket = ticket_of(*session, request->ticket());
+      KVFERRY_RETURN_IF_ERROR(ticket);
+      LayoutView layout;
+      if (request->has_layout()) {
+        auto own = layout_of(*session, request->layout(), true);
+        KVFERRY_RETURN_IF_ERROR(own);
+        layout = *own;
+      }
+      backend_.resolve(*session, request->ticket(), layout.handle, deadline_of(*context),
+                       [response, finish](Result<ResolveOutcome> outcome) {
+                         if (outcome) to_proto(*outcome, *response);
+                         finish(outcome ? Status{} : Status(tl::unexpected(outcome.error())));
+                       });
+      return {};
+    });
+  }
+
+  grpc::ServerUnaryReactor* Reserve(Context* context, const v1::ReserveRequest* request,
+                                    v1::ReserveResponse* response) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      auto layout = layout_of(*session, request->layout(), request->has_layout());
+      KVFERRY_RETURN_IF_ERROR(layout);
+      auto ticket = ticket_of(*session, request->ticket());
+      KVFERRY_RETURN_IF_ERROR(ticket);
+      auto op = to_reserve(*request, *layout, *ticket, config_.limits);
+      KVFERRY_RETURN_IF_ERROR(op);
+      op->op.worker = session->id();
+      backend_.call(session->id(), std::move(*op), [response, finish](const engine::Reply& reply) {
+        response->set_existing(reply.existing);
+        response->set_bytes(reply.reserved_bytes);
+        response->set_lease_ms(static_cast<uint32_t>(
+            std::chrono::duration_cast<std::chrono::milliseconds>(reply.lease).count()));
+        finish(reply.error.code == Code::kOk ? Status{} : Status(tl::unexpected(reply.error)));
+      });
+      return {};
+    });
+  }
+
+  grpc::ServerUnaryReactor* LookupReuse(Context* context, const v1::LookupReuseRequest* request,
+                                        v1::LookupReuseResponse* response) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      auto layout = reuse_layout_of(*session, *request);
+      KVFERRY_RETURN_IF_ERROR(layout);
+      auto op = to_lookup_reuse(*request, *layout);
+      KVFERRY_RETURN_IF_ERROR(op);
+      op->op.worker = session->id();
+      backend_.call(session->id(), std::move(*op), [response, finish](const engine::Reply& reply) {
+        for (const engine::Reply::Match& match : reply.matches) {
+          auto* to = response->add_groups();
+          to->set_group(match.group);
+          to->set_tokens(match.tokens);
+        }
+        response->set_pin(reply.pin);
+        finish(reply.error.code == Code::kOk ? Status{} : Status(tl::unexpected(reply.error)));
+      });
+      return {};
+    });
+  }
+
+  grpc::ServerUnaryReactor* WithdrawReuse(Context* context, const v1::WithdrawReuseRequest* request,
+                                          v1::WithdrawReuseResponse* response) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      auto layout = layout_of(*session, request->layout(), request->has_layout());
+      KVFERRY_RETURN_IF_ERROR(layout);
+      auto op = to_withdraw_reuse(*request, *layout);
+      KVFERRY_RETURN_IF_ERROR(op);
+      op->op.worker = session->id();
+      backend_.call(session->id(), std::move(*op), [response, finish](const engine::Reply& reply) {
+        response->set_withdrawn_count(reply.withdrawn);
+        finish(reply.error.code == Code::kOk ? Status{} : Status(tl::unexpected(reply.error)));
+      });
+      return {};
+    });
+  }
+
   grpc::ServerUnaryReactor* GetAux(Context* context, const v1::GetAuxRequest* request,
                                    v1::GetAuxResponse* response) override {
     return unary(context, [&](const SessionPtr& session) -> Status {
@@ -276,22 +372,16 @@ class Service final : public v1::WorkerService::CallbackService {
     return unary(context, [](const SessionPtr&) -> Status { return not_served({}, feature); });   \
   }
   KVFERRY_NOT_SERVED(ProvePools, "pools by handle (ProvePools)")
-  KVFERRY_NOT_SERVED(Resolve, "Resolve calls")
-  KVFERRY_NOT_SERVED(Reserve, "reservations (Reserve)")
-  KVFERRY_NOT_SERVED(LookupReuse, "reuse look-ups (LookupReuse)")
-  KVFERRY_NOT_SERVED(WithdrawReuse, "reuse look-ups (WithdrawReuse)")
 #undef KVFERRY_NOT_SERVED
 
   grpc::ServerWriteReactor<v1::WatchResponse>* Watch(Context* context,
                                                      const v1::WatchRequest*) override {
-    class Refusal final : public grpc::ServerWriteReactor<v1::WatchResponse> {
-     public:
-      explicit Refusal(grpc::Status status) { Finish(std::move(status)); }
-      void OnDone() override { delete this; }
-    };
-    Error error = unauthenticated();
-    if (session_of(*context)) error = not_served({}, "Watch streams").value();
-    return new Refusal(to_status(*context, error));
+    const SessionPtr session = session_of(*context);
+    if (session == nullptr) return WatchStream::refuse(to_status(*context, unauthenticated()));
+    auto stream = WatchStream::start(session);
+    if (!stream) return WatchStream::refuse(to_status(*context, stream.error()));
+    if (config_.on_answer) config_.on_answer(Code::kOk);
+    return *stream;
   }
 
  private:
@@ -398,9 +488,40 @@ class Service final : public v1::WorkerService::CallbackService {
 
   Result<LayoutView> layout_of(const Session& session, const v1::LayoutRef& ref, bool given) {
     if (!given && session.facts().role == lifeline::Role::kController)
-      return not_served("layout", "transfers of controllers, which have no layout,");
+      return fail(Code::kPermissionDenied, "ROLE_WITHOUT_TRANSFERS",
+                  "a controller has no layout, and so no transfers of its own", "layout");
     if (!given) return invalid("layout", "MISSING", "names the caller's own layout");
     return backend_.find_layout(session, ref.instance(), ref.rank());
+  }
+
+  // Of a Claim or Decline. A controller has no layout: towards the sender it is a receiver of its
+  // own, of no incarnation. Declining, it takes a place that is free, and none that is not.
+  template <typename Request>
+  Result<LayoutView> speaker_of(const Session& session, const Request& request) {
+    if (request.has_layout() || session.facts().role != lifeline::Role::kController)
+      return layout_of(session, request.layout(), request.has_layout());
+    auto handle = std::make_shared<engine::LayoutHandle>();
+    handle->worker = session.id();
+    handle->instance = session.facts().tenant + "/" + session.facts().name;
+    return LayoutView{std::move(handle), nullptr};
+  }
+
+  // A controller asks for the layout of any worker of its tenant, within the domain of the key that
+  // it shows.
+  Result<LayoutView> reuse_layout_of(const Session& session,
+                                     const v1::LookupReuseRequest& request) {
+    if (session.facts().role != lifeline::Role::kController) {
+      if (!request.reuse_key().empty())
+        return invalid("reuse_key", "UNEXPECTED",
+                       "the worker's layout was registered with its key");
+      return layout_of(session, request.layout(), request.has_layout());
+    }
+    if (!request.has_layout())
+      return invalid("layout", "MISSING", "names the layout that would receive");
+    Secret key;
+    KVFERRY_RETURN_IF_ERROR(take16(request.reuse_key(), "reuse_key", key));
+    return backend_.find_reuse_layout(session, request.layout().instance(), request.layout().rank(),
+                                      key);
   }
 
   Result<TicketFacts> ticket_of(const Session& session, const std::string& ticket) {
@@ -437,14 +558,14 @@ class Service final : public v1::WorkerService::CallbackService {
         return as_event(to_receive(operation.receive(), *view, *ticket, limits));
       }
       case v1::Operation::kClaim: {
-        auto view = layout(operation.claim());
+        auto view = speaker_of(session, operation.claim());
         KVFERRY_RETURN_IF_ERROR(view);
         auto ticket = ticket_of(session, operation.claim().ticket());
         KVFERRY_RETURN_IF_ERROR(ticket);
         return as_event(to_claim(operation.claim(), *view, *ticket, limits));
       }
       case v1::Operation::kDecline: {
-        auto view = layout(operation.decline());
+        auto view = speaker_of(session, operation.decline());
         KVFERRY_RETURN_IF_ERROR(view);
         auto ticket = ticket_of(session, operation.decline().ticket());
         KVFERRY_RETURN_IF_ERROR(ticket);
@@ -457,7 +578,7 @@ class Service final : public v1::WorkerService::CallbackService {
         return as_event(Result<engine::CloseOp>(op));
       }
       case v1::Operation::kCommitReuse:
-        return not_served({}, "reuse commits (CommitReuse)");
+        return as_event(to_commit_reuse(operation.commit_reuse()));
       case v1::Operation::KIND_NOT_SET:
         break;
     }

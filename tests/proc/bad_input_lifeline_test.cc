@@ -415,12 +415,29 @@ TEST_CASE("A controller has no pools and no transfers of its own") {
         send_pools(*controller, {{"kv", lifeline::PoolKind::kHostShm, kBytes, pool.get()}});
     REQUIRE_FALSE(sent.ok());
     CHECK(sent.error().reason == "ROLE_WITHOUT_POOLS");
-    v1::ClaimRequest claim = good_claim(subject.ticket());
-    claim.clear_layout();
-    const auto answer = controller->call(&Stub::Claim, claim, std::chrono::seconds(20));
+    v1::ReceiveRequest receive = good_receive(subject.ticket());
+    receive.clear_layout();
+    const auto answer = controller->call(&Stub::Receive, receive, std::chrono::seconds(20));
     REQUIRE_FALSE(answer.ok());
-    CHECK(answer.error().code == client::Code::kUnimplemented);
+    CHECK(answer.error().code == client::Code::kPermissionDenied);
+    CHECK(answer.error().reason == "ROLE_WITHOUT_TRANSFERS");
     CHECK(answer.error().field == "layout");
+    // Another's layout is none of its own, but for look-ups, which need one.
+    receive.mutable_layout()->set_instance(kInstance);
+    const auto other = controller->call(&Stub::Receive, receive, std::chrono::seconds(20));
+    REQUIRE_FALSE(other.ok());
+    CHECK(other.error().reason == "LAYOUT_UNKNOWN");
+    v1::LookupReuseRequest lookup = good_lookup();
+    CHECK(controller->call(&Stub::LookupReuse, lookup, std::chrono::seconds(20)).ok());
+    lookup.set_reuse_key("short");
+    const auto wrong = controller->call(&Stub::LookupReuse, lookup, std::chrono::seconds(20));
+    REQUIRE_FALSE(wrong.ok());
+    CHECK(wrong.error().field == "reuse_key");
+    lookup.clear_layout();
+    const auto missing = controller->call(&Stub::LookupReuse, lookup, std::chrono::seconds(20));
+    REQUIRE_FALSE(missing.ok());
+    CHECK(missing.error().reason == "MISSING");
+    CHECK(missing.error().field == "layout");
   }
   CHECK(subject.state_becomes(state));
 }

@@ -104,12 +104,12 @@ Rows<Request> prompt_rows() {
       {"a prompt of more blocks than a transfer has",
        [](Request& r) { r.set_num_tokens(((uint64_t{1} << 20) + 1) * 16); }, kInvalid,
        "OUT_OF_RANGE", "num_tokens"},
-      {"a done word",
+      {"a done word that does not exist",
        [](Request& r) {
-         r.mutable_done()->set_word(1);
+         r.mutable_done()->set_word(kHuge32);
          r.mutable_done()->set_value(1);
        },
-       Code::kUnimplemented, "FEATURE_NOT_SERVED", "done"},
+       kInvalid, "WORD_OUT_OF_RANGE", "done.word"},
   };
 }
 
@@ -214,8 +214,6 @@ Rows<v1::SendRequest> slice_rows() {
        kInvalid, "AUX_NOT_LAST", "aux"},
       {"aux of 64 KiB and a byte", [](Request& r) { r.set_aux(std::string(64 * 1024 + 1, 'a')); },
        kInvalid, "AUX_TOO_LARGE", "aux"},
-      {"a packed copy", [](Request& r) { r.set_packed_copy(true); }, Code::kUnimplemented,
-       "FEATURE_NOT_SERVED", "packed_copy"},
       {"more ranges than a slice has",
        [](Request& r) {
          fragment(r);
@@ -253,15 +251,34 @@ Rows<v1::ReceiveRequest> need_rows() {
       {"an unknown choice for a full arena",
        [](Request& r) { r.set_arena_full(static_cast<v1::ArenaFull>(9)); }, kInvalid,
        "UNKNOWN_VALUE", "arena_full"},
-      {"prompt hashes",
-       [](Request& r) {
-         v1::PromptHashes& hashes = *r.add_prompt_hashes();
-         hashes.set_group(1);
-         hashes.add_hashes("h");
-       },
-       Code::kUnimplemented, "FEATURE_NOT_SERVED", "prompt_hashes"},
       {"more ranges than a transfer has", [](Request& r) { fragment(r); }, Code::kResourceExhausted,
        "TOO_FRAGMENTED", "groups[0].block_ids"},
+  };
+}
+
+// Of the first entry, which is added where there is none.
+template <typename Request>
+Rows<Request> hash_rows() {
+  const auto with = [](uint32_t group, const std::string& second) {
+    return [=](Request& r) {
+      r.clear_prompt_hashes();
+      v1::PromptHashes& of = *r.add_prompt_hashes();
+      of.set_group(group);
+      of.add_hashes("h");
+      of.add_hashes(second);
+    };
+  };
+  return {
+      {"hashes of a group beyond the layout's", with(3, "h"), kInvalid, "UNKNOWN_GROUP",
+       "prompt_hashes[0].group"},
+      {"an empty hash", with(0, ""), kInvalid, "WRONG_SIZE", "prompt_hashes[0].hashes[1]"},
+      {"a hash of 33 bytes", with(0, std::string(33, 'h')), kInvalid, "WRONG_SIZE",
+       "prompt_hashes[0].hashes[1]"},
+      {"hashes of 65 groups",
+       [](Request& r) {
+         while (r.prompt_hashes_size() < 65) r.add_prompt_hashes();
+       },
+       kInvalid, "TOO_MANY_GROUPS", "prompt_hashes"},
   };
 }
 
@@ -321,6 +338,38 @@ v1::DeclineRequest good_decline(const std::string& ticket) {
   return request;
 }
 
+v1::ReserveRequest good_reserve(const std::string& ticket) {
+  v1::ReserveRequest request;
+  set_transfer(*request.mutable_transfer());
+  set_layout(request);
+  request.set_ticket(ticket);
+  return request;
+}
+
+v1::CommitReuseRequest good_commit() {
+  v1::CommitReuseRequest request;
+  request.set_client_handle(74);
+  v1::CommitReuseRequest::GroupCommit& group = *request.add_groups();
+  group.set_tokens(32);
+  group.add_hashes("h0");
+  group.add_hashes("h1");
+  return request;
+}
+
+v1::LookupReuseRequest good_lookup() {
+  v1::LookupReuseRequest request;
+  set_layout(request);
+  request.add_prompt_hashes()->add_hashes("h0");
+  return request;
+}
+
+v1::WithdrawReuseRequest good_withdraw() {
+  v1::WithdrawReuseRequest request;
+  set_layout(request);
+  request.add_groups()->set_block_ids(ids({0, -1, 7}));
+  return request;
+}
+
 Rows<v1::OpenSendRequest> open_send_rows() {
   Rows<v1::OpenSendRequest> rows = handle_rows<v1::OpenSendRequest>();
   append(rows, transfer_rows<v1::OpenSendRequest>("NOT_OWN_INSTANCE"));
@@ -346,6 +395,7 @@ Rows<v1::ReceiveRequest> receive_rows() {
   append(rows, prompt_rows<v1::ReceiveRequest>());
   append(rows, group_rows<v1::ReceiveRequest>());
   append(rows, need_rows());
+  append(rows, hash_rows<v1::ReceiveRequest>());
   return rows;
 }
 
@@ -359,13 +409,83 @@ Rows<v1::DeclineRequest> decline_rows() {
   return transfer_rows<v1::DeclineRequest>("OTHER_INSTANCE");
 }
 
+Rows<v1::ReserveRequest> reserve_rows() {
+  using Request = v1::ReserveRequest;
+  Rows<Request> rows = transfer_rows<Request>("OTHER_INSTANCE");
+  append(rows, {{"an unknown choice for a full arena",
+                 [](Request& r) { r.set_arena_full(static_cast<v1::ArenaFull>(9)); }, kInvalid,
+                 "UNKNOWN_VALUE", "arena_full"}});
+  return rows;
+}
+
+Rows<v1::CommitReuseRequest> commit_rows() {
+  using Request = v1::CommitReuseRequest;
+  Rows<Request> rows = handle_rows<Request>();
+  append(rows, {{"an empty hash", [](Request& r) { r.mutable_groups(0)->set_hashes(1, ""); },
+                 kInvalid, "WRONG_SIZE", "groups[0].hashes[1]"},
+                {"a hash of 33 bytes",
+                 [](Request& r) { r.mutable_groups(0)->set_hashes(0, std::string(33, 'h')); },
+                 kInvalid, "WRONG_SIZE", "groups[0].hashes[0]"},
+                {"65 groups",
+                 [](Request& r) {
+                   while (r.groups_size() < 65) r.add_groups();
+                 },
+                 kInvalid, "TOO_MANY_GROUPS", "groups"}});
+  return rows;
+}
+
+Rows<v1::LookupReuseRequest> lookup_rows() {
+  using Request = v1::LookupReuseRequest;
+  Rows<Request> rows = hash_rows<Request>();
+  append(rows, {{"nothing to look up", [](Request& r) { r.clear_prompt_hashes(); }, kInvalid,
+                 "MISSING", "prompt_hashes"},
+                {"a pin of more than a second", [](Request& r) { r.set_pin_ms(1001); }, kInvalid,
+                 "PIN_TOO_LONG", "pin_ms"}});
+  return rows;
+}
+
+Rows<v1::WithdrawReuseRequest> withdraw_rows() {
+  using Request = v1::WithdrawReuseRequest;
+  const auto first = [](std::function<void(v1::GroupBlocks&)> spoil) {
+    return [=](Request& r) { spoil(*r.mutable_groups(0)); };
+  };
+  return {
+      {"a group beyond the layout's", first([](auto& g) { g.set_group(3); }), kInvalid,
+       "UNKNOWN_GROUP", "groups[0].group"},
+      {"65 groups",
+       [](Request& r) {
+         while (r.groups_size() < 65) r.add_groups();
+       },
+       kInvalid, "TOO_MANY_GROUPS", "groups"},
+      {"positions", first([](auto& g) { g.set_first_block(1); }), kInvalid, "UNEXPECTED",
+       "groups[0].first_block"},
+      {"tokens", first([](auto& g) {
+         g.mutable_tokens()->set_begin(1);
+         g.mutable_tokens()->set_end(2);
+       }),
+       kInvalid, "UNEXPECTED", "groups[0].tokens"},
+      {"cached tokens", first([](auto& g) { g.set_cached_tokens(1); }), kInvalid, "UNEXPECTED",
+       "groups[0].cached_tokens"},
+      {"block ids of 7 bytes", first([](auto& g) { g.set_block_ids("1234567"); }), kInvalid,
+       "WRONG_SIZE", "groups[0].block_ids"},
+      {"a block id beyond the group's", first([](auto& g) {
+         g.set_block_ids(ids({0, 8}));
+       }),
+       kInvalid, "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[1]"},
+      {"a block id of -2", first([](auto& g) { g.set_block_ids(ids({-2})); }), kInvalid,
+       "BLOCK_OUT_OF_RANGE", "groups[0].block_ids[0]"},
+  };
+}
+
 std::vector<Exempt> operation_exempt() {
   return {
+      {"reuse_pin", "a pin that is over is none"},
       {"lease_ms", "0 is the default, longer ones are cut"},
       {"deadline_ms", "0 is the default, longer ones are cut"},
       {"wait_ms", "0 is the default, longer ones are cut"},
       {"ttl_ms", "0 is the default, longer ones are cut"},
       {"last", "both values mean something"},
+      {"packed_copy", "likewise; what finds no room has a test of its own"},
       {"ready.host_synced", "has no content"},
       {"ready.timeline.value", "a word may wait for any value"},
   };

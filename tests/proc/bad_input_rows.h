@@ -48,13 +48,21 @@ v1::SendRequest good_send();
 v1::ReceiveRequest good_receive(const std::string& ticket);
 v1::ClaimRequest good_claim(const std::string& ticket);
 v1::DeclineRequest good_decline(const std::string& ticket);
+v1::ReserveRequest good_reserve(const std::string& ticket);
+v1::CommitReuseRequest good_commit();
+v1::LookupReuseRequest good_lookup();
+v1::WithdrawReuseRequest good_withdraw();
 
 Rows<v1::OpenSendRequest> open_send_rows();
 Rows<v1::SendRequest> send_rows();
 Rows<v1::ReceiveRequest> receive_rows();
 Rows<v1::ClaimRequest> claim_rows();
 Rows<v1::DeclineRequest> decline_rows();
-// Of all five: times, which have defaults and are cut, and what has no wrong value.
+Rows<v1::ReserveRequest> reserve_rows();
+Rows<v1::CommitReuseRequest> commit_rows();
+Rows<v1::LookupReuseRequest> lookup_rows();
+Rows<v1::WithdrawReuseRequest> withdraw_rows();
+// Of all of them: times, which have defaults and are cut, and what has no wrong value.
 std::vector<Exempt> operation_exempt();
 
 std::string ids(const std::vector<int32_t>& block_ids);

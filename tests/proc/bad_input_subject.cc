@@ -71,6 +71,7 @@ v1::RegisterPoolsRequest pools_request(const std::vector<std::pair<std::string, 
 v1::RegisterLayoutRequest layout_request(const std::string& instance) {
   v1::RegisterLayoutRequest request;
   request.set_instance(instance);
+  request.set_reuse_hash_scheme("sha256");
   *request.mutable_layout() = good_layout();
   return request;
 }

@@ -300,22 +300,91 @@ TEST_CASE("the same Receive again starts nothing, another one under its id is re
   CHECK(s.receiver->verify() == "");
 }
 
-TEST_CASE("a receiver on the sender's daemon is told so") {
+TEST_CASE("a receiver on the sender's daemon gets every byte, and none by wire") {
   Scene& s = scene();
+  // Two ranks to one, and one to two.
+  const char* const there = GENERATE("tp1", "tp2");
+  CAPTURE(there);
+  const std::string name = std::string("local-") + there;
+  std::unique_ptr<Party> sender = s.attach(name + "-from", 0, true, there);
+  std::unique_ptr<Party> two =
+      s.attach(name, 0, false, there == std::string("tp1") ? "tp2" : "tp1");
+  const auto ticket = sender->ticket();
+  require_ok(ticket);
+  const bench::DaemonProcess& daemon = s.pair->side(0);
+  const auto moved = [&](const char* direction) {
+    return metric(daemon, "kvferry_transfer_bytes_total",
+                  std::string("direction=\"") + direction + "\"");
+  };
+  const double sent = moved("sent");
+  const double received = moved("received");
+  const double local = moved("local");
+  const double offered = metric(daemon, "kvferry_chunks_total", "event=\"offered\"");
+  const auto hand_over = [&](bool receiver_first) {
+    two->clean();
+    const TransferKey key = new_key(name + "-from");
+    if (receiver_first) require_ok(two->receive(key, *ticket, {}));
+    Party::Send slice;
+    slice.tokens = client::TokenRange{0, 256};
+    slice.last = false;
+    require_ok(sender->send(key, slice));
+    slice.index = 1;
+    slice.tokens = client::TokenRange{256, 512};
+    slice.last = true;
+    require_ok(sender->send(key, slice));
+    if (!receiver_first) require_ok(two->receive(key, *ticket, {}));
+    Scene::require_end(*two, key.id, TransferState::kCompleted, "NONE");
+    Scene::require_end(*sender, key.id, TransferState::kDelivered, "NONE");
+    CHECK(two->verify() == "");
+  };
+  hand_over(true);
+  hand_over(false);
+  // Of 4 layers, K and V, 4 heads of 256 bytes, 512 tokens.
+  constexpr double kBytes = 2 * (4.0 * 2 * 4 * 256 * 512);
+  CHECK(comes_true([&] { return moved("local") - local == kBytes; }, seconds(5)));
+  CHECK(moved("sent") == sent);
+  CHECK(moved("received") == received);
+  CHECK(metric(daemon, "kvferry_chunks_total", "event=\"offered\"") == offered);
+  CHECK(arena_in_use(daemon) == 0);
+  s.require_hand_over();  // and by wire from the same daemon
+}
+
+TEST_CASE("a receiver on the sender's daemon has its KV from a packed copy, and without rails") {
+  Scene s;
   std::unique_ptr<Party> local = s.attach("local-decode", 0, false, "tp1");
+  bench::DaemonProcess& daemon = s.pair->side(0);
   const TransferKey key = new_key("prefill");
   Party::Send send;
-  send.lease = milliseconds(500);
+  send.packed_copy = true;
   require_ok(s.sender->send(key, send));
+  REQUIRE(comes_true([&] { return metric(daemon, "kvferry_packed_made_total") == 2; }));
+  const pid_t rails = daemon.rails_pid();
+  REQUIRE(rails > 0);
+  REQUIRE(::kill(rails, SIGKILL) == 0);
   require_ok(local->receive(key, s.ticket, {}));
-  const auto ended = local->wait(key.id, kPatience);
-  require_ok(ended);
-  CAPTURE(ended->front().reason);
-  CHECK(ended->front().state == TransferState::kFailed);
-  CHECK(ended->front().reason == "INCOMPATIBLE");
-  CHECK(local->verify() != "");
-  const auto sent = s.sender->wait(key.id, kPatience);
-  require_ok(sent);
+  Scene::require_end(*local, key.id, TransferState::kCompleted, "NONE");
+  Scene::require_end(*s.sender, key.id, TransferState::kDelivered, "NONE");
+  CHECK(local->verify() == "");
+  CHECK(comes_true([&] { return metric(daemon, "kvferry_packed_bytes") == 0; }, seconds(5)));
+}
+
+TEST_CASE("a receiver on the sender's daemon that cancels ends the send") {
+  Scene& s = scene();
+  std::unique_ptr<Party> local = s.attach("local-cancel", 0, false, "tp1");
+  const TransferKey key = new_key("prefill");
+  Party::Send slice;
+  slice.tokens = client::TokenRange{0, 256};
+  slice.last = false;
+  require_ok(s.sender->send(key, slice));
+  require_ok(local->receive(key, s.ticket, {}));
+  REQUIRE(comes_true([&] {
+    const auto status = local->rank(0).status(local->handle(key.id, 0));
+    return status && status->slices > 0;
+  }));
+  require_ok(local->rank(0).cancel(local->handle(key.id, 0)));
+  Scene::require_end(*local, key.id, TransferState::kCancelled, "CANCELLED");
+  Scene::require_end(*s.sender, key.id, TransferState::kFailed, "CANCELLED");
+  s.require_hand_over();
 }
 
 TEST_CASE("a daemon told to stop finishes what runs and exits with 0") {

@@ -31,7 +31,7 @@ Status Party::attach(uint32_t rank) {
       bench::rank_memory(shape, options_.topology, rank, 1.25, options_.seed * 1000 + rank);
   if (!memory) return memory.error();
   client::AttachOptions attach;
-  attach.socket = options_.socket;
+  attach.socket = options_.sockets.empty() ? options_.socket : options_.sockets.at(rank);
   attach.name = options_.instance + "-" + std::to_string(rank) + "-" + std::to_string(::getpid());
   attach.reconnect = options_.reconnect;
   auto client = client::Client::attach(attach);
@@ -42,9 +42,14 @@ Status Party::attach(uint32_t rank) {
   if (options_.sends) bench::fill_cells(*memory, shape.tokens, kPattern, pool->data);
   client::LayoutRegistration registration;
   registration.instance = options_.instance;
+  registration.incarnation = options_.incarnation;
+  registration.instance_key = options_.instance_key;
+  if (options_.zero_tail)
+    for (client::Group& group : memory->layout.groups) group.tail = client::Tail::kZero;
   registration.layout = memory->layout;
   auto layout = (*client)->register_layout(registration);
   if (!layout) return layout.error();
+  cards_.push_back(layout->card);
   ranks_.push_back({std::move(*client), std::move(*memory), *pool});
   return {};
 }
@@ -75,10 +80,14 @@ Status Party::send(TransferKey key, const Send& what) {
     request.num_tokens = num_tokens;
     request.tokens = tokens;
     request.groups = {&group, 1};
+    request.layers = what.layers;
     request.last = what.last;
     if (what.aux) request.aux = *what.aux;
     request.lease = what.lease;
     request.deadline = what.deadline;
+    request.done = what.done;
+    request.packed_copy = what.packed_copy;
+    request.max_receivers = what.max_receivers;
     auto transfer = ranks_[rank].client->send(request);
     if (!transfer) return transfer.error();
     handles.push_back(*transfer);
@@ -102,6 +111,7 @@ Status Party::receive(TransferKey key, const std::string& ticket, const Receive&
     request.ready = what.ready;
     request.wait = what.wait;
     request.deadline = what.deadline;
+    request.done = what.done;
     auto transfer = ranks_[rank].client->receive(request);
     if (!transfer) return transfer.error();
     handles.push_back(*transfer);
@@ -138,6 +148,29 @@ std::string Party::verify(uint64_t tokens) const {
       return "rank " + std::to_string(rank.memory.layout.rank) + ": " +
              std::to_string(verdict.wrong_bytes) + " wrong bytes of " +
              std::to_string(verdict.cell_bytes) + ", first at " + verdict.first;
+    }
+  }
+  return {};
+}
+
+std::string Party::verify_tail(uint64_t tokens) const {
+  const uint64_t per_block = options_.shape.tokens_per_block;
+  if (tokens % per_block == 0) return {};
+  for (const Rank& rank : ranks_) {
+    const auto block = static_cast<uint64_t>(rank.memory.block_ids[tokens / per_block]);
+    for (const client::Plane& plane : rank.memory.layout.groups[0].planes) {
+      for (uint64_t unit = 0; unit < plane.unit_count; ++unit) {
+        for (uint64_t token = tokens % per_block; token < per_block; ++token) {
+          const uint64_t at = plane.offset + block * plane.block_stride + unit * plane.unit_stride +
+                              token * plane.token_stride;
+          for (uint64_t i = 0; i < plane.cell_bytes; ++i) {
+            if (rank.pool.data[at + i] == std::byte{0}) continue;
+            return "rank " + std::to_string(rank.memory.layout.rank) + ", layer " +
+                   std::to_string(plane.layer) + ", " + plane.role + ": token " +
+                   std::to_string(token) + " of the last block is not cleared";
+          }
+        }
+      }
     }
   }
   return {};

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "client/bench/shapes.h"
@@ -26,12 +27,17 @@ class Party {
   struct Options {
     std::string instance;
     std::string socket;
+    std::vector<std::string> sockets = {};  // of each rank; empty: `socket` of all
+    // What ranks on several daemons share.
+    std::optional<client::Bytes16> incarnation = {};
+    std::optional<client::Bytes16> instance_key = {};
     bench::Shape shape;  // tokens: of one request
     bench::Topology topology;
     bool sends = false;     // its pools hold the pattern
     uint32_t requests = 1;  // that fit the pools; above 1, whole blocks only
     uint64_t seed = 1;      // of block ids; the pattern is the same for all
     bool reconnect = false;
+    bool zero_tail = false;  // its groups clear what lies past the prompt's end
   };
   // Attaches, fills the pools, registers the layouts. The errors are the client's.
   static Result<std::unique_ptr<Party>> make(Options options);
@@ -44,10 +50,14 @@ class Party {
     uint64_t num_tokens = 0;                   // 0: the shape's
     uint32_t index = 0;                        // of the slice
     std::optional<client::TokenRange> tokens;  // absent: all
+    std::optional<std::pair<uint32_t, uint32_t>> layers;
     bool last = true;
     std::optional<std::string> aux;
     std::chrono::milliseconds lease{0};
     std::chrono::milliseconds deadline{0};
+    std::optional<client::DoneWord> done;
+    bool packed_copy = false;
+    uint32_t max_receivers = 1;
   };
   struct Receive {
     uint32_t request = 0;
@@ -55,6 +65,7 @@ class Party {
     std::chrono::milliseconds wait{0};
     std::chrono::milliseconds deadline{0};
     client::ReadyCondition ready;
+    std::optional<client::DoneWord> done;
   };
   // These queue the operation on all ranks. The key's instance is filled in when it is empty.
   Status send(TransferKey key, const Send& what);
@@ -69,6 +80,9 @@ class Party {
   // Every byte of all pools: cells of the first `tokens` of the pattern must be there, all others
   // untouched. tokens 0: all requests. The first fault as text; empty if there is none.
   std::string verify(uint64_t tokens = 0) const;
+  // Receivers with zero_tail: the cells past `tokens` in the last block of the first request must
+  // be zeros. As above.
+  std::string verify_tail(uint64_t tokens) const;
   // Receivers: as if nothing had come.
   void clean();
 
@@ -77,6 +91,8 @@ class Party {
     return transfers_.at(id).at(rank);
   }
   uint32_t ranks() const { return static_cast<uint32_t>(ranks_.size()); }
+  // Of all ranks, for join_instance().
+  const std::vector<std::string>& cards() const { return cards_; }
   const std::string& instance() const { return options_.instance; }
   // One rank's blocks of one request, to make calls by hand.
   std::vector<int32_t> blocks(uint32_t rank, uint32_t request, client::TokenRange tokens) const;
@@ -92,6 +108,7 @@ class Party {
 
   Options options_;
   std::vector<Rank> ranks_;
+  std::vector<std::string> cards_;
   std::map<std::string, std::vector<client::TransferHandle>> transfers_;  // by id, one a rank
 };
 

@@ -203,6 +203,56 @@ TEST_CASE("aux of the last slice comes to every receiver rank with the completio
   }
 }
 
+TEST_CASE("done words are set when the source is released and when the transfer is complete") {
+  Parties parties = attach("words", shape_of(2, 4, 128, 64), "tp1", "tp1");
+  const auto ticket = parties.sender->ticket();
+  require_ok(ticket);
+  const auto sent = parties.sender->rank(0).alloc_done_word();
+  require_ok(sent);
+  require_ok(parties.receiver->rank(0).alloc_done_word());  // so that the numbers differ
+  const auto received = parties.receiver->rank(0).alloc_done_word();
+  require_ok(received);
+  for (uint64_t round = 1; round <= 3; ++round) {
+    const TransferKey key = new_key(parties.sender->instance());
+    Party::Send send;
+    send.done = client::DoneWord{*sent, 100 + round};
+    require_ok(parties.sender->send(key, send));
+    REQUIRE(comes_true([&] { return parties.sender->rank(0).stats().operations_accepted > 0; }));
+    CHECK(parties.sender->rank(0).done_value(*sent) == (round == 1 ? 0 : 100 + round - 1));
+    Party::Receive receive;
+    receive.done = client::DoneWord{*received, 200 + round};
+    require_ok(parties.receiver->receive(key, *ticket, receive));
+    require_done(parties, key.id);
+    CHECK(parties.sender->rank(0).done_value(*sent) == 100 + round);
+    CHECK(parties.receiver->rank(0).done_value(*received) == 200 + round);
+  }
+  CHECK(parties.receiver->rank(0).done_value(*received - 1) == 0);
+}
+
+TEST_CASE("aux that only the rank whose leg does not carry it gives is missed") {
+  Parties parties = attach("no-aux", shape_of(2, 4, 128, 64), "tp2", "tp1");
+  const auto ticket = parties.sender->ticket();
+  require_ok(ticket);
+  const TransferKey key = new_key(parties.sender->instance());
+  require_ok(parties.receiver->receive(key, *ticket, {}));
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const std::vector<int32_t> ids = parties.sender->blocks(rank, 0, {0, 64});
+    const client::GroupBlocks group{0, 0, ids, {}, 0};
+    client::SendRequest request;
+    request.key = key;
+    request.layout = {parties.sender->instance(), rank};
+    request.num_tokens = 64;
+    request.tokens = {0, 64};
+    request.groups = {&group, 1};
+    if (rank == 1) request.aux = "first token";
+    require_ok(parties.sender->rank(rank).send(request));
+  }
+  const auto received = parties.receiver->wait(key.id, kPatience);
+  require_ok(received);
+  CHECK(name_of(received->front().state) == name_of(client::TransferState::kFailed));
+  CHECK(received->front().reason == "AUX_MISSING");
+}
+
 TEST_CASE("after all of that nothing is held") {
   for (int side = 0; side < 2; ++side) {
     CAPTURE(side);

@@ -1,4 +1,6 @@
 // Workload: what daemons tell their workers, and what goes wrong from the workers' point of view.
+#include <algorithm>
+
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
 
@@ -23,6 +25,9 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
     throw Violation("replies", std::string(call) + " of " + label(side) + " is answered " +
                                    reply.error.to_string());
   };
+  const bool sends =
+      pending.kind == PendingOp::Kind::kFirst || pending.kind == PendingOp::Kind::kMore;
+  if (sends && send_without_copy(side, pending.kind, reply)) return;
   switch (pending.kind) {
     case PendingOp::Kind::kFirst:
       if (ok) {
@@ -36,7 +41,7 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
         require(!side.record, "replies", "a refused call has a status record");
         side.refused = side.done_calling = true;
         side.to_send.clear();
-        give_blocks(side, true);
+        if (!keep(side)) give_blocks(side, true);
       }
       break;
     case PendingOp::Kind::kMore:
@@ -63,6 +68,45 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
     case PendingOp::Kind::kDecline:
       if (!ok && causes == 0) unexpected("Claim or Decline");
       break;
+    case PendingOp::Kind::kClaimAgain:
+      if (ok) {
+        require(reply.existing || !side.accepted, "replies", "a claim started after its Receive");
+        ++claims_again_;
+      } else if (reply.error.reason != "DECLINED" && reply.error.reason != "TRANSFER_CLOSED" &&
+                 causes == 0) {
+        unexpected("a repeated Claim");
+      }
+      break;
+    case PendingOp::Kind::kReserve: {
+      if (ok) {
+        require(reply.reserved_bytes > 0, "replies", "a reservation of nothing");
+        ++side.reservations;
+        break;
+      }
+      const std::string& why = reply.error.reason;
+      if (why != "ARENA_EXHAUSTED" && why != "RESERVATION_TOO_LARGE" && why != "TRANSFER_ENDED" &&
+          causes == 0)
+        unexpected("Reserve");
+      break;
+    }
+    case PendingOp::Kind::kNeeds:
+      if (ok)
+        check_needs(side, reply);
+      else if (reply.error.reason != "TRANSFER_ENDED" && causes == 0)
+        unexpected("ReceiverNeeds");
+      break;
+    case PendingOp::Kind::kLookup:
+      if (!ok && causes == 0) unexpected("LookupReuse");
+      side.pin = reply.pin;
+      break;
+    case PendingOp::Kind::kCommit:
+      if (!ok && causes == 0) unexpected("CommitReuse");
+      committed(side, ok);
+      break;
+    case PendingOp::Kind::kWithdraw:
+      if (!ok) unexpected("WithdrawReuse");
+      withdrawn(side);
+      break;
   }
   settle(side);
 }
@@ -84,6 +128,12 @@ void Workload::on_publish(uint32_t node, const Publish& publish) {
   const bool was_terminal = side.terminal();
   const bool was_released = side.released();
   side.record = publish.record;
+  const bool done =
+      side.role == Role::kSender
+          ? side.released() && (!side.terminal() || side.in(TransferState::kDelivered))
+          : side.in(TransferState::kCompleted);
+  if (done && !side.done_set)
+    throw Violation("done", "the done word of " + label(side) + " was not set");
   if (side.terminal() && !was_terminal) {
     if (world_.now().ns > side.limit.ns + Duration(std::chrono::milliseconds(1500)).count())
       throw Violation("limits", label(side) + " ended after its limits");
@@ -94,9 +144,22 @@ void Workload::on_publish(uint32_t node, const Publish& publish) {
     if (world_.nodes[node]->copying(side.uid))
       throw Violation("released",
                       "the pages of " + label(side) + " are released while a copy runs");
-    give_blocks(side, true);
+    if (!keep(side)) give_blocks(side, true);
   }
   settle(side);
+}
+
+// Set once, with or before the record that says the same, and never while a copy touches the pages.
+void Workload::on_done_word(uint32_t node, const SetDoneWord& set) {
+  Worker* worker = worker_of(node, set.worker);
+  if (worker == nullptr) return;
+  const auto found = worker->sides.find(set.word);
+  require(found != worker->sides.end() && found->second->uid == set.value, "done",
+          "a done word that nobody named is set");
+  Side& side = *found->second;
+  require(!side.done_set, "done", "a done word is set twice");
+  require(!world_.nodes[node]->copying(side.uid), "done", "a done word is set while a copy runs");
+  side.done_set = true;
 }
 
 void Workload::on_free_slot(uint32_t node, const FreeSlot& free) {
@@ -153,12 +216,55 @@ bool Workload::finished() const {
     if (side->called && !(side->closed && side->slot_freed)) return false;
   }
   for (const auto& worker : workers_)
-    if (worker->quiet_due) return false;
+    if (worker->quiet_due || !worker->cache.empty()) return false;
   return true;
 }
 
+// Who asked when, and how many were served.
+void Workload::count_receivers(const Transfer& transfer, Totals& totals) const {
+  Time first = Time::never();
+  Time last{};
+  for (const Side* sender : transfer.sides) {
+    first = std::min(first, sender->called_at);
+    last = std::max(last, sender->called_at);
+  }
+  uint64_t served = 0;
+  for (const ReceiverGroup& group : transfer.receivers) {
+    bool completed = true;
+    for (const Side* side : group.sides) {
+      if (!side->in(TransferState::kCompleted)) {
+        completed = false;
+        continue;
+      }
+      if (side->claimed) ++totals.claims_kept;
+      std::size_t legs = 0;
+      std::size_t here = 0;
+      for (const Side* sender : transfer.sides) {
+        if (!has_leg(*sender, *side)) continue;
+        ++legs;
+        if (sender->worker->node == side->worker->node) ++here;
+      }
+      if (here > 0) ++(here == legs ? totals.local_receivers : totals.mixed_receivers);
+      if (side->called_at < first) ++totals.early_receivers;
+      if (side->called_at > last) ++totals.late_receivers;
+    }
+    if (completed) ++served;
+  }
+  if (served > 1) ++totals.several_receivers;
+}
+
 void Workload::count(Totals& totals) const {
+  totals.claims_again += claims_again_;
+  totals.reuse_commits += commits_;
+  totals.packed_refused += packed_refused_;
+  totals.needs_told += needs_told_;
+  for (const auto& transfer : transfers_) count_receivers(*transfer, totals);
   for (const auto& side : sides_) {
+    if (side->claimed) ++totals.claims;
+    if (side->declines) ++totals.declines;
+    totals.reservations += side->reservations;
+    if (side->cancelled) ++totals.cancels;
+    if (side->ever_revoked) ++totals.revokes;
     if (!side->terminal()) continue;
     if (side->in(TransferState::kCompleted))
       ++totals.completed;
@@ -184,6 +290,9 @@ std::string Workload::open_things() const {
            (side->record ? describe(*side->record) : std::string("no record")) + " causes " +
            std::to_string(side->transfer->causes);
   }
+  for (const auto& worker : workers_)
+    for (const auto& [uid, kept] : worker->cache)
+      out += "\n  kept pages of " + label(*side_by_uid(uid));
   for (const auto& worker : workers_)
     if (worker->quiet_due)
       out += "\n  a layout of node" + std::to_string(worker->node) + " is not quiet";

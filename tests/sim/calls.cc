@@ -1,5 +1,6 @@
 // Workload: which transfers there are, and the calls that their workers make.
 #include <algorithm>
+#include <tuple>
 
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
@@ -51,13 +52,30 @@ void Workload::blame(Transfer& transfer, uint32_t cause) {
 }
 
 bool Workload::choose_pair(Instance*& sender, Instance*& receiver) {
-  sender = instances_[rng_.below(instances_.size())].get();
-  receiver = instances_[rng_.below(instances_.size())].get();
+  sender = instances_[rng_.below(apart_)].get();
+  receiver = instances_[rng_.below(apart_)].get();
   if (sender == receiver || !instance_stands(*sender) || !instance_stands(*receiver)) return false;
   for (const Worker* s : sender->workers)
     for (const Worker* r : receiver->workers)
       if (s->node == r->node) return false;
   return true;
+}
+
+// Often another pair, which has ranks on one node; drawn apart from the rest.
+void Workload::choose_neighbours(Instance*& sender, Instance*& receiver) const {
+  Rng own(world_.scenario.seed ^ mix(transfers_.size() ^ 0x10CD));
+  if (!own.chance(world_.scenario.habits.local)) return;
+  std::vector<std::pair<Instance*, Instance*>> pairs;
+  for (const auto& a : instances_)
+    for (const auto& b : instances_) {
+      if (a == b || !instance_stands(*a) || !instance_stands(*b)) continue;
+      const bool meet = std::any_of(a->workers.begin(), a->workers.end(), [&](const Worker* s) {
+        return std::any_of(b->workers.begin(), b->workers.end(),
+                           [s](const Worker* r) { return s->node == r->node; });
+      });
+      if (meet) pairs.emplace_back(a.get(), b.get());
+    }
+  if (!pairs.empty()) std::tie(sender, receiver) = pairs[own.below(pairs.size())];
 }
 
 void Workload::begin_transfer(uint32_t tries_left) {
@@ -72,6 +90,7 @@ void Workload::begin_transfer(uint32_t tries_left) {
     return;
   }
   --to_begin_;
+  choose_neighbours(sender, receiver);
   auto owned = std::make_unique<Transfer>();
   Transfer& transfer = *owned;
   transfers_.push_back(std::move(owned));
@@ -87,6 +106,7 @@ void Workload::begin_transfer(uint32_t tries_left) {
   transfer.lease = transfer.wait = transfer.deadline = kLong;
   if (rng_.chance(400)) transfer.aux = "aux of " + transfer.id;
   choose_habits(transfer, *receiver);
+  draw_prompt(transfer);
 
   const std::vector<Slice> slices = make_slices(transfer);
   for (uint32_t i = 0; i < sender->ranks.tp; ++i) {
@@ -145,7 +165,8 @@ void Workload::choose_habits(Transfer& transfer, Instance& receiver) {
     if (receiver.ranks.dp == 2) {
       transfer.receivers.push_back({&receiver, 1 - first, {}});
     } else {
-      for (auto& instance : instances_) {
+      for (std::size_t i = 0; i < apart_; ++i) {
+        auto& instance = instances_[i];
         if (instance.get() == &receiver || instance.get() == transfer.sender) continue;
         const bool apart =
             std::all_of(instance->workers.begin(), instance->workers.end(), [&](const Worker* w) {
@@ -280,8 +301,10 @@ void Workload::plan_sender(Side& side) {
     give_blocks(side, true);
     return;
   }
+  side.packs = Rng(world_.scenario.seed ^ mix(side.transfer->uid ^ 0x9ACE)).chance(habits.packed);
   if (rng_.chance(habits.open_first))
     later(side, rng_.micros(0, 20000), [this](Side& s) { call_open(s); });
+  plan_needs(side);
   later(side, rng_.micros(0, 60000), [this](Side& s) { call_next_send(s); });
 }
 
@@ -300,6 +323,8 @@ void Workload::plan_receiver(Side& side) {
     });
     if (rng_.chance(700)) side.receives = false;
   }
+  plan_reservation(side);
+  plan_lookup(side);
   if (!side.receives) {
     side.done_calling = true;
     return;
@@ -362,6 +387,16 @@ std::vector<GroupBlocks> Workload::blocks_of(const Side& side, Range tokens) con
   return out;
 }
 
+// Senders ask what their receivers need, drawn apart as well.
+void Workload::plan_needs(Side& side) {
+  Rng own(world_.scenario.seed ^ mix(side.uid ^ 0x4EED));
+  if (!own.chance(200)) return;
+  later(side, own.micros(0, 90000), [this](Side& s) {
+    if (!can_call(s) || !s.accepted || s.closing) return;
+    world_.nodes[s.worker->node]->post(ReceiverNeedsOp{op(s, PendingOp::Kind::kNeeds), s.handle});
+  });
+}
+
 // The same call again, as a client does that has lost the answer.
 void Workload::repeat(Side& side, Event event) {
   if (!rng_.chance(world_.scenario.habits.repeat_call)) return;
@@ -380,6 +415,7 @@ void Workload::repeat(Side& side, Event event) {
 void Workload::call_open(Side& side) {
   if (!can_call(side) || side.called) return;
   side.called = side.opened = true;
+  side.called_at = std::min(side.called_at, world_.now());
   const Transfer& transfer = *side.transfer;
   side.limit = world_.now() + transfer.lease + transfer.deadline;
   OpenSendOp call{op(side, PendingOp::Kind::kFirst),
@@ -406,7 +442,7 @@ void Workload::fill(Side& side, const Slice& slice) {
           const auto block = static_cast<uint32_t>(side.blocks[g][token / kTokensPerBlock]);
           const auto layer32 = static_cast<uint32_t>(layer);
           make_cell(
-              side.transfer->uid, slice.version, layer32, unit, token,
+              side.transfer->text_of(token), slice.version, layer32, unit, token,
               pool.bytes.data() + pool.cell_at(g, block, layer32, unit, token % kTokensPerBlock));
         }
   }
@@ -440,6 +476,10 @@ void Workload::tell_words(const Worker& worker) {
 
 void Workload::call_next_send(Side& side) {
   if (side.revoking) return;  // goes on when that is answered
+  if (side.packed_call) {     // which may have to be made again
+    later(side, rng_.micros(100, 1000), [this](Side& s) { call_next_send(s); });
+    return;
+  }
   if (!can_call(side) || side.to_send.empty() || side.terminal() || side.closing ||
       side.released()) {
     side.done_calling = true;
@@ -451,6 +491,7 @@ void Workload::call_next_send(Side& side) {
   Transfer& transfer = *side.transfer;
   const bool first = !side.called;
   side.called = true;
+  side.called_at = std::min(side.called_at, world_.now());
   slice.send_index = static_cast<uint32_t>(side.sent.size());
   make_ready(side, slice);
   SendOp call;
@@ -460,6 +501,7 @@ void Workload::call_next_send(Side& side) {
   call.layout = side.worker->layout;
   call.send_index = slice.send_index;
   call.num_tokens = transfer.sender_tokens;
+  call.done = DoneWord{static_cast<uint32_t>(side.handle), side.uid};
   if (!slice.tokens.empty())
     for (uint32_t g = 0; g < shape_.groups; ++g) call.offer.push_back({g, {slice.tokens}});
   call.blocks = blocks_of(side, slice.tokens);
@@ -472,12 +514,33 @@ void Workload::call_next_send(Side& side) {
   call.max_receivers = transfer.max_receivers;
   if (first) side.limit = world_.now() + transfer.lease + transfer.deadline;
   side.sent.push_back(slice);
+  Rng own(world_.scenario.seed ^ mix(side.uid ^ 0x9ACE) ^ mix(slice.send_index));
+  if (side.packs && own.chance(850)) {
+    call.packed_bytes = packed_bytes_of(shape_, *side.worker->layout->pool, call);
+    side.packed_call = call;
+  }
   world_.nodes[side.worker->node]->post(call);
-  repeat(side, call);
+  if (!call.packed_bytes) repeat(side, call);
   if (side.to_send.empty())
     side.done_calling = true;
   else
     later(side, rng_.micros(0, 8000), [this](Side& s) { call_next_send(s); });
+}
+
+// A Send was refused for want of room for its copy: it comes again without one.
+bool Workload::send_without_copy(Side& side, PendingOp::Kind kind, const Reply& reply) {
+  if (!side.packed_call || side.packed_call->op.op_id != reply.op.op_id) return false;
+  const std::optional<SendOp> call = std::exchange(side.packed_call, std::nullopt);
+  if (reply.error.reason != "PACKED_MEMORY_FULL") return false;
+  require(reply.error.code == Code::kResourceExhausted && reply.error.field == "packed_copy",
+          "replies", "PACKED_MEMORY_FULL with another code or field");
+  ++packed_refused_;
+  if (!can_call(side)) return false;
+  SendOp again = *call;
+  again.packed_bytes.reset();
+  again.op = op(side, kind);
+  world_.nodes[side.worker->node]->post(std::move(again));
+  return true;
 }
 
 void Workload::call_receive(Side& side) {
@@ -489,6 +552,8 @@ void Workload::call_receive(Side& side) {
   const Habits& habits = world_.scenario.habits;
   Transfer& transfer = *side.transfer;
   side.called = true;
+  side.called_at = std::min(side.called_at, world_.now());
+  take_published(side);
   ReceiveOp call;
   call.op = op(side, PendingOp::Kind::kFirst);
   call.client_handle = side.handle;
@@ -499,6 +564,9 @@ void Workload::call_receive(Side& side) {
   call.needs = side.needs;
   call.blocks = blocks_of(side, {0, transfer.tokens});
   call.num_tokens = transfer.tokens;
+  if (side.hashed) call.hashes = hashes_of(side);
+  call.reuse_pin = side.pin;
+  call.done = DoneWord{static_cast<uint32_t>(side.handle), side.uid};
   call.wait = transfer.wait;
   call.deadline = transfer.deadline;
   if (rng_.chance(habits.impatient)) {
@@ -529,8 +597,42 @@ void Workload::call_receive(Side& side) {
 void Workload::call_claim(Side& side, Duration ttl) {
   if (!can_call(side) || side.called || side.declines) return;
   side.claimed = true;
-  world_.nodes[side.worker->node]->post(ClaimOp{op(side, PendingOp::Kind::kClaim), side.handle,
-                                                key_of(side), "ticket", side.worker->layout, ttl});
+  const ClaimOp call{op(side, PendingOp::Kind::kClaim),
+                     side.handle,
+                     key_of(side),
+                     "ticket",
+                     side.worker->layout,
+                     ttl};
+  world_.nodes[side.worker->node]->post(call);
+  // Again, also after what ends it. Drawn apart, as reservations are.
+  Rng own(world_.scenario.seed ^ mix(side.uid ^ 0xC1A1));
+  if (!own.chance(400)) return;
+  later(side, own.micros(0, 100000), [this, call](Side& s) {
+    if (!can_call(s)) return;
+    ClaimOp again = call;
+    again.op = op(s, PendingOp::Kind::kClaimAgain);
+    world_.nodes[s.worker->node]->post(std::move(again));
+  });
+}
+
+// Reservations are drawn apart, so that everything else is as it would be without them.
+void Workload::plan_reservation(Side& side) {
+  Rng own(world_.scenario.seed ^ mix(side.uid ^ 0x4E5E));
+  if (!own.chance(world_.scenario.habits.reserve)) return;
+  const uint64_t frames = own.chance(300) ? 0 : own.between(1, 4);
+  const bool may_wait = own.chance(700);
+  const Duration lease = own.chance(300) ? own.micros(1000, 60000) : Duration(milliseconds(500));
+  later(side, own.micros(0, 60000), [this, frames, may_wait, lease](Side& s) {
+    if (!can_call(s) || s.called || s.declines || s.terminal()) return;
+    ReserveOp call;
+    call.op = op(s, PendingOp::Kind::kReserve);
+    call.key = key_of(s);
+    call.layout = s.worker->layout;
+    call.bytes = frames * world_.scenario.chunk_bytes;
+    call.may_wait = may_wait;
+    call.lease = lease;
+    world_.nodes[s.worker->node]->post(call);
+  });
 }
 
 void Workload::call_decline(Side& side) {
@@ -543,6 +645,7 @@ void Workload::call_decline(Side& side) {
 void Workload::call_cancel(Side& side) {
   if (!can_call(side) || !side.called || side.closing) return;
   blame(*side.transfer, kCauseCancel);
+  if (!side.terminal()) side.cancelled = true;
   world_.nodes[side.worker->node]->post(CancelOp{op(side, PendingOp::Kind::kCancel), side.handle});
 }
 

@@ -23,7 +23,8 @@ uint32_t explains(Reason reason) {
     case Reason::kPeerUnreachable:
       return kAny;
     case Reason::kDeclined:
-      return kCauseDecline;
+      // A Receive that was given up before its sender heard of it is declined.
+      return kCauseDecline | kCauseCancel | kCauseWorker | kCauseUnregister;
     case Reason::kStaleCards:
       return kCauseStale | kCauseWorker | kCauseDaemon | kCauseUnregister;
     case Reason::kNotOffered:
@@ -150,14 +151,22 @@ void Workload::check_pages(const Side& side) const {
           for (uint64_t t = 0; t < kTokensPerBlock; ++t) {
             const uint64_t token = first + t;
             const uint8_t* cell = pool.bytes.data() + pool.cell_at(g, block, layer, unit, t);
-            const auto version = version_of(transfer.uid, layer, unit, token, cell);
-            const bool known =
-                version && from != nullptr &&
-                std::any_of(from->sent.begin(), from->sent.end(), [&](const Slice& slice) {
-                  const Range layers = slice.layers.value_or(Range{0, shape_.layers()});
-                  return slice.version == *version && slice.tokens.begin <= token &&
-                         token < slice.tokens.end && layers.begin <= layer && layer < layers.end;
-                });
+            if (shape_.zero_tail && token >= need->end) {
+              if (std::any_of(cell, cell + kCellBytes, [](uint8_t byte) { return byte != 0; }))
+                broken("tail", side, "COMPLETED with a cell past the prompt's end not cleared");
+              continue;
+            }
+            const uint64_t text = transfer.text_of(token);
+            const auto version = version_of(text, layer, unit, token, cell);
+            bool known = version && from != nullptr &&
+                         std::any_of(from->sent.begin(), from->sent.end(), [&](const Slice& slice) {
+                           const Range layers = slice.layers.value_or(Range{0, shape_.layers()});
+                           return slice.version == *version && slice.tokens.begin <= token &&
+                                  token < slice.tokens.end && layers.begin <= layer &&
+                                  layer < layers.end;
+                         });
+            if (!known && version && side.hashed)
+              known = was_sent(text, *version, layer, unit, token);
             if (!known)
               broken("bytes", side,
                      "COMPLETED with wrong bytes at group " + std::to_string(g) + " layer " +
@@ -169,8 +178,49 @@ void Workload::check_pages(const Side& side) const {
   }
 }
 
+// What is told of a receiver are needs of its sides; of one that is ready, all of them but what its
+// own node has.
+void Workload::check_needs(const Side& side, const Reply& reply) {
+  const Transfer& transfer = *side.transfer;
+  for (const Reply::Receiver& told : reply.receivers) {
+    const auto group = std::find_if(
+        transfer.receivers.begin(), transfer.receivers.end(), [&](const ReceiverGroup& of) {
+          return of.instance->name == told.instance && of.dp_group == told.dp_group;
+        });
+    if (group == transfer.receivers.end())
+      broken("needs", side, "needs of a receiver that was never told of this transfer");
+    ++needs_told_;
+    for (uint32_t g = 0; g < shape_.groups; ++g) {
+      Range most;
+      bool exact = told.ready;
+      for (const Side* receiver : group->sides) {
+        if (!has_leg(side, *receiver)) continue;
+        exact = exact && !receiver->hashed && !receiver->lost;
+        for (const GroupNeed& need : receiver->needs)
+          if (need.group == g) most = need.ranges.front();  // alike on all ranks
+      }
+      Range now;
+      for (const GroupRanges& of : told.needs)
+        if (of.group == g && !of.ranges.empty())
+          now = {of.ranges.front().begin, of.ranges.back().end};
+      if (now.begin < now.end && (now.begin < most.begin || most.end < now.end))
+        broken("needs", side, "more is told to be needed than any receiver asked for");
+      const bool moves = std::any_of(group->sides.begin(), group->sides.end(), [&](const Side* r) {
+        return has_leg(side, *r) && !leg_is_empty(side, *r);
+      });
+      if (exact && moves && !(now == most))
+        broken("needs", side, "a receiver is ready, and not all that it needs is told");
+    }
+  }
+}
+
 // Every page that a gather reads must still be the side's ...
 void Workload::before_gather(const SimPlan& plan, uint64_t offset, uint64_t bytes) const {
+  if (plan.side == 0) {
+    before_reuse(plan, offset, bytes);
+    return;
+  }
+  if (plan.layout->packed_side != 0) return;  // memory of its own, as long as the plan is there
   const Side& side = *side_by_uid(plan.side);
   if (plan.layout->quiet) broken("quiet", side, "a gather reads a layout that is quiet");
   if (side.lost) return;
@@ -184,6 +234,7 @@ void Workload::before_gather(const SimPlan& plan, uint64_t offset, uint64_t byte
 
 // ... and so must every page that a scatter writes, which the caller must have said is ready.
 void Workload::before_scatter(const SimPlan& plan, uint64_t offset, uint64_t bytes) const {
+  if (plan.layout->packed_side != 0) return;
   const Side& side = *side_by_uid(plan.side);
   if (plan.layout->quiet) broken("quiet", side, "a scatter writes a layout that is quiet");
   if (side.lost) return;
@@ -196,6 +247,7 @@ void Workload::before_scatter(const SimPlan& plan, uint64_t offset, uint64_t byt
     const auto [group, block] = plan.layout->pool->block_of(page);
     if (plan.layout->pool->owner_of(group, block) != side.uid)
       broken("outside", side, "a scatter writes a block that is not the transfer's");
+    plan.layout->pool->readable_at(group, block) = 0;
   });
 }
 
@@ -209,6 +261,16 @@ bool Workload::has_leg(const Side& sender, const Side& receiver) const {
   });
 }
 
+bool Workload::leg_is_empty(const Side& sender, const Side& receiver) const {
+  const Transfer& transfer = *sender.transfer;
+  const ReceiverGroup& group = transfer.receivers[receiver.place];
+  for (const Leg& leg : legs_between(transfer.sender->ranks, transfer.sender_group,
+                                     group.instance->ranks, group.dp_group))
+    if (leg.sender_rank == sender.worker->rank && leg.receiver_rank == receiver.worker->rank)
+      return leg.empty;
+  return true;
+}
+
 // What both sides have said about one hand-off (with one receiver: with several, DELIVERED speaks
 // of one of them only).
 void Workload::check_agreement(const Transfer& transfer) const {
@@ -220,6 +282,8 @@ void Workload::check_agreement(const Transfer& transfer) const {
       if (!has_leg(*sender, *receiver)) continue;
       all_delivered = all_delivered && known(*sender) && sender->in(TransferState::kDelivered);
     }
+    // What a receiver has from its own node its senders know nothing of.
+    if (receiver->hashed) continue;
     if (all_delivered && !receiver->lost && !receiver->in(TransferState::kCompleted))
       broken("agreement", *receiver, "all its senders are DELIVERED, but it is not COMPLETED");
   }

@@ -40,12 +40,13 @@ Workload::Workload(World& world)
     : world_(world),
       rng_(mix(world.scenario.seed ^ 0x3073)),
       shape_{world.scenario.groups, world.scenario.layers_per_group,
-             world.scenario.replicated ? 1U : 4U, world.scenario.replicated} {}
+             world.scenario.replicated ? 1U : 4U, world.scenario.replicated,
+             world.scenario.zero_tail} {}
 
-Instance& Workload::make_instance(std::vector<uint32_t> nodes) {
+Instance& Workload::make_instance(std::vector<uint32_t> nodes, Rng& rng) {
   auto instance = std::make_unique<Instance>();
   instance->name = "default/i" + std::to_string(instances_.size());
-  instance->ranks = {uint32_t{1} << rng_.below(3), world_.scenario.data_parallel ? 2U : 1U,
+  instance->ranks = {uint32_t{1} << rng.below(3), world_.scenario.data_parallel ? 2U : 1U,
                      shape_.replicated, shape_.units};
   const uint32_t ranks = instance->ranks.tp * instance->ranks.dp;
   for (uint32_t rank = 0; rank < ranks; ++rank) {
@@ -62,15 +63,28 @@ Instance& Workload::make_instance(std::vector<uint32_t> nodes) {
 
 void Workload::make_instances() {
   if (world_.scenario.spread) {
-    make_instance({0, 1});
-    make_instance({2});
-    if (rng_.chance(500)) make_instance({0});
-    if (rng_.chance(500)) make_instance({1, 2});
+    make_instance({0, 1}, rng_);
+    make_instance({2}, rng_);
+    if (rng_.chance(500)) make_instance({0}, rng_);
+    if (rng_.chance(500)) make_instance({1, 2}, rng_);
   } else {
-    for (uint32_t n = 0; n < world_.nodes.size(); ++n) make_instance({n});
-    if (rng_.chance(400)) make_instance({static_cast<uint32_t>(rng_.below(world_.nodes.size()))});
+    for (uint32_t n = 0; n < world_.nodes.size(); ++n) make_instance({n}, rng_);
+    if (rng_.chance(400))
+      make_instance({static_cast<uint32_t>(rng_.below(world_.nodes.size()))}, rng_);
   }
+  apart_ = instances_.size();
+  make_neighbours();
   for (auto& instance : instances_) revive(*instance);
+}
+
+// One more on some node, so that there are two, and perhaps one with ranks there and elsewhere.
+void Workload::make_neighbours() {
+  if (world_.scenario.habits.local == 0) return;
+  Rng own(world_.scenario.seed ^ 0x10CC);
+  const auto nodes = static_cast<uint32_t>(world_.nodes.size());
+  const auto node = static_cast<uint32_t>(own.below(nodes));
+  make_instance({node}, own);
+  if (own.chance(500)) make_instance({node, (node + 1) % nodes}, own);
 }
 
 void Workload::attach(Worker& worker) {
@@ -93,6 +107,11 @@ void Workload::attach(Worker& worker) {
   layout->pool =
       std::make_shared<Pool>(shape_, worker.instance->ranks.units_of(worker.rank), kBlocks);
   layout->instance_ptr = worker.instance;
+  if (world_.scenario.habits.reuse != 0) {
+    layout->reuse_space.bytes[0] = 1;
+    for (uint32_t g = 0; g < shape_.groups; ++g)
+      layout->reuse_groups.push_back({kTokensPerBlock, 0, g});
+  }
   layout->node = worker.node;
   worker.layout = std::move(layout);
   worker.quiet_due = false;
@@ -143,6 +162,7 @@ void Workload::lose_sides(Worker& worker, uint32_t cause) {
   }
   worker.sides.clear();
   worker.ops.clear();
+  worker.cache.clear();
   workers_by_id_.erase(worker.id);
   worker.id = {};
 }
@@ -314,7 +334,10 @@ PullResolved Workload::resolve_pull(const MsgPull& pull, const LayoutHandle& han
                                      answer.receiver_dp_group)) {
     if (leg.sender_rank != layout.rank) continue;
     answer.legs.push_back({leg.receiver_rank, leg.empty, leg.carries_aux});
-    if (leg.receiver_rank == pull.receiver_rank) answer.context = context_for(leg, false);
+    if (leg.receiver_rank != pull.receiver_rank) continue;
+    answer.context = context_for(leg, false);
+    if (leg.empty) continue;
+    for (const GroupNeed& need : pull.needs) answer.needs.push_back({need.group, need.ranges});
   }
   if (answer.context == nullptr) answer.reason = Reason::kProtocol;
   return answer;

@@ -33,7 +33,7 @@ using namespace kvferry;
 using namespace kvferry::sim;
 
 // Seeds that once showed a mistake in the engine; what each one showed stands in the README.
-constexpr uint64_t kRecorded[] = {1};
+constexpr uint64_t kRecorded[] = {1, 150};
 
 struct Options {
   std::optional<uint64_t> seed;
@@ -174,6 +174,12 @@ constexpr FlawCase kFlaws[] = {
     {"update_first", Flaw::kUpdateFirst, Profile::kLossy},
     {"no_gap_timer", Flaw::kNoGapTimer, Profile::kLossy},
     {"old_numbers", Flaw::kOldNumbers, Profile::kLossy},
+    {"keep_reservation", Flaw::kKeepReservation, Profile::kEnds},
+    {"withdraw_now", Flaw::kWithdrawNow, Profile::kClean},
+    {"write_unread", Flaw::kWriteUnread, Profile::kClean},
+    {"release_unpacked", Flaw::kReleaseUnpacked, Profile::kClean},
+    {"repay_early", Flaw::kRepayEarly, Profile::kClean},
+    {"tail_first", Flaw::kTailFirst, Profile::kLossy},
     {"sticky", Flaw::kSticky, Profile::kRevoke},
 };
 

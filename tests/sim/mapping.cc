@@ -14,7 +14,8 @@ Pool::Pool(const Shape& shape_in, Range units_in, uint32_t blocks_in)
       blocks(blocks_in),
       bytes(uint64_t{shape_in.groups} * blocks_in * shape_in.layers_per_group * units_in.size() *
             kTokensPerBlock * kCellBytes),
-      owner(uint64_t{shape_in.groups} * blocks_in) {
+      owner(uint64_t{shape_in.groups} * blocks_in),
+      readable(uint64_t{shape_in.groups} * blocks_in) {
   for (uint32_t g = 0; g < shape.groups; ++g)
     for (uint32_t b = 0; b < blocks; ++b) fill_block(g, b, 0xB10C);
 }
@@ -33,6 +34,16 @@ uint64_t Pool::cell_at(uint32_t group, uint32_t block, uint32_t layer, uint64_t 
 
 uint64_t& Pool::owner_of(uint32_t group, uint32_t block) {
   return owner[uint64_t{group} * blocks + block];
+}
+
+uint8_t& Pool::readable_at(uint32_t group, uint32_t block) {
+  return readable[uint64_t{group} * blocks + block];
+}
+
+bool SimLayout::serves(uint32_t group, const LayoutHandle& other, uint32_t other_group) const {
+  const Range& mine = pool->units;
+  const Range& theirs = static_cast<const SimLayout&>(other).pool->units;
+  return group == other_group && mine.begin <= theirs.begin && theirs.end <= mine.end;
 }
 
 std::pair<uint32_t, uint32_t> Pool::block_of(uint64_t offset) const {
@@ -121,6 +132,26 @@ uint64_t fold(uint64_t digest, uint64_t value) {
   return mix(digest ^ mix(value));
 }
 
+// The cells of a block from `token` (of the prompt) on, for a plan that has moved that block.
+void add_tail(SimPlan& plan, uint32_t group, uint32_t block, uint32_t layer, Range units,
+              uint64_t token) {
+  if (plan.tail == nullptr) {
+    plan.tail = std::make_shared<SimPlan>(plan);
+    plan.tail->id = plan.id + 1;
+    plan.tail->pieces.clear();
+    plan.tail->bytes = 0;
+    plan.has_tail = true;
+  }
+  SimPlan& tail = *plan.tail;
+  const uint64_t bytes = (kTokensPerBlock - token % kTokensPerBlock) * kCellBytes;
+  for (uint64_t unit = units.begin; unit < units.end; ++unit) {
+    const uint64_t page =
+        plan.layout->pool->cell_at(group, block, layer, unit, token % kTokensPerBlock);
+    tail.pieces.push_back({tail.bytes, page, bytes});
+    tail.bytes += bytes;
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, uint64_t side) {
@@ -169,6 +200,9 @@ std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, ui
                 plan->pieces.push_back({plan->bytes, page, bytes});
                 plan->bytes += bytes;
               }
+              if (!sending && shape.zero_tail && token < need.end && need.end < stop)
+                add_tail(*plan, offer.group, block, static_cast<uint32_t>(layer), context.units,
+                         need.end);
               token = stop;
             }
         }
@@ -179,27 +213,130 @@ std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, ui
   return plan;
 }
 
+CopyPlans compile_copy(const engine::CompileCopy& command, uint64_t id, uint64_t side) {
+  CopyPlans plans;
+  const auto make = [&](const std::shared_ptr<const engine::LayoutHandle>& layout) {
+    auto plan = std::make_shared<SimPlan>();
+    plan->id = id++;
+    plan->role = engine::Role::kReceiver;
+    plan->layout = std::static_pointer_cast<const SimLayout>(layout);
+    return plan;
+  };
+  plans.source = make(command.source);
+  plans.destination = make(command.destination);
+  plans.destination->side = side;
+  const Pool& from = *plans.source->layout->pool;
+  const Pool& to = *plans.destination->layout->pool;
+  for (const auto& need : command.needs) {
+    const auto& source = blocks_for(command.source_blocks, need.group);
+    const auto& destination = blocks_for(command.destination_blocks, need.group);
+    const uint32_t first = need.group * to.shape.layers_per_group;
+    for (const Range& range : need.ranges)
+      for (uint64_t token = range.begin; token < range.end; token += kTokensPerBlock)
+        for (uint32_t layer = first; layer < first + to.shape.layers_per_group; ++layer)
+          for (uint64_t unit = to.units.begin; unit < to.units.end; ++unit) {
+            constexpr uint64_t kBytes = kTokensPerBlock * kCellBytes;
+            const auto add = [&](SimPlan& plan, const Pool& pool, const auto& blocks) {
+              plan.pieces.push_back(
+                  {plan.bytes, pool.cell_at(need.group, block_at(blocks, token), layer, unit, 0),
+                   kBytes});
+              plan.bytes += kBytes;
+            };
+            add(*plans.source, from, source);
+            add(*plans.destination, to, destination);
+          }
+  }
+  return plans;
+}
+
 namespace {
 
-uint64_t cell_word(uint64_t transfer, uint32_t layer, uint64_t unit, uint64_t token) {
-  return mix(mix(mix(transfer) ^ layer) ^ (unit << 32) ^ token);
+// Calls fn(group, tokens, layers) for each range that the slice offers.
+template <typename Fn>
+void each_offer(const Shape& shape, const engine::SendOp& send, Fn&& fn) {
+  for (const auto& offer : send.offer)
+    for (const Range& tokens : offer.ranges) {
+      const uint32_t first = offer.group * shape.layers_per_group;
+      const Range layers = intersect({first, first + shape.layers_per_group},
+                                     send.layers.value_or(Range{0, shape.layers()}));
+      if (!tokens.empty() && !layers.empty()) fn(offer.group, tokens, layers);
+    }
 }
 
 }  // namespace
 
-void make_cell(uint64_t transfer, uint32_t version, uint32_t layer, uint64_t unit, uint64_t token,
+uint64_t packed_bytes_of(const Shape& shape, const Pool& pool, const engine::SendOp& send) {
+  uint64_t cells = 0;
+  each_offer(shape, send, [&](uint32_t, const Range& tokens, const Range& layers) {
+    cells += tokens.size() * layers.size() * pool.units.size();
+  });
+  return cells * kCellBytes;
+}
+
+PackedPlans compile_packed(const engine::SendOp& send, uint64_t id, uint64_t side) {
+  const auto source = std::static_pointer_cast<const SimLayout>(send.layout);
+  const Pool& from = *source->pool;
+  PackedPlans out;
+  out.layout = std::make_shared<SimLayout>(*source);
+  out.layout->packed_side = side;
+  uint64_t most = 0;
+  each_offer(from.shape, send, [&](uint32_t, const Range& tokens, const Range&) {
+    most = std::max(most, tokens.size() / kTokensPerBlock);
+  });
+  out.layout->pool = std::make_shared<Pool>(from.shape, from.units, static_cast<uint32_t>(most));
+  const auto make = [&](const std::shared_ptr<const SimLayout>& layout) {
+    auto plan = std::make_shared<SimPlan>();
+    plan->id = id++;
+    plan->side = side;
+    plan->layout = layout;
+    return plan;
+  };
+  out.copy = {make(source), make(out.layout)};
+  each_offer(from.shape, send, [&](uint32_t group, const Range& tokens, const Range& layers) {
+    const auto& blocks = blocks_for(send.blocks, group);
+    engine::GroupBlocks packed{group, tokens.begin / kTokensPerBlock, {}};
+    for (uint64_t token = tokens.begin; token < tokens.end; token += kTokensPerBlock) {
+      const auto block = static_cast<uint32_t>(packed.ids.size());
+      packed.ids.push_back(static_cast<int32_t>(block));
+      for (uint64_t layer = layers.begin; layer < layers.end; ++layer)
+        for (uint64_t unit = from.units.begin; unit < from.units.end; ++unit) {
+          constexpr uint64_t kBytes = kTokensPerBlock * kCellBytes;
+          const auto add = [&](SimPlan& plan, const Pool& pool, uint32_t at) {
+            plan.pieces.push_back({plan.bytes,
+                                   pool.cell_at(group, at, static_cast<uint32_t>(layer), unit, 0),
+                                   kBytes});
+            plan.bytes += kBytes;
+          };
+          add(*out.copy.source, from, block_at(blocks, token));
+          add(*out.copy.destination, *out.layout->pool, block);
+        }
+    }
+    out.blocks.push_back(std::move(packed));
+  });
+  return out;
+}
+
+namespace {
+
+uint64_t cell_word(uint64_t text, uint32_t layer, uint64_t unit, uint64_t token) {
+  return mix(mix(mix(text) ^ layer) ^ (unit << 32) ^ token);
+}
+
+}  // namespace
+
+void make_cell(uint64_t text, uint32_t version, uint32_t layer, uint64_t unit, uint64_t token,
                uint8_t* out) {
-  const uint64_t word = cell_word(transfer, layer, unit, token);
+  const uint64_t word = cell_word(text, layer, unit, token);
   std::memcpy(out, &word, 8);
   const uint64_t rest = mix(word + version);
   out[8] = static_cast<uint8_t>(version);
   std::memcpy(out + 9, &rest, 3);
 }
 
-std::optional<uint32_t> version_of(uint64_t transfer, uint32_t layer, uint64_t unit, uint64_t token,
+std::optional<uint32_t> version_of(uint64_t text, uint32_t layer, uint64_t unit, uint64_t token,
                                    const uint8_t* cell) {
   uint8_t expected[kCellBytes];
-  make_cell(transfer, cell[8], layer, unit, token, expected);
+  make_cell(text, cell[8], layer, unit, token, expected);
   if (std::memcmp(expected, cell, kCellBytes) != 0) return std::nullopt;
   return cell[8];
 }

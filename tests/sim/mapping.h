@@ -25,6 +25,7 @@ struct Shape {
   uint32_t layers_per_group = 2;
   uint32_t units = 4;
   bool replicated = false;
+  bool zero_tail = false;  // receivers' cells past the prompt's end in moved blocks are cleared
   uint32_t layers() const { return groups * layers_per_group; }
 };
 
@@ -34,13 +35,15 @@ struct Pool {
   Range units;  // that this rank holds
   uint32_t blocks = 0;
   std::vector<uint8_t> bytes;
-  std::vector<uint64_t> owner;  // by group, block
+  std::vector<uint64_t> owner;    // by group, block
+  std::vector<uint8_t> readable;  // likewise: published for reuse, not written and not taken back
 
   Pool(const Shape& shape_in, Range units_in, uint32_t blocks_in);
   uint64_t block_bytes() const;
   uint64_t cell_at(uint32_t group, uint32_t block, uint32_t layer, uint64_t unit,
                    uint64_t token_in_block) const;
   uint64_t& owner_of(uint32_t group, uint32_t block);
+  uint8_t& readable_at(uint32_t group, uint32_t block);
   // Group and block of a byte.
   std::pair<uint32_t, uint32_t> block_of(uint64_t offset) const;
   void fill_block(uint32_t group, uint32_t block, uint64_t pattern);
@@ -52,7 +55,9 @@ struct SimLayout : engine::LayoutHandle {
   std::shared_ptr<Pool> pool;
   Instance* instance_ptr = nullptr;
   uint32_t node = 0;
-  bool quiet = false;  // LayoutQuiet was told: no copy may touch the pool any more
+  uint64_t packed_side = 0;  // a packed copy of that side's pages; 0: pages
+  bool quiet = false;        // LayoutQuiet was told: no copy may touch the pool any more
+  bool serves(uint32_t group, const LayoutHandle& other, uint32_t other_group) const override;
 };
 
 struct SimContext : engine::LegContext {
@@ -71,12 +76,13 @@ struct Piece {
 
 struct SimPlan : engine::Plan {
   uint64_t id = 0;
-  uint64_t side = 0;  // uid of the sender's or receiver's side
+  uint64_t side = 0;  // uid of the sender's or receiver's side; 0: the source of a reuse copy
   engine::Role role = engine::Role::kSender;
   uint32_t sender_rank = 0;
   uint32_t receiver_rank = 0;
   std::shared_ptr<const SimLayout> layout;
   std::vector<Piece> pieces;
+  std::shared_ptr<SimPlan> tail;  // what ClearTail writes; an id of its own
 };
 
 // A leg between two ranks by holdings alone.
@@ -105,15 +111,32 @@ std::vector<Leg> legs_between(const Ranks& sender, uint32_t sender_group, const 
 uint64_t expected_bytes(const Shape& shape, const Leg& leg,
                         const std::vector<engine::GroupNeed>& needs);
 
-// Compiles one slice; `side` and `id` are noted in the plan. Throws Violation where an argument
-// makes no sense (a range without a block).
+// Compiles one slice; `side` and `id` are noted in the plan, `id` + 1 in its tail's. Throws
+// Violation where an argument makes no sense (a range without a block).
 std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, uint64_t side);
 
-// The content of a cell: eight bytes that name transfer and cell, the version, three more bytes.
-void make_cell(uint64_t transfer, uint32_t version, uint32_t layer, uint64_t unit, uint64_t token,
+// From the blocks of one layout of this node to another's. Ids `id` and `id` + 1.
+struct CopyPlans {
+  std::shared_ptr<SimPlan> source;
+  std::shared_ptr<SimPlan> destination;
+};
+CopyPlans compile_copy(const engine::CompileCopy& command, uint64_t id, uint64_t side);
+
+// A slice's packed copy: how its bytes get there, and the slice's blocks in it. Ids `id`, `id` + 1.
+struct PackedPlans {
+  CopyPlans copy;
+  std::shared_ptr<SimLayout> layout;
+  std::vector<engine::GroupBlocks> blocks;
+};
+PackedPlans compile_packed(const engine::SendOp& send, uint64_t id, uint64_t side);
+uint64_t packed_bytes_of(const Shape& shape, const Pool& pool, const engine::SendOp& send);
+
+// The content of a cell: eight bytes that name text and cell, the version, three more bytes. A text
+// is named by the first transfer that had it.
+void make_cell(uint64_t text, uint32_t version, uint32_t layer, uint64_t unit, uint64_t token,
                uint8_t* out);
-// The version if `cell` is that cell of that transfer in some version; nothing else.
-std::optional<uint32_t> version_of(uint64_t transfer, uint32_t layer, uint64_t unit, uint64_t token,
+// The version if `cell` is that cell of that text in some version; nothing else.
+std::optional<uint32_t> version_of(uint64_t text, uint32_t layer, uint64_t unit, uint64_t token,
                                    const uint8_t* cell);
 
 // plan's stream [offset, offset + bytes) from or to pages.

@@ -1,6 +1,7 @@
 #include "tests/sim/node.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "tests/sim/network.h"
 #include "tests/sim/workload.h"
@@ -37,6 +38,9 @@ EngineConfig config_for(const Scenario& scenario, uint32_t node, BootId boot, st
   config.lane_retry_first = milliseconds(5);
   config.lane_retry_most = milliseconds(100);
   config.landing_timeout = milliseconds(500);
+  config.max_packed_bytes = scenario.packed_bytes;
+  if (scenario.reuse_entries != 0)
+    config.max_reuse_entries_per_worker = static_cast<uint32_t>(scenario.reuse_entries);
   return config;
 }
 
@@ -101,6 +105,7 @@ void Node::die() {
   watches_.clear();
   cancelled_resolves_.clear();
   scattered_.clear();
+  scattered_bytes_.clear();
   world_.workload->daemon_died(index_);
   world_.after(rng_.micros(2000, 400000), [this] { start(); });
 }
@@ -228,13 +233,20 @@ void Node::end_use(uint64_t use) {
 }
 
 bool Node::copying(uint64_t side) const {
-  return std::any_of(copies_.begin(), copies_.end(),
-                     [side](const auto& copy) { return copy.second.plan->side == side; });
+  return std::any_of(copies_.begin(), copies_.end(), [side](const auto& entry) {
+    const Copy& copy = entry.second;
+    const auto touches = [side](const SimPlan* plan) {
+      return plan != nullptr && plan->side == side && plan->layout->packed_side == 0;
+    };
+    return touches(copy.plan.get()) || touches(copy.destination.get());
+  });
 }
 
 bool Node::copying_layout(const LayoutHandle* layout) const {
-  return std::any_of(copies_.begin(), copies_.end(), [layout](const auto& copy) {
-    return copy.second.plan->layout.get() == layout;
+  return std::any_of(copies_.begin(), copies_.end(), [layout](const auto& entry) {
+    const Copy& copy = entry.second;
+    return copy.plan->layout.get() == layout ||
+           (copy.destination != nullptr && copy.destination->layout.get() == layout);
   });
 }
 
@@ -245,6 +257,7 @@ void Node::carry_out(Command& command) {
   Workload& workload = *world_.workload;
   std::visit(Overloaded{[&](const Reply& c) { workload.on_reply(index_, c); },
                         [&](const Publish& c) { workload.on_publish(index_, c); },
+                        [&](const SetDoneWord& c) { workload.on_done_word(index_, c); },
                         [&](const FreeSlot& c) { workload.on_free_slot(index_, c); },
                         [&](const LayoutQuiet& c) { workload.on_quiet(index_, c); },
                         [&](const Resolve& c) { resolve(c); },
@@ -253,6 +266,10 @@ void Node::carry_out(Command& command) {
                         [&](const Compile& c) { compile(c); },
                         [&](const Gather& c) { start_gather(c); },
                         [&](const Scatter& c) { start_scatter(c); },
+                        [&](const ClearTail& c) { start_clear_tail(c); },
+                        [&](const LocalCopy& c) { start_local_copy(c); },
+                        [&](const CompileCopy& c) { compile_copy(c); },
+                        [&](const MakePacked& c) { make_packed(c); },
                         [&](const WatchCondition& c) {
                           require(watches_.emplace(c.condition, c).second, "condition",
                                   "watched twice");
@@ -294,13 +311,36 @@ void Node::compile(const Compile& command) {
   const uint64_t handle =
       command.side == Role::kSender ? command.send->client_handle : command.receive->client_handle;
   const Side* side = world_.workload->side_of(op.worker, handle);
+  uint64_t uid = side == nullptr ? 0 : side->uid;
+  if (command.side == Role::kSender)
+    if (const uint64_t packed = static_cast<const SimLayout&>(*command.send->layout).packed_side)
+      uid = packed;  // which needs no worker
   Compiled answer;
   answer.compile = command.compile;
-  if (side == nullptr) {  // its worker is gone: the pool is not there any more
+  if (uid == 0) {  // its worker is gone: the pool is not there any more
     answer.reason = Reason::kWorkerLost;
   } else {
-    answer.plan = sim::compile(command, next_plan_++, side->uid);
+    answer.plan = sim::compile(command, std::exchange(next_plan_, next_plan_ + 2), uid);
   }
+  world_.after_on(index_, rng_.micros(5, 400), [this, answer] { post(answer); });
+}
+
+void Node::compile_copy(const CompileCopy& command) {
+  const auto& layout = static_cast<const SimLayout&>(*command.destination);
+  const GroupNeed& need = command.needs.at(0);
+  uint64_t side = 0;
+  for (const GroupBlocks& blocks : command.destination_blocks)
+    if (blocks.group == need.group)
+      side = layout.pool->owner_of(
+          need.group,
+          static_cast<uint32_t>(blocks.ids.at(need.begin / kTokensPerBlock - blocks.first_block)));
+  require(side != 0, "compile", "a copy to blocks that are nobody's");
+  const CopyPlans plans =
+      sim::compile_copy(command, std::exchange(next_plan_, next_plan_ + 2), side);
+  CopyCompiled answer;
+  answer.compile = command.compile;
+  answer.source = plans.source;
+  answer.destination = plans.destination;
   world_.after_on(index_, rng_.micros(5, 400), [this, answer] { post(answer); });
 }
 
@@ -331,7 +371,7 @@ void Node::try_resolve(ResolveId id, std::shared_ptr<const ReceiveOp> receive, u
   bool ready = true;
   if (answer.reason == Reason::kNone)
     for (const uint32_t peer : peers)
-      if (!world_.network->link_up(index_, peer)) {
+      if (peer != index_ && !world_.network->link_up(index_, peer)) {
         world_.network->dial(index_, peer);
         ready = false;
       }
@@ -366,64 +406,145 @@ void Node::check_copy(const Copy& copy) const {
   require(copy.plan != nullptr, "copy", "a copy without a plan");
   require(copy.bytes > 0 && copy.offset + copy.bytes <= copy.plan->bytes, "copy",
           "a copy outside its stream");
-  require(copy.bytes <= copy.region.bytes, "region", "a copy of more bytes than its region has");
-  if (copy.gather)
-    world_.workload->before_gather(*copy.plan, copy.offset, copy.bytes);
-  else
-    world_.workload->before_scatter(*copy.plan, copy.offset, copy.bytes);
+  require(copy.destination != nullptr || copy.clears || copy.bytes <= copy.region.bytes, "region",
+          "a copy of more bytes than its region has");
+  require(copy.destination == nullptr || copy.destination->bytes == copy.plan->bytes, "copy",
+          "a local copy between two streams");
+  if (copy.reads()) world_.workload->before_gather(*copy.plan, copy.offset, copy.bytes);
+  if (copy.written() != nullptr)
+    world_.workload->before_scatter(*copy.written(), copy.offset, copy.bytes);
+}
+
+template <typename Command>
+Node::Copy Node::between_region_and_pages(const Command& command) {
+  Copy copy;
+  copy.id = command.copy;
+  copy.plan = std::static_pointer_cast<const SimPlan>(command.plan);
+  copy.offset = command.offset;
+  copy.bytes = command.bytes;
+  copy.region = command.region;
+  return copy;
 }
 
 void Node::start_gather(const Gather& command) {
   require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
-  Copy copy{command.copy,
-            std::static_pointer_cast<const SimPlan>(command.plan),
-            command.offset,
-            command.bytes,
-            command.region,
-            command.check_kind,
-            true,
-            0,
-            0};
+  Copy copy = between_region_and_pages(command);
+  copy.kind = command.check_kind;
   require(copy.plan == nullptr || copy.plan->role == Role::kSender, "copy",
           "a gather by a receiver's plan");
   check_copy(copy);
   copy.use = begin_use(Use::kGather, command.region, "Gather");
+  copies_[command.copy.value] = std::move(copy);
+  run_copy(command.copy.value);
+}
+
+// Lets a copy that was begun take its time, and perhaps fail.
+void Node::run_copy(uint64_t key) {
+  const Copy& copy = copies_.at(key);
   const bool fails = world_.mishap(world_.scenario.faults.copy_failure);
-  if (fails) world_.workload->copy_failed(copy.plan->side);
+  if (fails) {
+    if (copy.plan->side != 0) world_.workload->copy_failed(copy.plan->side);
+    if (copy.destination != nullptr) world_.workload->copy_failed(copy.destination->side);
+  }
   const bool slow = world_.mishap(world_.scenario.faults.slow_copy);
-  const uint64_t key = command.copy.value;
-  copies_[key] = std::move(copy);
   const auto steps = static_cast<uint32_t>(rng_.between(1, 4));
   continue_copy(key, steps, rng_.micros(1, 100) * (slow ? 200 : 1), fails);
 }
 
+void Node::start_local_copy(const LocalCopy& command) {
+  require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
+  Copy copy;
+  copy.id = command.copy;
+  copy.plan = std::static_pointer_cast<const SimPlan>(command.source);
+  copy.destination = std::static_pointer_cast<const SimPlan>(command.destination);
+  copy.offset = command.offset;
+  copy.bytes = command.bytes;
+  require(copy.plan != nullptr && copy.destination != nullptr, "copy", "a copy without a plan");
+  check_copy(copy);
+  check_writes(copy);
+  copies_[command.copy.value] = std::move(copy);
+  run_copy(command.copy.value);
+}
+
+void Node::make_packed(const MakePacked& command) {
+  require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
+  const SendOp& send = *command.send;
+  const Side* side = world_.workload->side_of(send.op.worker, send.client_handle);
+  if (side == nullptr) {  // its worker is gone, and the pool with it
+    world_.after_on(index_, rng_.micros(1, 100), [this, copy = command.copy] {
+      post(Packed{copy, Reason::kWorkerLost, {}, nullptr, {}});
+    });
+    return;
+  }
+  PackedPlans plans = compile_packed(send, std::exchange(next_plan_, next_plan_ + 2), side->uid);
+  Copy copy;
+  copy.id = command.copy;
+  copy.plan = plans.copy.source;
+  copy.destination = plans.copy.destination;
+  copy.bytes = copy.plan->bytes;
+  copy.packed = plans.layout;
+  copy.packed_blocks = std::move(plans.blocks);
+  require(send.packed_bytes == copy.bytes, "packed", "a packed copy of another size");
+  check_copy(copy);
+  copies_[command.copy.value] = std::move(copy);
+  run_copy(command.copy.value);
+}
+
+// A tail is cleared when every byte of its stream has been scattered: a scatter that came after it
+// would bring back what it has cleared.
+void Node::start_clear_tail(const ClearTail& command) {
+  require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
+  const auto plan = std::static_pointer_cast<const SimPlan>(command.plan);
+  require(plan != nullptr && plan->tail != nullptr, "tail", "a plan without a tail is cleared");
+  require(scattered_bytes_[plan->id] == plan->bytes, "tail",
+          "a tail is cleared before its stream is scattered");
+  Copy copy;
+  copy.id = command.copy;
+  copy.plan = plan->tail;
+  copy.bytes = plan->tail->bytes;
+  copy.gather = false;
+  copy.clears = true;
+  check_copy(copy);
+  check_writes(copy);
+  copies_[command.copy.value] = std::move(copy);
+  run_copy(command.copy.value);
+}
+
+// A chunk is written once, and no two copies write the same page bytes at once: which one wins is
+// anybody's guess.
+void Node::check_writes(const Copy& copy) {
+  const SimPlan& plan = *copy.written();
+  if (!scattered_.insert({plan.id, copy.offset}).second)
+    throw Violation("twice", "a chunk is scattered twice for " +
+                                 label(*world_.workload->side_by_uid(plan.side)));
+  for (const auto& [key, other] : copies_) {
+    if (other.plan->side == 0 && other.plan->layout == plan.layout)
+      check_apart(*other.plan, other, plan, copy, "reuse", "a page is written while it is copied");
+    if (other.written() == nullptr || other.written()->side != plan.side) continue;
+    check_apart(*other.written(), other, plan, copy, "twice",
+                "two copies write the same bytes at once");
+  }
+}
+
+// What `one` touches of its pool by `a` and `two` by `b`.
+void Node::check_apart(const SimPlan& a, const Copy& one, const SimPlan& b, const Copy& two,
+                       const char* name, const char* what) {
+  each_piece(a, one.offset, one.bytes, [&](uint64_t at, uint64_t length, uint64_t) {
+    each_piece(b, two.offset, two.bytes, [&](uint64_t page, uint64_t size, uint64_t) {
+      if (!intersect({at, at + length}, {page, page + size}).empty()) throw Violation(name, what);
+    });
+  });
+}
+
 void Node::start_scatter(const Scatter& command) {
   require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
-  Copy copy{command.copy,
-            std::static_pointer_cast<const SimPlan>(command.plan),
-            command.offset,
-            command.bytes,
-            command.region,
-            command.check.kind,
-            false,
-            0,
-            0};
+  Copy copy = between_region_and_pages(command);
+  copy.kind = command.check.kind;
+  copy.gather = false;
   require(copy.plan == nullptr || copy.plan->role == Role::kReceiver, "copy",
           "a scatter by a sender's plan");
   check_copy(copy);
-  if (!scattered_.insert({copy.plan->id, copy.offset}).second)
-    throw Violation("twice", "a chunk is scattered twice for " +
-                                 label(*world_.workload->side_by_uid(copy.plan->side)));
-  // Two copies into the same page bytes at once: which one wins is anybody's guess.
-  for (const auto& [key, other] : copies_) {
-    if (other.gather || other.plan->side != copy.plan->side) continue;
-    each_piece(*other.plan, other.offset, other.bytes, [&](uint64_t a, uint64_t length, uint64_t) {
-      each_piece(*copy.plan, copy.offset, copy.bytes, [&](uint64_t b, uint64_t size, uint64_t) {
-        if (!intersect({a, a + length}, {b, b + size}).empty())
-          throw Violation("twice", "two scatters write the same bytes at once");
-      });
-    });
-  }
+  check_writes(copy);
   copy.use = begin_use(Use::kScatter, command.region, "Scatter");
   const uint64_t key = command.copy.value;
   copies_[key] = std::move(copy);
@@ -437,11 +558,7 @@ void Node::start_scatter(const Scatter& command) {
                     [this, key] { end_copy(key, CopyOutcome::kCheckMismatch, {}); });
     return;
   }
-  const bool fails = world_.mishap(world_.scenario.faults.copy_failure);
-  if (fails) world_.workload->copy_failed(stored.plan->side);
-  const bool slow = world_.mishap(world_.scenario.faults.slow_copy);
-  const auto steps = static_cast<uint32_t>(rng_.between(1, 4));
-  continue_copy(key, steps, rng_.micros(1, 100) * (slow ? 200 : 1), fails);
+  run_copy(key);
 }
 
 void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool fails) {
@@ -449,13 +566,25 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
     Copy& copy = copies_.at(key);
     if (steps_left == 0 || (fails && steps_left == 1)) {
       end_copy(key, fails ? CopyOutcome::kFailed : CopyOutcome::kOk,
-               copy.gather ? checksum(copy.region, copy.bytes, copy.kind) : Check{});
+               copy.gather && copy.destination == nullptr
+                   ? checksum(copy.region, copy.bytes, copy.kind)
+                   : Check{});
       return;
     }
     const uint64_t stop =
         steps_left == 1 ? copy.bytes : copy.done + (copy.bytes - copy.done) / steps_left;
     const uint64_t bytes = stop - copy.done;
-    if (bytes != 0) {
+    if (bytes != 0 && copy.destination != nullptr) {
+      world_.workload->before_gather(*copy.plan, copy.offset + copy.done, bytes);
+      world_.workload->before_scatter(*copy.destination, copy.offset + copy.done, bytes);
+      std::vector<uint8_t> moved(bytes);
+      read_stream(*copy.plan, copy.offset + copy.done, bytes, moved.data());
+      write_stream(*copy.destination, copy.offset + copy.done, bytes, moved.data());
+    } else if (bytes != 0 && copy.clears) {
+      world_.workload->before_scatter(*copy.plan, copy.offset + copy.done, bytes);
+      const std::vector<uint8_t> zeros(bytes);
+      write_stream(*copy.plan, copy.offset + copy.done, bytes, zeros.data());
+    } else if (bytes != 0) {
       uint8_t* there = arena(copy.region, copy.done, bytes);
       if (copy.gather) {
         world_.workload->before_gather(*copy.plan, copy.offset + copy.done, bytes);
@@ -473,8 +602,15 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
 void Node::end_copy(uint64_t key, CopyOutcome outcome, Check check) {
   const Copy copy = copies_.at(key);
   copies_.erase(key);
-  end_use(copy.use);
-  post(CopyEnded{copy.id, outcome, check});
+  if (copy.use != 0) end_use(copy.use);
+  if (copy.written() != nullptr && copy.packed == nullptr && outcome == CopyOutcome::kOk)
+    scattered_bytes_[copy.written()->id] += copy.bytes;
+  if (copy.packed != nullptr)
+    post(outcome == CopyOutcome::kOk
+             ? Packed{copy.id, Reason::kNone, {}, copy.packed, copy.packed_blocks}
+             : Packed{copy.id, Reason::kGatherFailed, {}, nullptr, {}});
+  else
+    post(CopyEnded{copy.id, outcome, check});
 }
 
 }  // namespace kvferry::sim

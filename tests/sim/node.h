@@ -75,6 +75,15 @@ class Node {
     bool gather = true;
     uint64_t use = 0;
     uint64_t done = 0;
+    std::shared_ptr<const SimPlan> destination;  // of a local copy: `plan` is its source
+    bool clears = false;                         // writes zeros: `plan` is a tail
+    std::shared_ptr<const SimLayout> packed;     // makes a packed copy: its answer says this ...
+    std::vector<engine::GroupBlocks> packed_blocks;  // ... and this
+
+    const SimPlan* written() const {
+      return destination != nullptr ? destination.get() : gather ? nullptr : plan.get();
+    }
+    bool reads() const { return destination != nullptr || gather; }
   };
 
   void schedule(Duration delay);
@@ -83,9 +92,19 @@ class Node {
   void check_now() const;
   void carry_out(engine::Command& command);
   void compile(const engine::Compile& command);
+  void compile_copy(const engine::CompileCopy& command);
   void resolve_pull(const engine::ResolvePull& command);
+  template <typename Command>
+  static Copy between_region_and_pages(const Command& command);
   void start_gather(const engine::Gather& command);
   void start_scatter(const engine::Scatter& command);
+  void start_clear_tail(const engine::ClearTail& command);
+  void start_local_copy(const engine::LocalCopy& command);
+  void make_packed(const engine::MakePacked& command);
+  void check_writes(const Copy& copy);
+  static void check_apart(const SimPlan& a, const Copy& one, const SimPlan& b, const Copy& two,
+                          const char* name, const char* what);
+  void run_copy(uint64_t key);
   void check_copy(const Copy& copy) const;
   void continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool fails);
   void end_copy(uint64_t key, engine::CopyOutcome outcome, engine::Check check);
@@ -117,6 +136,7 @@ class Node {
   std::set<ResolveId> cancelled_resolves_;
   uint64_t next_plan_ = 1;
   std::set<std::pair<uint64_t, uint64_t>> scattered_;  // plan, offset
+  std::map<uint64_t, uint64_t> scattered_bytes_;       // by plan, of copies that have ended well
 };
 
 }  // namespace kvferry::sim

@@ -122,6 +122,19 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
   s.replicated = rng.chance(250);
   s.data_parallel = rng.chance(250);
   s.spread = s.nodes == 3 && rng.chance(400);
+  s.zero_tail = mix(seed ^ 0x7A11) % 2 == 0;
+  if (mix(seed ^ 0x4E5E) % 3 == 0)
+    s.habits.reserve = static_cast<uint32_t>(mix(seed ^ 0x4E5F) % 900);
+  if (mix(seed ^ 0x9ACE) % 3 == 0) {
+    s.habits.packed = static_cast<uint32_t>(300 + mix(seed ^ 0x9ACF) % 700);
+    s.packed_bytes = 500 + mix(seed ^ 0x9AD0) % 20000;
+  }
+  if (mix(seed ^ 0x10CA) % 2 == 0)
+    s.habits.local = static_cast<uint32_t>(100 + mix(seed ^ 0x10CB) % 800);
+  if (mix(seed ^ 0x4EA5) % 2 == 0) {
+    s.habits.reuse = static_cast<uint32_t>(300 + mix(seed ^ 0x4EA6) % 700);
+    s.reuse_entries = 4 + mix(seed ^ 0x4EA7) % 100;
+  }
   s.transfers = tiny ? rng.pick(4, 12) : rng.pick(3, 16);
   s.window = milliseconds(rng.between(20, 800));
   s.max_tokens = rng.pick(4, 40);

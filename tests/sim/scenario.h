@@ -70,6 +70,10 @@ struct Habits {
   uint32_t never_ready = 0;
   uint32_t repeat_call = 0;
   uint32_t impatient = 0;  // wait_for_arena off
+  uint32_t reserve = 0;
+  uint32_t packed = 0;
+  uint32_t local = 0;  // sender and receiver have ranks on one node
+  uint32_t reuse = 0;  // 0: layouts take no part in it
 };
 
 struct Scenario {
@@ -90,7 +94,10 @@ struct Scenario {
   bool replicated = false;     // one unit that every rank holds
   bool data_parallel = false;  // instances have two dp groups
   bool spread = false;         // an instance's ranks stand on two nodes
+  bool zero_tail = false;      // receivers clear what lies past the prompt's end
 
+  uint64_t packed_bytes = 0;   // that the engine may keep in packed copies
+  uint64_t reuse_entries = 0;  // that the engine keeps of a worker
   uint32_t transfers = 8;
   Duration window{};  // transfers begin within it
   uint32_t max_tokens = 48;

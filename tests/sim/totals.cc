@@ -15,8 +15,31 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
   return {{"completed", totals.completed},
           {"delivered", totals.delivered},
           {"slices sent anew", totals.resent_slices},
+          {"receivers before senders", totals.early_receivers},
+          {"late receivers", totals.late_receivers},
+          {"several receivers", totals.several_receivers},
+          {"receivers beside senders", totals.local_receivers},
+          {"... and beside some", totals.mixed_receivers},
+          {"claims", totals.claims},
+          {"claims kept", totals.claims_kept},
+          {"claims repeated", totals.claims_again},
+          {"declines", totals.declines},
+          {"cancels", totals.cancels},
+          {"revokes", totals.revokes},
+          {"reservations", totals.reservations},
+          {"needs told", totals.needs_told},
+          {"packed copies", e.packed_made},
+          {"packed copies refused", totals.packed_refused},
+          {"receives published", totals.reuse_commits},
+          {"look-ups that found", e.reuse_lookup_hits},
+          {"blocks from the node", e.reuse_blocks},
+          {"bytes from the node", e.reuse_bytes},
+          {"blocks withdrawn", e.reuse_withdrawn},
+          {"blocks evicted", e.reuse_evicted},
           {"chunks gathered", e.chunks_gathered},
+          {"chunks staged ahead", e.chunks_ahead},
           {"chunks scattered", e.chunks_scattered},
+          {"chunks copied locally", e.chunks_local},
           {"offers sent", e.offers_sent},
           {"offers accepted", e.offers_accepted},
           {"offers refused", e.offers_refused},
@@ -44,14 +67,37 @@ void Totals::add(const engine::EngineStats& stats) {
   engine.credits_granted += stats.credits_granted;
   engine.credits_withdrawn += stats.credits_withdrawn;
   engine.quarantines += stats.quarantines;
+  engine.packed_made += stats.packed_made;
+  engine.reuse_lookup_hits += stats.reuse_lookup_hits;
+  engine.reuse_blocks += stats.reuse_blocks;
+  engine.reuse_bytes += stats.reuse_bytes;
+  engine.reuse_withdrawn += stats.reuse_withdrawn;
+  engine.reuse_evicted += stats.reuse_evicted;
+  engine.chunks_ahead += stats.chunks_ahead;
   engine.chunks_gathered += stats.chunks_gathered;
   engine.chunks_scattered += stats.chunks_scattered;
+  engine.chunks_local += stats.chunks_local;
 }
 
 void Totals::add(const Totals& run) {
   completed += run.completed;
   delivered += run.delivered;
   resent_slices += run.resent_slices;
+  early_receivers += run.early_receivers;
+  late_receivers += run.late_receivers;
+  several_receivers += run.several_receivers;
+  local_receivers += run.local_receivers;
+  mixed_receivers += run.mixed_receivers;
+  claims += run.claims;
+  claims_kept += run.claims_kept;
+  claims_again += run.claims_again;
+  declines += run.declines;
+  cancels += run.cancels;
+  revokes += run.revokes;
+  reservations += run.reservations;
+  reuse_commits += run.reuse_commits;
+  packed_refused += run.packed_refused;
+  needs_told += run.needs_told;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);
 }

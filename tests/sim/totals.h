@@ -16,6 +16,21 @@ struct Totals {
   uint64_t completed = 0;
   uint64_t delivered = 0;
   uint64_t resent_slices = 0;
+  uint64_t early_receivers = 0;    // COMPLETED, asked before any Send
+  uint64_t late_receivers = 0;     // COMPLETED, asked after every rank's first Send
+  uint64_t several_receivers = 0;  // transfers that two receivers or more have COMPLETED
+  uint64_t local_receivers = 0;    // COMPLETED, with all senders on their node
+  uint64_t mixed_receivers = 0;    // ... with some of them there
+  uint64_t claims = 0;
+  uint64_t claims_kept = 0;   // ... followed by a Receive that COMPLETED
+  uint64_t claims_again = 0;  // repeated calls, answered existing
+  uint64_t declines = 0;
+  uint64_t cancels = 0;  // of what had not ended
+  uint64_t revokes = 0;
+  uint64_t reservations = 0;
+  uint64_t reuse_commits = 0;
+  uint64_t packed_refused = 0;
+  uint64_t needs_told = 0;
   std::map<std::string, uint64_t> reasons;  // of ends that are no success
   engine::EngineStats engine{};
 

@@ -79,6 +79,8 @@ uint64_t ids_of(const Command& command) {
                  [](const AcceptOffer& c) { return mix(c.landing.value) ^ c.region.offset; },
                  [](const Gather& c) { return mix(c.offset) ^ c.region.offset; },
                  [](const Scatter& c) { return mix(c.offset) ^ c.region.offset; },
+                 [](const ClearTail& c) { return mix(c.copy.value); },
+                 [](const LocalCopy& c) { return mix(c.copy.value) ^ c.offset; },
                  [](const Publish& c) {
                    return mix(c.record.client_handle) ^
                           (static_cast<uint64_t>(c.record.state) << 8) ^
@@ -151,8 +153,19 @@ std::string describe(const Event& event) {
           [](const RevokeOp& e) {
             return text("Revoke", of(e.op), " handle ", e.client_handle, " from ", e.from_token);
           },
+          [](const ReceiverNeedsOp& e) {
+            return text("ReceiverNeeds", of(e.op), " handle ", e.client_handle);
+          },
           [](const ClaimOp& e) { return text("Claim", of(e.op), " ", e.key.id); },
+          [](const ReserveOp& e) {
+            return text("Reserve", of(e.op), " ", e.key.id, " bytes ", e.bytes);
+          },
           [](const DeclineOp& e) { return text("Decline", of(e.op), " ", e.key.id); },
+          [](const CommitReuseOp& e) {
+            return text("CommitReuse", of(e.op), " handle ", e.client_handle);
+          },
+          [](const LookupReuseOp& e) { return text("LookupReuse", of(e.op)); },
+          [](const WithdrawReuseOp& e) { return text("WithdrawReuse", of(e.op)); },
           [](const WorkerAttached& e) { return text("WorkerAttached ", e.worker.value); },
           [](const WorkerGone& e) { return text("WorkerGone ", e.worker.value); },
           [](const UnregisterLayout& e) {
@@ -170,6 +183,11 @@ std::string describe(const Event& event) {
             return text("Compiled ", e.compile.value, " ", name_of(e.reason), " bytes ",
                         e.plan ? e.plan->bytes : 0);
           },
+          [](const CopyCompiled& e) {
+            return text("CopyCompiled ", e.compile.value, " ", name_of(e.reason), " bytes ",
+                        e.source ? e.source->bytes : 0);
+          },
+          [](const Packed& e) { return text("Packed ", e.copy.value, " ", name_of(e.reason)); },
           [](const CopyEnded& e) {
             return text("CopyEnded ", e.copy.value, " outcome ", static_cast<int>(e.outcome));
           },
@@ -216,6 +234,9 @@ std::string describe(const Command& command) {
             return text("Publish worker ", c.worker.value, " slot ", c.slot, " ",
                         describe(c.record));
           },
+          [](const SetDoneWord& c) {
+            return text("SetDoneWord worker ", c.worker.value, " word ", c.word, " = ", c.value);
+          },
           [](const FreeSlot& c) {
             return text("FreeSlot worker ", c.worker.value, " slot ", c.slot);
           },
@@ -236,6 +257,15 @@ std::string describe(const Command& command) {
           },
           [](const Scatter& c) {
             return text("Scatter ", c.copy.value, " ", c.offset, "+", c.bytes, of(c.region));
+          },
+          [](const ClearTail& c) { return text("ClearTail ", c.copy.value); },
+          [](const CompileCopy& c) { return text("CompileCopy ", c.compile.value); },
+          [](const MakePacked& c) {
+            return text("MakePacked ", c.copy.value, " handle ", c.send->client_handle, " send ",
+                        c.send->send_index);
+          },
+          [](const LocalCopy& c) {
+            return text("LocalCopy ", c.copy.value, " ", c.offset, "+", c.bytes);
           },
           [](const WatchCondition& c) { return text("WatchCondition ", c.condition.value); },
           [](const UnwatchCondition& c) { return text("UnwatchCondition ", c.condition.value); },

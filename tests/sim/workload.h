@@ -65,12 +65,14 @@ struct Side {
   uint64_t handle = 0;
   std::vector<std::vector<int32_t>> blocks;  // by group, positions from 0; empty once given back
   bool called = false;
+  Time called_at = Time::never();
   bool done_calling = false;
   bool accepted = false;
   bool refused = false;  // the first call was
   bool lost = false;     // nobody is left to tell: the worker or its daemon is gone
   bool closing = false;
   bool closed = false;
+  bool cancelled = false;  // Cancel was called before its end
   bool slot_freed = false;
   std::optional<uint32_t> slot;
   uint32_t open_calls = 0;  // without an answer yet
@@ -78,6 +80,7 @@ struct Side {
   Time limit = Time::never();  // terminal by then
   uint32_t word = 0;
   bool short_lived = false;
+  bool done_set = false;  // its done word
 
   // sender
   std::deque<Slice> to_send;
@@ -87,6 +90,8 @@ struct Side {
   bool revoking = false;
   bool ever_revoked = false;
   bool sending_planned = false;
+  bool packs = false;                         // most of its slices
+  std::optional<engine::SendOp> packed_call;  // not answered yet
   bool opened = false;
 
   // receiver
@@ -95,6 +100,10 @@ struct Side {
   bool destination_ready = true;
   bool receives = true;
   bool declines = false;
+  uint32_t reservations = 0;  // that were promised
+  bool hashed = false;        // its Receive names the prompt's hashes
+  uint64_t pin = 0;           // of its look-up
+  bool took = false;          // some of its blocks may be published
   bool claimed = false;
 
   bool terminal() const {
@@ -114,9 +123,31 @@ struct Instance {
 };
 
 struct PendingOp {
-  enum class Kind : uint8_t { kFirst, kMore, kRepeat, kCancel, kRevoke, kClose, kClaim, kDecline };
+  enum class Kind : uint8_t {
+    kFirst,
+    kMore,
+    kRepeat,
+    kCancel,
+    kRevoke,
+    kClose,
+    kClaim,
+    kClaimAgain,
+    kDecline,
+    kReserve,
+    kNeeds,
+    kLookup,
+    kCommit,
+    kWithdraw
+  };
   Kind kind = Kind::kFirst;
   Side* side = nullptr;
+};
+
+// Pages that a worker has kept of a receive and may have published.
+struct Kept {
+  std::vector<std::vector<int32_t>> blocks;  // by group and position; -1: written anew since
+  bool committed = false;
+  bool withdrawing = false;
 };
 
 struct Worker {
@@ -132,6 +163,7 @@ struct Worker {
   std::map<uint64_t, PendingOp> ops;
   std::map<uint64_t, Side*> sides;              // by handle
   std::vector<std::set<uint32_t>> free_blocks;  // by group
+  std::map<uint64_t, Kept> cache;               // by the receiving side's uid
   bool quiet_due = false;
 };
 
@@ -159,6 +191,11 @@ struct Transfer {
   Duration lease{}, wait{}, deadline{};
   std::vector<Side*> sides;  // the sender's, by rank in the dp group
   std::vector<ReceiverGroup> receivers;
+  const Transfer* parent = nullptr;  // whose prompt begins alike, for `shared` tokens
+  uint64_t shared = 0;
+
+  // The transfer that had this token first.
+  uint64_t text_of(uint64_t token) const;
 };
 
 class Workload {
@@ -176,6 +213,7 @@ class Workload {
   void on_reply(uint32_t node, const engine::Reply& reply);
   void on_publish(uint32_t node, const engine::Publish& publish);
   void on_free_slot(uint32_t node, const engine::FreeSlot& free);
+  void on_done_word(uint32_t node, const engine::SetDoneWord& set);
   void on_quiet(uint32_t node, const engine::LayoutQuiet& quiet);
 
   // What nodes ask.
@@ -204,7 +242,8 @@ class Workload {
  private:
   // setup.cc
   void make_instances();
-  Instance& make_instance(std::vector<uint32_t> nodes);
+  Instance& make_instance(std::vector<uint32_t> nodes, Rng& rng);
+  void make_neighbours();
   void attach(Worker& worker);
   void revive(Instance& instance);
   void revive_soon(Instance& instance);
@@ -215,6 +254,7 @@ class Workload {
   // transfers
   void begin_transfer(uint32_t tries_left);
   bool choose_pair(Instance*& sender, Instance*& receiver);
+  void choose_neighbours(Instance*& sender, Instance*& receiver) const;
   void choose_habits(Transfer& transfer, Instance& receiver);
   bool take_blocks(Side& side, uint64_t tokens);
   void give_blocks(Side& side, bool poison);
@@ -227,9 +267,13 @@ class Workload {
   bool can_call(const Side& side) const;
   void call_open(Side& side);
   void call_next_send(Side& side);
+  void plan_needs(Side& side);
+  void check_needs(const Side& side, const engine::Reply& reply);
+  bool send_without_copy(Side& side, PendingOp::Kind kind, const engine::Reply& reply);
   void call_receive(Side& side);
   void call_claim(Side& side, Duration ttl);
   void call_decline(Side& side);
+  void plan_reservation(Side& side);
   void call_cancel(Side& side);
   void call_revoke(Side& side, uint64_t from_token);
   void call_close(Side& side);
@@ -246,19 +290,36 @@ class Workload {
   Worker* worker_of(uint32_t node, WorkerId id) const;
   void blame(Transfer& transfer, uint32_t cause);
 
+  // reuse.cc
+  void draw_prompt(Transfer& transfer);
+  void plan_lookup(Side& side);
+  void take_published(Side& side);
+  std::vector<engine::PromptHashes> hashes_of(const Side& side) const;
+  bool keep(Side& side);
+  void withdraw_later(Side& side, Duration delay);
+  void call_withdraw(Side& side);
+  void committed(Side& side, bool ok);
+  void withdrawn(Side& side);
+  void before_reuse(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;
+  bool was_sent(uint64_t text, uint32_t version, uint32_t layer, uint64_t unit,
+                uint64_t token) const;
+
   // checks.cc
   void check_record(Side& side, const engine::TransferRecord& record) const;
   void check_reason(const Side& side) const;
   void check_pages(const Side& side) const;
+  void count_receivers(const Transfer& transfer, Totals& totals) const;
   void check_agreement(const Transfer& transfer) const;
   void check_side_at_end(const Side& side) const;
   const Side* sender_of_cell(const Transfer& transfer, const Side& receiver, uint64_t unit) const;
   bool has_leg(const Side& sender, const Side& receiver) const;
+  bool leg_is_empty(const Side& sender, const Side& receiver) const;
 
   World& world_;
   Rng rng_;
   Shape shape_;
   std::vector<std::unique_ptr<Instance>> instances_;
+  std::size_t apart_ = 0;  // instances below may be drawn for transfers between nodes
   std::vector<std::unique_ptr<Worker>> workers_;
   std::vector<std::unique_ptr<Transfer>> transfers_;
   std::vector<std::unique_ptr<Side>> sides_;  // uid is index + 1
@@ -266,6 +327,10 @@ class Workload {
   uint64_t next_worker_ = 1;
   uint64_t next_incarnation_ = 1;
   uint32_t to_begin_ = 0;
+  uint64_t claims_again_ = 0;
+  uint64_t commits_ = 0;
+  uint64_t packed_refused_ = 0;
+  uint64_t needs_told_ = 0;
   uint32_t planned_ = 0;  // happenings of this class that have not come yet
 };
 

@@ -142,6 +142,8 @@ void World::finish() {
     for (const auto& node : nodes) {
       if (!node->alive()) return false;
       const engine::EngineSnapshot snapshot = node->snapshot();
+      if (snapshot.reservations != 0 || snapshot.reuse_pins != 0 || snapshot.packed_bytes != 0)
+        return false;
       if (!snapshot.transfers.empty() || snapshot.arena.free_bytes != snapshot.arena.total_bytes)
         return false;
       for (const auto& link : snapshot.links)
@@ -183,6 +185,10 @@ void World::finish() {
       if (link.legs_in + link.legs_out + link.parked != 0)
         leak("legs on a link: in " + std::to_string(link.legs_in) + " out " +
              std::to_string(link.legs_out) + " parked " + std::to_string(link.parked));
+    if (snapshot.reservations != 0 || arena.reserved_bytes != 0) leak("reservations");
+    if (snapshot.packed_bytes != 0 || snapshot.packed_copies != 0) leak("packed copies");
+    if (snapshot.reuse_entries != 0) leak("blocks that can be found");
+    if (snapshot.reuse_pins != 0) leak("pins");
     if (node->uses() != 0) leak("copies or requests that use its arena");
     if (node->watches() != 0) leak("conditions that it watches");
     network->check_idle(node->index());

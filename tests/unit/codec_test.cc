@@ -124,6 +124,7 @@ class Maker {
     if (flag()) m.layers = Range{below(10), 10 + below(10)};
     m.bytes = u64();
     m.digest = u64();
+    m.with_aux = flag();
     if (flag()) m.aux = text(below(3000));
     return m;
   }

@@ -481,12 +481,12 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     CHECK_FALSE(done->complete);
     cards.push_back(done->card);
   }
-  Events joined;
+  Duration patience = kPatience;
   auto join = [&](const std::optional<InstanceKey>& with) {
     auto result = std::make_shared<std::optional<Result<JoinOutcome>>>();
     auto mutex = std::make_shared<Mutex>();
     auto changed = std::make_shared<CondVar>();
-    net["a"].directory.join("default/wide", cards, with, monotonic_now() + kPatience,
+    net["a"].directory.join("default/wide", cards, with, monotonic_now() + patience,
                             [=](Result<JoinOutcome> outcome) {
                               {
                                 MutexLock lock(*mutex);
@@ -503,6 +503,14 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     REQUIRE(outcome);
     CHECK(outcome->complete);
     CHECK(outcome->missing_ranks.empty());
+    CHECK_FALSE(outcome->existing);
+    // The same cards again, in another order.
+    std::swap(cards[0], cards[1]);
+    const Result<JoinOutcome> again = join(key);
+    REQUIRE(again);
+    CHECK(again->existing);
+    CHECK(again->complete);
+    std::swap(cards[0], cards[1]);
     const std::string from_a = *net["a"].directory.ticket("default/wide");
     // The other node collects by itself.
     const Time deadline = monotonic_now() + kPatience;
@@ -512,6 +520,40 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     REQUIRE(from_b);
     CHECK(std::get<InstanceTicket>(*parse_ticket(from_a)).generations ==
           std::get<InstanceTicket>(*parse_ticket(*from_b)).generations);
+  }
+  SECTION("after a rank has registered again: other cards") {
+    REQUIRE(join(key));
+    const auto later = make_layout("default/wide", 1, 1, {2}, 2);
+    later->instance_key = key;
+    const Result<Registration> done = net["b"].directory.add_local(later);
+    REQUIRE(done);
+    cards[1] = done->card;
+    const Result<JoinOutcome> outcome = join(key);
+    REQUIRE(outcome);
+    CHECK_FALSE(outcome->existing);
+    CHECK(outcome->complete);
+    CHECK(join(key)->existing);
+  }
+  SECTION("while the other node does not answer: existing, and asked again") {
+    patience = std::chrono::milliseconds(50);
+    net["a"].links.refuse_with(Error{Code::kUnavailable, "PEER_UNREACHABLE", "not there", {}});
+    const Result<JoinOutcome> first = join(key);
+    REQUIRE(first);
+    CHECK_FALSE(first->existing);
+    CHECK_FALSE(first->complete);
+    CHECK(first->missing_ranks == std::vector<uint32_t>{1});
+    net["a"].links.refuse_with(std::nullopt);
+    patience = kPatience;
+    const Result<JoinOutcome> second = join(key);
+    REQUIRE(second);
+    CHECK(second->existing);
+    CHECK(second->complete);
+  }
+  SECTION("refused cards were not joined") {
+    CHECK_FALSE(join(std::nullopt));
+    const Result<JoinOutcome> outcome = join(key);
+    REQUIRE(outcome);
+    CHECK_FALSE(outcome->existing);
   }
   SECTION("without the key, or with another one") {
     const Result<JoinOutcome> none = join(std::nullopt);
@@ -530,6 +572,45 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     cards = whole;
     cards[1].back() = static_cast<char>(cards[1].back() ^ 1);
     CHECK_FALSE(join(key));
+  }
+}
+
+TEST_CASE("a controller's question leads to every rank of the sender, wherever they are") {
+  Net net;
+  InstanceKey key{};
+  key.fill(5);
+  std::vector<std::string> cards;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const auto layout = make_layout("default/wide", 1, rank, {2});
+    layout->instance_key = key;
+    const Result<Registration> done = net[rank == 0 ? "a" : "b"].directory.add_local(layout);
+    REQUIRE(done);
+    cards.push_back(done->card);
+  }
+  net["a"].directory.join("default/wide", cards, key, monotonic_now() + kPatience,
+                          [](Result<JoinOutcome>) {});
+  const Time deadline = monotonic_now() + kPatience;
+  while (!net["a"].directory.ticket("default/wide") && monotonic_now() < deadline)
+    std::this_thread::yield();
+  const Result<std::string> ticket = net["a"].directory.ticket("default/wide");
+  REQUIRE(ticket);
+  auto controller = std::make_shared<engine::LayoutHandle>();
+  controller->instance = "default/scheduler";
+  auto question = std::make_shared<engine::ReceiveOp>();
+  question->ticket = *ticket;
+  question->layout = controller;
+  for (const char* node : {"a", "c"}) {
+    net[node].directory.resolve({ResolveId{1}, question});
+    const auto resolved = net[node].events.take<engine::Resolved>();
+    REQUIRE(resolved);
+    INFO(resolved->message);
+    REQUIRE(resolved->reason == Reason::kNone);
+    CHECK(resolved->sender_incarnation == incarnation(1));
+    REQUIRE(resolved->legs.size() == 2);
+    for (uint32_t rank = 0; rank < 2; ++rank) {
+      CHECK(resolved->legs[rank].sender_rank == rank);
+      CHECK(resolved->legs[rank].node == (rank == 0 ? "a" : "b"));
+    }
   }
 }
 

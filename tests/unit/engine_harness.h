@@ -15,8 +15,19 @@
 
 namespace kvferry::engine::test {
 
-struct TestLayout : LayoutHandle {};
-struct TestPlan : Plan {};
+// Blocks serve each other if their groups have the same number.
+struct TestLayout : LayoutHandle {
+  bool serves(uint32_t group, const LayoutHandle&, uint32_t other_group) const override {
+    return group == other_group;
+  }
+};
+struct TestPlan : Plan {
+  TestPlan() { ++alive; }
+  ~TestPlan() override { --alive; }
+  TestPlan(const TestPlan&) = delete;
+  TestPlan& operator=(const TestPlan&) = delete;
+  inline static uint64_t alive = 0;
+};
 struct TestContext : LegContext {};
 
 inline BootId boot_of(uint8_t n) {
@@ -69,7 +80,7 @@ class Box {
   void post(Event event) {
     engine.handle(std::move(event), now, commands);
     engine.flush(now, commands);
-    engine.check_invariants();
+    if (verify) engine.check_invariants();
   }
   // Feeds several events as one batch.
   void post_all(std::vector<Event> events) {
@@ -122,6 +133,7 @@ class Box {
   }
 
   Engine engine;
+  bool verify = true;  // after every event, which costs as much as there is state
   Time now{1'000'000'000};
   Commands commands;
   std::map<uint32_t, uint64_t> next_in;  // by lane, of a peer that the test plays
@@ -176,6 +188,13 @@ class Pair {
       busy = step(r, s, r_done_) || busy;
     }
   }
+  // Forgets the commands of both, which hold on to plans and messages; after run().
+  void forget() {
+    s.forget();
+    r.forget();
+    s_done_ = r_done_ = 0;
+    offers_.clear();
+  }
   void pass(Duration time) {
     for (Duration left = time; left > Duration{}; left -= tick) {
       s.pass(std::min(left, tick));
@@ -187,15 +206,29 @@ class Pair {
   TransferRecord sent(const std::string& id) const { return s.record({1}, handle_of(id)); }
   TransferRecord received(const std::string& id) const { return r.record({2}, handle_of(id)); }
 
+  // The copy has been made, or not, as packed_reason says.
+  void packed(Box& from, const MakePacked& of) {
+    Packed answer;
+    answer.copy = of.copy;
+    answer.reason = packed_reason;
+    if (packed_reason == Reason::kNone) {
+      answer.layout = make_layout({1}, "packed", 1, 0);
+      answer.blocks = {{0, 0, {static_cast<int32_t>(of.send->send_index)}}};
+    }
+    from.post(std::move(answer));
+  }
+
   static constexpr Duration tick = std::chrono::milliseconds(100);
   uint32_t lanes = 2;
   Box s;
   Box r;
   std::shared_ptr<const TestLayout> s_layout;
   std::shared_ptr<const TestLayout> r_layout;
-  uint64_t skew = 0;  // added to the receiver's digests
+  bool tails = false;  // the receiver's slices have a tail to clear
+  uint64_t skew = 0;   // added to the receiver's digests
   CopyOutcome scatter_outcome = CopyOutcome::kOk;
   bool answer_gathers = true;
+  Reason packed_reason = Reason::kNone;  // of packed copies that are made
   std::function<bool(const Command&)> swallow = [](const Command&) { return false; };
   Reason resolve_reason = Reason::kNone;
   Range needed{0, 64};  // what the directory thinks the transfer needs
@@ -252,12 +285,20 @@ class Pair {
   void on(Box& from, Box&, const Gather& of) {
     if (answer_gathers) from.post(CopyEnded{of.copy, CopyOutcome::kOk, {}});
   }
+  void on(Box& from, Box&, const MakePacked& of) { packed(from, of); }
+  void on(Box& from, Box&, const LocalCopy& of) {
+    from.post(CopyEnded{of.copy, scatter_outcome, {}});
+  }
   void on(Box& from, Box&, const Scatter& of) {
+    from.post(CopyEnded{of.copy, scatter_outcome, {}});
+  }
+  void on(Box& from, Box&, const ClearTail& of) {
     from.post(CopyEnded{of.copy, scatter_outcome, {}});
   }
   void on(Box& from, Box&, const Compile& of) {
     auto plan = std::make_shared<TestPlan>();
     plan->bytes = tokens_of(of.offer) * kBytesPerToken;
+    plan->has_tail = tails && of.side == Role::kReceiver && plan->bytes > 0;
     plan->digest = 42 + (of.side == Role::kReceiver ? skew : 0);
     from.post(Compiled{of.compile, Reason::kNone, {}, std::move(plan)});
   }

@@ -190,6 +190,64 @@ TEST_CASE("a DECLINE before the Send ends it at once; after the PULL it does not
   CHECK(pair.sent("b").state == TransferState::kDelivered);
 }
 
+TEST_CASE("a receiver that is turned away for its cards and then ends is not waited for") {
+  for (const bool comes_again : {true, false}) {
+    Pair pair;
+    std::optional<ResolvePull> asked;
+    pair.swallow = [&](const Command& command) {
+      const auto* pull = std::get_if<ResolvePull>(&command);
+      if (pull == nullptr || asked) return false;
+      asked = *pull;
+      return true;
+    };
+    pair.s.post(pair.send_op("a", 0, {0, 64}, true));
+    pair.r.post(pair.receive_op("a", {0, 64}));
+    pair.run();
+    REQUIRE(asked);
+    if (!comes_again) pair.r.post(WorkerGone{{2}});
+    PullResolved stale;
+    stale.resolve = asked->resolve;
+    stale.reason = Reason::kStaleCards;
+    pair.s.post(std::move(stale));
+    pair.run();
+    CHECK(pair.sent("a").state ==
+          (comes_again ? TransferState::kDelivered : TransferState::kFailed));
+    CHECK(pair.sent("a").reason == (comes_again ? Reason::kNone : Reason::kWorkerLost));
+    CHECK(pair.sent("a").released);
+  }
+}
+
+TEST_CASE("a receive given up before its sender heard of it declines the transfer") {
+  for (const bool resolved_late : {false, true}) {
+    Pair pair;
+    uint32_t questions = 0;
+    std::optional<Resolve> first;
+    pair.swallow = [&](const Command& command) {
+      const auto* resolve = std::get_if<Resolve>(&command);
+      if (resolve == nullptr || ++questions > 1) return false;
+      first = *resolve;
+      return true;
+    };
+    pair.r.post(pair.receive_op("a", {0, 64}));
+    pair.run();
+    REQUIRE(first);
+    pair.r.post(CancelOp{{{2}, 3}, Pair::handle_of("a")});
+    CHECK(pair.received("a").released);
+    if (resolved_late) {
+      Resolved late;
+      late.resolve = first->resolve;
+      late.sender_incarnation = incarnation_of(1);
+      late.legs.push_back({0, 0, "node1", false, true, 640, std::make_shared<TestContext>()});
+      pair.r.post(std::move(late));
+    }
+    pair.run();
+    pair.s.post(pair.send_op("a", 0, {0, 64}, true));
+    pair.run();
+    CHECK(pair.sent("a").reason == Reason::kDeclined);
+    CHECK(pair.sent("a").released);
+  }
+}
+
 TEST_CASE("a CLAIM holds the lease until its receiver comes") {
   Pair pair;
   pair.s.post(pair.send_op("a", 0, {0, 64}, true));

@@ -400,25 +400,18 @@ TEST_CASE("lanes are reopened by the side that dialled, lost lanes and links are
   CHECK(a.link("b", 2));  // and again
 }
 
-TEST_CASE("a link to ourselves has two ends that open each other's messages") {
+TEST_CASE("the link to ourselves is always there, and nobody is told") {
   PlainDialer dialer;
   Daemon a("a", 1, dialer, {});
   const Result<PeerRef> ref = a.link("a", 1);
   REQUIRE(ref);
-  const auto one = a.event<engine::LinkUp>();
-  const auto other = a.event<engine::LinkUp>();
-  REQUIRE(one);
-  REQUIRE(other);
-  CHECK(one->link == ref->link);
-  CHECK(one->initiator != other->initiator);
-  link::LinkTable table;
-  table.add(one->link, *a.manager->keys(one->link));
-  table.add(other->link, *a.manager->keys(other->link));
-  std::vector<uint8_t> sealed;
-  REQUIRE(table.seal({one->link, 0, 0}, 0, engine::ControlMessage(engine::MsgPing{}), sealed));
-  const auto opened = table.open(sealed);
-  REQUIRE(opened);
-  CHECK(opened->lane.link == other->link);
+  CHECK(ref->link == kLoopedLink);
+  CHECK(ref->node == "a");
+  CHECK(a.manager->peer_of(kLoopedLink)->boot == ref->boot);
+  CHECK(a.manager->links().empty());
+  CHECK_FALSE(a.event<engine::LinkUp>(Duration(0)));
+  a.manager->set_peers({});
+  CHECK(a.link("a", 1));
 }
 
 TEST_CASE("peers taken off the list lose their link") {

@@ -171,6 +171,21 @@ TEST_CASE("a sealed and allocated memfd becomes a pool that shares its bytes wit
   ::close(worker);
 }
 
+TEST_CASE("pools of one file are told, whatever part of it they are") {
+  const UniqueFd file = worker_memory(2 * kPage, F_SEAL_SHRINK);
+  const auto import = [](int fd, uint64_t bytes) {
+    auto pool = HostPool::import(UniqueFd(::dup(fd)), bytes);
+    REQUIRE(pool);
+    return std::move(*pool);
+  };
+  const auto one = import(file.get(), 2 * kPage);
+  const auto again = import(file.get(), kPage);
+  const UniqueFd another = worker_memory(2 * kPage, F_SEAL_SHRINK);
+  CHECK(one->same_file(*again));
+  CHECK(again->same_file(*one));
+  CHECK_FALSE(one->same_file(*import(another.get(), 2 * kPage)));
+}
+
 TEST_CASE("a pool may be smaller than its file and need not end on a page") {
   REQUIRE(reason_of(worker_memory(4 * kPage, F_SEAL_SHRINK), kPage + 1) == "OK");
 }

@@ -16,6 +16,7 @@
 #include "daemon/mapping/plan.h"
 #include "kernels/host_copy.h"
 #include "tests/unit/mapping_support.h"
+#include "tests/unit/packed_support.h"
 
 using namespace kvferry;
 using namespace kvferry::mapping;
@@ -76,6 +77,10 @@ struct Model {
     Granularity granularity = Granularity::kToken;
     uint64_t cell_bytes = 4;
     uint64_t window = 0;
+    // Extra layers at the end of the model, which either side may lack.
+    bool optional = false;
+    bool sender_has = true;
+    bool receiver_has = true;
   };
   std::vector<Shape> shapes;
   uint64_t prompt = 0;
@@ -99,7 +104,7 @@ void split_a_plane(Group& group, Random& random) {
 }
 
 Engine make_engine(const Model& model, Random& random, const std::vector<GroupSpec>& bases,
-                   const Parallel& parallel) {
+                   const Parallel& parallel, bool receives) {
   Engine engine;
   const bool reverse_groups = random.one_in(2);
   for (uint32_t pp = 0; pp < parallel.pp; ++pp)
@@ -113,9 +118,11 @@ Engine make_engine(const Model& model, Random& random, const std::vector<GroupSp
         for (std::size_t i = 0; i < bases.size(); ++i) {
           const std::size_t g = reverse_groups ? bases.size() - 1 - i : i;
           const Model::Shape& shape = model.shapes[g];
+          if (!(receives ? shape.receiver_has : shape.sender_has)) continue;
           GroupSpec spec = bases[g];
           spec.layers.clear();
-          for (const uint32_t l : layers_of(shape.layers, parallel.pp, pp))
+          const uint32_t stage = shape.optional ? parallel.pp - 1 - pp : pp;
+          for (const uint32_t l : layers_of(shape.layers, parallel.pp, stage))
             spec.layers.push_back(shape.first_layer + l);
           if (spec.layers.empty()) continue;
           spec.units_total = shape.heads;
@@ -157,7 +164,8 @@ GroupBlocks make_blocks(const Group& group, uint32_t number, uint64_t prompt, Ra
   random.shuffle(ids);
   const uint64_t entries = (local + per_entry - 1) / per_entry + random.below(2);
   REQUIRE(ids.size() >= entries);
-  for (uint64_t i = 0; i < entries; ++i)
+  if (hole_one_in != 0 && random.one_in(3)) blocks.first_block = random.below(entries + 1);
+  for (uint64_t i = blocks.first_block; i < entries; ++i)
     blocks.ids.push_back(hole_one_in != 0 && random.one_in(hole_one_in) ? kHole : ids[i]);
   return blocks;
 }
@@ -190,7 +198,8 @@ std::optional<std::pair<uint64_t, uint64_t>> place_of(const Group& group, const 
                                                       uint64_t p) {
   const uint64_t local = local_of(group, p);
   const uint64_t block = local / group.tokens_per_block;
-  const uint64_t entry = block / group.blocks_per_id;
+  if (block / group.blocks_per_id < blocks.first_block) return std::nullopt;
+  const uint64_t entry = block / group.blocks_per_id - blocks.first_block;
   if (entry >= blocks.ids.size() || blocks.ids[entry] == kHole) return std::nullopt;
   return std::pair{
       static_cast<uint64_t>(blocks.ids[entry]) * group.blocks_per_id + block % group.blocks_per_id,
@@ -329,6 +338,18 @@ Run make_run(uint64_t seed) {
     state.cell_bytes = random.pick<uint64_t>({8, 10});
     model.shapes.push_back(state);
   }
+  if (random.one_in(4)) {
+    Model::Shape extra;
+    extra.roles = {"mtp.key", "mtp.value"};
+    extra.layers = static_cast<uint32_t>(random.between(1, 3));
+    extra.first_layer = 12;
+    extra.heads = static_cast<uint32_t>(random.between(1, 4));
+    extra.cell_bytes = random.pick<uint64_t>({2, 16});
+    extra.optional = true;
+    extra.sender_has = !random.one_in(3);
+    extra.receiver_has = !extra.sender_has || !random.one_in(3);
+    model.shapes.push_back(extra);
+  }
   model.prompt = random.between(1, 60);
   model.sender_prompt = model.prompt + (random.one_in(3) ? random.below(20) : 0);
   for (const Model::Shape& shape : model.shapes)
@@ -343,6 +364,7 @@ Run make_run(uint64_t seed) {
       spec.roles = shape.roles;
       spec.granularity = shape.granularity;
       spec.cell_bytes = shape.cell_bytes;
+      spec.optional = shape.optional;
       spec.window = receives ? shape.window : 0;
       spec.memory = random.memory();
       spec.padding = random.one_in(3) ? random.pick<uint64_t>({1, 16}) : 0;
@@ -364,8 +386,8 @@ Run make_run(uint64_t seed) {
       (receives ? receiver_specs : sender_specs).push_back(spec);
     }
   }
-  run.senders = make_engine(model, random, sender_specs, sender);
-  run.receivers = make_engine(model, random, receiver_specs, receiver);
+  run.senders = make_engine(model, random, sender_specs, sender, false);
+  run.receivers = make_engine(model, random, receiver_specs, receiver, true);
   run.dp = sender.attention_dp
                ? run.senders.ranks[random.below(run.senders.ranks.size())].topology.dp_group
                : 0;
@@ -538,6 +560,7 @@ std::vector<std::byte*> bases_of(std::vector<std::vector<std::byte>>& memory) {
 
 struct Totals {
   uint64_t legs = 0, cells = 0, bytes = 0, bundles = 0, incomplete = 0;
+  uint64_t optional_moved = 0, only_optional = 0, packed = 0;
 };
 
 void check_run(Run& run, Random& random, Totals& totals) {
@@ -557,6 +580,9 @@ void check_run(Run& run, Random& random, Totals& totals) {
                           run.receivers.blocks[g][rg]});
     const auto needs = compute_needs(to, receives);
     REQUIRE(needs);
+    bool required = false;
+    for (const Group& group : to.groups) required = required || !group.planes[0].optional;
+    if (!required) ++totals.only_optional;
     const auto legs = table->legs_of_receiver(run.dp, g);
     REQUIRE(legs);
     std::set<uint32_t> data;
@@ -582,7 +608,10 @@ void check_run(Run& run, Random& random, Totals& totals) {
         const std::vector<Cell> cells = cells_of(run, slice, s, g);
         if (!cells.empty()) REQUIRE(data.contains(s));
         uint64_t bytes = 0;
-        for (const Cell& cell : cells) bytes += cell.receiver_shape->cell_bytes;
+        for (const Cell& cell : cells) {
+          bytes += cell.receiver_shape->cell_bytes;
+          if (cell.receiver_shape->optional) ++totals.optional_moved;
+        }
         REQUIRE(stream->bytes == bytes);
         REQUIRE(coverage->add(*offer, slice.layers));
         received += bytes;
@@ -611,6 +640,14 @@ void check_run(Run& run, Random& random, Totals& totals) {
               to_bytes[i] != Where{to_bytes[i - 1].pool, to_bytes[i - 1].offset + 1})
             ++fragments;
         REQUIRE(fragment_count(*source, *destination) == fragments);
+
+        // The same bytes by way of a packed copy.
+        std::vector<std::byte> whole(bytes);
+        REQUIRE(kernels::gather(source->form(), bases_of(run.senders.memory[s]), 0, bytes,
+                                whole.data()));
+        REQUIRE(packed_stream(from, run.senders.blocks[s], bases_of(run.senders.memory[s]), *offer,
+                              slice.layers, *stream) == whole);
+        if (bytes > 0) ++totals.packed;
 
         // In chunks that cut cells, in any order.
         std::vector<Range> chunks;
@@ -650,7 +687,7 @@ TEST_CASE("random transfers put every byte where a cell-by-cell model puts it") 
   const uint64_t first = one != nullptr ? std::strtoull(one, nullptr, 10) : 1;
   const uint64_t last = one != nullptr    ? first
                         : many != nullptr ? std::strtoull(many, nullptr, 10)
-                                          : 400;
+                                          : 2000;
   Totals totals;
   for (uint64_t seed = first; seed <= last; ++seed) {
     INFO("seed " << seed);
@@ -664,4 +701,7 @@ TEST_CASE("random transfers put every byte where a cell-by-cell model puts it") 
   CHECK(totals.cells > 100000);
   CHECK(totals.bundles > 1000);
   CHECK(totals.incomplete > 10);
+  CHECK(totals.optional_moved > 1000);
+  CHECK(totals.only_optional > 10);
+  CHECK(totals.packed > 1000);
 }

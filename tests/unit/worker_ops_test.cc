@@ -87,7 +87,9 @@ std::vector<Exempt> exempt_here() {
   exempt.push_back({"layout.instance", "looked up by the service"});
   exempt.push_back({"layout.rank", "looked up by the service"});
   exempt.push_back({"ticket", "read by the service"});
+  exempt.push_back({"reuse_key", "likewise"});
   exempt.push_back({"send_index", "counted by the engine"});
+  exempt.push_back({"bytes", "compared with the arena by the engine"});
   return exempt;
 }
 
@@ -149,6 +151,36 @@ TEST_CASE("Every wrong field of Decline is refused by its name") {
   });
 }
 
+TEST_CASE("Every wrong field of Reserve is refused by its name") {
+  const Registered registered;
+  check_rows(good_reserve("ticket"), reserve_rows(), exempt_here(), [&](const auto& request) {
+    return outcome_of(to_reserve(request, registered.view(), registered.ticket(), {}));
+  });
+}
+
+TEST_CASE("Every wrong field of the reuse calls is refused by its name") {
+  const Registered registered;
+  // Which groups a transfer has is the engine's to know.
+  check_rows(good_commit(), commit_rows(),
+             {{"groups.group", "the engine's"}, {"groups.tokens", "the engine's"}},
+             [&](const auto& request) { return outcome_of(to_commit_reuse(request)); });
+  check_rows(good_lookup(), lookup_rows(), exempt_here(), [&](const auto& request) {
+    return outcome_of(to_lookup_reuse(request, registered.view()));
+  });
+  check_rows(good_withdraw(), withdraw_rows(), exempt_here(), [&](const auto& request) {
+    return outcome_of(to_withdraw_reuse(request, registered.view()));
+  });
+  for (const std::string& scheme :
+       {std::string(65, 's'), std::string("a b"), std::string("\xff")}) {
+    const Status status = check_hash_scheme(scheme);
+    REQUIRE_FALSE(status);
+    CHECK(status.error().reason == "HASH_SCHEME_INVALID");
+    CHECK(status.error().field == "reuse_hash_scheme");
+  }
+  CHECK(check_hash_scheme(""));
+  CHECK(check_hash_scheme(std::string(64, 's')));
+}
+
 TEST_CASE("Handles and tickets that are none are refused by their name") {
   CHECK(check_handle(1));
   CHECK(check_handle(0).error().field == "client_handle");
@@ -173,6 +205,8 @@ TEST_CASE("Values at the edge of what is allowed are accepted") {
   send.mutable_transfer()->set_incarnation(std::string(16, '\7'));
   send.set_aux(std::string(64 * 1024, 'a'));
   send.mutable_ready()->mutable_timeline()->set_word(OpLimits{}.timeline_words - 1);
+  send.mutable_done()->set_word(OpLimits{}.done_words - 1);
+  send.mutable_done()->set_value(~uint64_t{0});
   send.mutable_layers()->set_end(65536);
   send.set_max_receivers(OpLimits{}.max_receivers);
   send.mutable_groups(0)->set_block_ids(ids({-1, 7, -1}));
@@ -193,6 +227,22 @@ TEST_CASE("Values at the edge of what is allowed are accepted") {
   const auto nothing = to_receive(receive, registered.view(), registered.ticket(), {});
   REQUIRE(nothing);
   CHECK(nothing->needs.empty());
+}
+
+TEST_CASE("A packed copy takes the bytes of the blocks and layers that are offered") {
+  const Registered registered;
+  v1::SendRequest send = good_send();
+  CHECK_FALSE(to_send(send, registered.view(), {})->packed_bytes);
+  send.set_packed_copy(true);
+  const uint64_t all = to_send(send, registered.view(), {})->packed_bytes.value();
+  send.mutable_groups(0)->set_block_ids(ids({0, -1, 2}));
+  const uint64_t fewer = to_send(send, registered.view(), {})->packed_bytes.value();
+  send.mutable_groups(0)->set_block_ids(ids({-1, -1, -1}));
+  const uint64_t state = to_send(send, registered.view(), {})->packed_bytes.value();
+  CHECK((all - state) * 2 == (fewer - state) * 3);
+  CHECK(state > 0);
+  send.mutable_groups(1)->set_block_ids(ids({-1}));
+  CHECK(to_send(send, registered.view(), {})->packed_bytes.value() == 0);
 }
 
 TEST_CASE("A request's values reach the engine's operation") {

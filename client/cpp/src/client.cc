@@ -59,6 +59,7 @@ Result<JoinedInstance> Client::join_instance(std::string_view instance,
   out.incarnation = decode16(response->incarnation());
   out.complete = response->complete();
   out.missing_ranks.assign(response->missing_ranks().begin(), response->missing_ranks().end());
+  out.existing = response->existing();
   return out;
 }
 
@@ -151,12 +152,56 @@ Result<std::vector<uint32_t>> Client::revoke(TransferHandle transfer, uint64_t f
                                response->dropped_send_indices().end());
 }
 
+Result<std::vector<ReceiverNeeds>> Client::receiver_needs(TransferHandle transfer) {
+  pb::GetReceiverNeedsRequest request;
+  request.set_client_handle(transfer);
+  auto response = impl_->call_about(transfer, &Stub::GetReceiverNeeds, request);
+  if (!response) return response.error();
+  std::vector<ReceiverNeeds> out;
+  for (const auto& receiver : response->receivers()) {
+    ReceiverNeeds& to = out.emplace_back();
+    to.instance = receiver.instance();
+    to.incarnation = decode16(receiver.incarnation());
+    to.dp_group = receiver.dp_group();
+    to.ready = receiver.ready();
+    for (const auto& group : receiver.groups()) {
+      GroupNeeds& needs = to.groups.emplace_back();
+      needs.group = group.group();
+      for (const auto& range : group.ranges()) needs.ranges.push_back({range.begin(), range.end()});
+    }
+  }
+  return out;
+}
+
 Result<uint64_t> Client::reserve(const ReserveRequest& request) {
   auto encoded = encode(request);
   if (!encoded) return encoded.error();
   auto response = impl_->call(&Stub::Reserve, *encoded);
   if (!response) return response.error();
   return response->bytes();
+}
+
+Result<ReuseLookup> Client::lookup_reuse(const LayoutRef& layout,
+                                         std::span<const PromptHashes> hashes, milliseconds pin,
+                                         const std::optional<Bytes16>& reuse_key) {
+  auto encoded = encode_lookup(layout, hashes, pin, reuse_key);
+  if (!encoded) return encoded.error();
+  auto response = impl_->call(&Stub::LookupReuse, *encoded);
+  if (!response) return response.error();
+  ReuseLookup out;
+  for (const auto& group : response->groups())
+    out.groups.push_back({group.group(), group.tokens()});
+  out.pin = response->pin();
+  return out;
+}
+
+Result<uint32_t> Client::withdraw_reuse(const LayoutRef& layout,
+                                        std::span<const GroupBlocks> blocks) {
+  auto encoded = encode_withdraw(layout, blocks);
+  if (!encoded) return encoded.error();
+  auto response = impl_->call(&Stub::WithdrawReuse, *encoded);
+  if (!response) return response.error();
+  return response->withdrawn_count();
 }
 
 Result<std::string> Client::aux(TransferHandle transfer) {

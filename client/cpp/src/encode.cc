@@ -80,9 +80,31 @@ Status check_size(std::span<const GroupBlocks> groups) {
     if (group.ids.size_bytes() > kMaxOperationBytes) bytes = kMaxOperationBytes;
     bytes += group.ids.size_bytes() + 64;
   }
-  if (bytes + kMaxAuxBytes + 4096 > kMaxOperationBytes)
+  if (bytes + kMaxAuxBytes + kMaxHashesBytes + 4096 > kMaxOperationBytes)
     return invalid("groups", "OPERATION_TOO_LARGE", "too many block ids for one operation");
   return {};
+}
+
+Status check_size(std::span<const PromptHashes> hashes) {
+  std::size_t bytes = 0;
+  for (const PromptHashes& group : hashes) {
+    bytes += 16;
+    for (const std::string& hash : group.hashes) {
+      bytes += 8 + hash.size();
+      if (bytes > kMaxHashesBytes)
+        return invalid("prompt_hashes", "OPERATION_TOO_LARGE", "too many hashes for one call");
+    }
+  }
+  return {};
+}
+
+template <typename Request>
+void put(std::span<const PromptHashes> hashes, Request* out) {
+  for (const PromptHashes& group : hashes) {
+    auto* to = out->add_prompt_hashes();
+    to->set_group(group.group);
+    for (const std::string& hash : group.hashes) to->add_hashes(hash);
+  }
 }
 
 pb::Granularity wire(Granularity value) {
@@ -194,6 +216,9 @@ Result<pb::Operation> encode(const ReceiveRequest& request, TransferHandle handl
   if (request.sender_dp_group) out->set_sender_dp_group(*request.sender_dp_group);
   out->set_num_tokens(request.num_tokens);
   for (const GroupBlocks& group : request.groups) put(group, out->add_groups());
+  KVFERRY_CLIENT_CHECK(check_size(request.prompt_hashes));
+  put(request.prompt_hashes, out);
+  out->set_reuse_pin(request.reuse_pin);
   KVFERRY_CLIENT_CHECK(put(request.ready, out->mutable_ready()));
   out->set_arena_full(request.wait_for_arena ? pb::ARENA_FULL_WAIT : pb::ARENA_FULL_FAIL);
   KVFERRY_CLIENT_ASSIGN(out->set_wait_ms, wire_ms(request.wait, "wait"));
@@ -241,10 +266,32 @@ pb::Operation encode_commit(std::vector<GroupCommit> groups, TransferHandle hand
   return operation;
 }
 
+Result<pb::LookupReuseRequest> encode_lookup(const LayoutRef& layout,
+                                             std::span<const PromptHashes> hashes, milliseconds pin,
+                                             const std::optional<Bytes16>& reuse_key) {
+  KVFERRY_CLIENT_CHECK(check_size(hashes));
+  pb::LookupReuseRequest out;
+  encode(layout, out.mutable_layout());
+  put(hashes, &out);
+  KVFERRY_CLIENT_ASSIGN(out.set_pin_ms, wire_ms(pin, "pin"));
+  if (reuse_key) put16(*reuse_key, out.mutable_reuse_key());
+  return out;
+}
+
+Result<pb::WithdrawReuseRequest> encode_withdraw(const LayoutRef& layout,
+                                                 std::span<const GroupBlocks> blocks) {
+  KVFERRY_CLIENT_CHECK(check_size(blocks));
+  pb::WithdrawReuseRequest out;
+  encode(layout, out.mutable_layout());
+  for (const GroupBlocks& group : blocks) put(group, out.add_groups());
+  return out;
+}
+
 Result<pb::ReserveRequest> encode(const ReserveRequest& request) {
   pb::ReserveRequest out;
   KVFERRY_CLIENT_CHECK(put(request.key, out.mutable_transfer()));
   encode(request.layout, out.mutable_layout());
+  out.set_ticket(request.ticket);
   out.set_bytes(request.bytes);
   out.set_arena_full(request.wait_for_arena ? pb::ARENA_FULL_WAIT : pb::ARENA_FULL_FAIL);
   KVFERRY_CLIENT_ASSIGN(out.set_lease_ms, wire_ms(request.lease, "lease"));

@@ -1,6 +1,7 @@
 // Between the public structs and the protobuf messages. Pure functions.
 #pragma once
 
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -15,6 +16,8 @@ namespace pb = ::kvferry::v1;
 
 // A SubmitRequest has at most 8 MiB.
 inline constexpr std::size_t kMaxOperationBytes = std::size_t{7} << 20;
+// Beside the block ids of the same call.
+inline constexpr std::size_t kMaxHashesBytes = std::size_t{2} << 20;
 
 // INVALID_ARGUMENT naming the field for what can be seen to be wrong without the daemon: lengths of
 // ids and secrets, negative times, aux that is too long, an operation beyond kMaxOperationBytes.
@@ -27,6 +30,11 @@ Result<pb::Operation> encode_decline(const ClaimRequest& request);
 pb::Operation encode_close(TransferHandle handle);
 pb::Operation encode_commit(std::vector<GroupCommit> groups, TransferHandle handle);
 
+Result<pb::LookupReuseRequest> encode_lookup(const LayoutRef& layout,
+                                             std::span<const PromptHashes> hashes, milliseconds pin,
+                                             const std::optional<Bytes16>& reuse_key);
+Result<pb::WithdrawReuseRequest> encode_withdraw(const LayoutRef& layout,
+                                                 std::span<const GroupBlocks> blocks);
 Result<pb::ReserveRequest> encode(const ReserveRequest& request);
 pb::RegisterLayoutRequest encode(const LayoutRegistration& registration);
 void encode(const LayoutRef& layout, pb::LayoutRef* out);

@@ -82,7 +82,10 @@ class KVFERRY_API Client {
   Result<TransferHandle> open_send(const OpenSendRequest& request);
   Result<TransferHandle> send(const SendRequest& request);
   Result<TransferHandle> receive(const ReceiveRequest& request);
+  // Extends the sender's lease until the receive, a decline or the end of this worker. Another ttl
+  // or ticket than before is rejected (CLAIM_EXISTS), and so are too many (TOO_MANY_CLAIMS).
   Result<TransferHandle> claim(const ClaimRequest& request);
+  // Frees the sender's pages. Takes a claim back; a receive is given up by cancel().
   Status decline(const ClaimRequest& request);
   Status commit_reuse(TransferHandle transfer, std::vector<GroupCommit> groups);
   // The caller has seen the end and forgets the transfer: no event of it follows.
@@ -92,8 +95,23 @@ class KVFERRY_API Client {
   Result<CancelResult> cancel(TransferHandle transfer);
   // Returns the indices of the slices that were dropped.
   Result<std::vector<uint32_t>> revoke(TransferHandle transfer, uint64_t from_token);
-  // Returns the bytes reserved.
+  // After kReceiverReady, or at any time before the send's end: what the receivers that have come
+  // need of it. TRANSFER_UNKNOWN, TRANSFER_ENDED.
+  Result<std::vector<ReceiverNeeds>> receiver_needs(TransferHandle transfer);
+  // Promises room in the daemon's arena to a receive before it is called, until its lease is over
+  // or that receive has ended. Waits in line, unless told to fail, for the daemon's default wait at
+  // most. Returns the bytes promised; the same request again starts nothing. Errors:
+  // RESERVATION_TOO_LARGE (bytes), ARENA_EXHAUSTED, RESERVATION_EXISTS (with another field),
+  // ALREADY_RECEIVING, TRANSFER_CLOSED.
   Result<uint64_t> reserve(const ReserveRequest& request);
+  // How much of a prompt workers of this node have committed, of each group. `pin`, at most a
+  // second: what was found stays so long, or until a receive names the pin.
+  // A controller names the layout of any worker of its tenant, and its reuse key.
+  Result<ReuseLookup> lookup_reuse(const LayoutRef& layout, std::span<const PromptHashes> hashes,
+                                   milliseconds pin, const std::optional<Bytes16>& reuse_key = {});
+  // Before the memory of committed blocks is used for something else: returns when nobody reads
+  // them. How many of them could still be found. Only ids and group of `blocks` count.
+  Result<uint32_t> withdraw_reuse(const LayoutRef& layout, std::span<const GroupBlocks> blocks);
   // Aux of a completed receive; blocks only when it is longer than the control page carries.
   Result<std::string> aux(TransferHandle transfer);
 

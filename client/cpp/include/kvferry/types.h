@@ -21,7 +21,7 @@ using Bytes16 = std::array<uint8_t, 16>;
 
 enum class WorkerRole : uint8_t {
   kRank,        // has pools and layouts
-  kController,  // a scheduler: tickets, claims, declines
+  kController,  // a scheduler: joins, tickets, look-ups, claims, declines
 };
 
 struct AttachOptions {
@@ -95,6 +95,12 @@ struct GroupBlocks {
   uint64_t cached_tokens = 0;        // receive: what this rank has already
 };
 
+// Hashes of a group's blocks: hash j names the prompt up to the end of block j. 1 to 32 bytes each.
+struct PromptHashes {
+  uint32_t group = 0;
+  std::vector<std::string> hashes;
+};
+
 struct OpenSendRequest {
   TransferKey key;
   LayoutRef layout;
@@ -114,6 +120,8 @@ struct SendRequest {
   bool last = true;
   std::optional<std::string_view> aux;  // at most 64 KiB, on the last slice
   ReadyCondition ready;
+  // kSourceReleased comes once the daemon has a copy, before anybody pulls. PACKED_MEMORY_FULL: no
+  // room for it; the same send without it may follow.
   bool packed_copy = false;
   milliseconds lease{0};
   milliseconds deadline{0};
@@ -133,27 +141,57 @@ struct ReceiveRequest {
   milliseconds wait{0};        // until the first slice
   milliseconds deadline{0};    // from the first slice
   std::optional<DoneWord> done;
+  // Blocks that workers of this node have committed under these hashes are copied, and only the
+  // rest is asked of the sender.
+  std::span<const PromptHashes> prompt_hashes;
+  uint64_t reuse_pin = 0;  // of lookup_reuse; it ends here
 };
 
 struct ClaimRequest {
   TransferKey key;
-  LayoutRef layout;
+  LayoutRef layout;  // a controller's has none, and lasts its ttl from when it was said last
   std::string ticket;
   milliseconds ttl{0};
 };
 
+// Arena capacity for a receive to come, of the same key, layout and ticket.
 struct ReserveRequest {
   TransferKey key;
   LayoutRef layout;
-  uint64_t bytes = 0;  // 0: the streaming minimum
-  bool wait_for_arena = true;
-  milliseconds lease{0};
+  std::string ticket;
+  uint64_t bytes = 0;          // rounded up to whole chunks; 0: the streaming minimum
+  bool wait_for_arena = true;  // false: kResourceExhausted if it cannot be promised now
+  milliseconds lease{0};       // until the receive comes; 0: the daemon's default
 };
 
+// What a receiver needs of an open send's rank, by the sender's own groups. Ranges are rounded
+// outward to whole blocks; a group that is not named is not needed.
+struct GroupNeeds {
+  uint32_t group = 0;
+  std::vector<TokenRange> ranges;
+};
+struct ReceiverNeeds {
+  std::string instance;
+  Bytes16 incarnation{};
+  uint32_t dp_group = 0;
+  bool ready = false;  // all its ranks have come: nothing will be added
+  std::vector<GroupNeeds> groups;
+};
+
+// Blocks of a completed receive, as found by others from now on.
 struct GroupCommit {
   uint32_t group = 0;
-  uint64_t tokens = 0;
-  std::vector<std::string> hashes;
+  uint64_t tokens = 0;              // of the group's list that are valid
+  std::vector<std::string> hashes;  // hash j belongs to entry j of the list
+};
+
+struct ReuseMatch {
+  uint32_t group = 0;
+  uint64_t tokens = 0;  // of the prompt's beginning
+};
+struct ReuseLookup {
+  std::vector<ReuseMatch> groups;
+  uint64_t pin = 0;  // for one receive; 0: nothing was pinned
 };
 
 struct LayoutRegistration {
@@ -177,6 +215,7 @@ struct JoinedInstance {
   Bytes16 incarnation{};
   bool complete = false;
   std::vector<uint32_t> missing_ranks;
+  bool existing = false;  // the same cards were joined before
 };
 
 struct Resolution {

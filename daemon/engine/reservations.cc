@@ -1,0 +1,215 @@
+#include "daemon/engine/reservations.h"
+
+#include <algorithm>
+
+#include "daemon/base/check.h"
+#include "daemon/base/units.h"
+#include "daemon/engine/core.h"
+#include "daemon/engine/proofs.h"
+
+namespace kvferry::engine {
+namespace {
+
+constexpr std::size_t kMostAsking = 8;  // repeats of a call that waits
+
+// The field in which a repeated call differs from the first.
+const char* different(const ReserveOp& first, const ReserveOp& op) {
+  return first.op.worker != op.op.worker ? "transfer.id"
+         : first.layout != op.layout     ? "layout"
+         : first.bytes != op.bytes       ? "bytes"
+         : first.may_wait != op.may_wait ? "arena_full"
+         : first.lease != op.lease       ? "lease"
+                                         : nullptr;
+}
+
+}  // namespace
+
+void Reservations::reserve(const ReserveOp& op) {
+  RankKey key = rank_key(wire_name(op.key, op.key.incarnation), *op.layout);
+  if (const auto known = by_name_.find(key); known != by_name_.end()) {
+    repeated(table_.at(known->second), op);
+    return;
+  }
+  if (core_.workers.buried(Role::kReceiver, key)) {
+    core_.reply_error(op.op, Code::kAlreadyExists, "TRANSFER_CLOSED",
+                      "the transfer was closed; its id is not used again", "transfer.id");
+    return;
+  }
+  if (core_.receiver.knows(key)) {
+    core_.reply_error(op.op, Code::kFailedPrecondition, "ALREADY_RECEIVING",
+                      "room is reserved before the Receive", "transfer.id");
+    return;
+  }
+  if (core_.refused(op.op, op.layout.get())) return;
+  const Arena& arena = core_.arena;
+  const uint64_t frames = std::max<uint64_t>(1, ceil_div(op.bytes, arena.frame_bytes()));
+  if (frames > arena.most_reserved_ever()) {
+    core_.reply_error(op.op, Code::kInvalidArgument, "RESERVATION_TOO_LARGE",
+                      "an empty arena could promise " +
+                          std::to_string(arena.most_reserved_ever() * arena.frame_bytes()) +
+                          " bytes at most",
+                      "bytes");
+    return;
+  }
+  const auto count = per_worker_.find(op.op.worker);
+  if (count != per_worker_.end() && count->second >= core_.config.max_transfers_per_worker) {
+    core_.reply_error(op.op, Code::kResourceExhausted, "TOO_MANY_RESERVATIONS",
+                      "the worker has too many reservations");
+    return;
+  }
+  if (!op.may_wait && !fits(frames)) {
+    core_.reply_error(op.op, Code::kResourceExhausted,
+                      std::string(name_of(Reason::kArenaExhausted)),
+                      "the arena cannot promise so much now");
+    return;
+  }
+  Reservation fresh;
+  fresh.id = core_.next_number();
+  fresh.key = key;
+  fresh.op = std::make_shared<const ReserveOp>(op);
+  fresh.asking.push_back(op.op);
+  fresh.frames = frames;
+  fresh.lease = core_.limited(op.lease, core_.config.default_lease);
+  ++per_worker_[op.op.worker];
+  by_name_.emplace(std::move(key), fresh.id);
+  line_.push_back(fresh.id);
+  core_.timers.set({TimerKind::kReservation, fresh.id, 0}, core_.now + core_.config.default_wait);
+  table_.emplace(fresh.id, std::move(fresh));
+  flush();
+}
+
+void Reservations::repeated(Reservation& known, const ReserveOp& op) {
+  if (const char* field = different(*known.op, op)) {
+    core_.reply_error(op.op, Code::kAlreadyExists, "RESERVATION_EXISTS",
+                      "the reservation exists with another " + std::string(field), field);
+  } else if (known.granted) {
+    answer(op.op, known, true);
+  } else if (known.asking.size() < kMostAsking) {
+    known.asking.push_back(op.op);
+  } else {
+    core_.reply_error(op.op, Code::kResourceExhausted, "TOO_MANY_CALLS",
+                      "the same call waits already, several times");
+  }
+}
+
+void Reservations::answer(const OpRef& op, const Reservation& reservation, bool existing) {
+  Reply reply;
+  reply.op = op;
+  reply.existing = existing;
+  reply.reserved_bytes = reservation.frames * core_.arena.frame_bytes();
+  reply.lease = reservation.lease;
+  core_.emit(std::move(reply));
+}
+
+// One frame more must stay for all transfers without a reservation.
+bool Reservations::fits(uint64_t frames) const {
+  return line_.empty() && core_.arena.asked() + frames <= core_.arena.most_reserved();
+}
+
+void Reservations::flush() {
+  const Arena& arena = core_.arena;
+  while (!line_.empty()) {
+    Reservation& next = table_.at(line_.front());
+    if (arena.asked() + next.frames > arena.most_reserved()) return;
+    line_.pop_front();
+    grant(next);
+  }
+}
+
+void Reservations::grant(Reservation& reservation) {
+  reservation.granted = true;
+  core_.arena.reserve(reservation.id, reservation.frames);
+  const TimerKey timer{TimerKind::kReservation, reservation.id, 0};
+  if (reservation.received)
+    core_.timers.cancel(timer);
+  else
+    core_.timers.set(timer, core_.now + reservation.lease);
+  for (std::size_t i = 0; i < reservation.asking.size(); ++i)
+    answer(reservation.asking[i], reservation, i > 0);
+  reservation.asking.clear();
+}
+
+uint64_t Reservations::received(const RankKey& key) {
+  const auto it = by_name_.find(key);
+  if (it == by_name_.end()) return 0;
+  Reservation& reservation = table_.at(it->second);
+  reservation.received = true;
+  if (reservation.granted) core_.timers.cancel({TimerKind::kReservation, reservation.id, 0});
+  return reservation.id;
+}
+
+void Reservations::receive_ended(uint64_t id) {
+  if (flawed(Flaw::kKeepReservation)) return;
+  const auto it = table_.find(id);
+  if (it == table_.end()) return;
+  refuse(it->second, Code::kAborted, "TRANSFER_ENDED", "the transfer has ended");
+}
+
+// Whoever still waits for it is told why; then it is gone.
+void Reservations::refuse(Reservation& reservation, Code code, const char* reason,
+                          const char* message) {
+  for (const OpRef& op : reservation.asking) core_.reply_error(op, code, reason, message);
+  forget(reservation.id);
+}
+
+void Reservations::forget(uint64_t id) {
+  const auto it = table_.find(id);
+  const Reservation& reservation = it->second;
+  core_.timers.cancel({TimerKind::kReservation, id, 0});
+  if (reservation.granted)
+    core_.arena.unreserve(id);
+  else
+    std::erase(line_, id);
+  const auto count = per_worker_.find(reservation.op->op.worker);
+  if (--count->second == 0) per_worker_.erase(count);
+  by_name_.erase(reservation.key);
+  table_.erase(it);
+}
+
+void Reservations::worker_gone(WorkerId worker) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, reservation] : table_)
+    if (reservation.op->op.worker == worker) ids.push_back(id);
+  for (const uint64_t id : ids)
+    refuse(table_.at(id), Code::kFailedPrecondition, "NOT_ATTACHED", "the worker is not attached");
+}
+
+void Reservations::layout_gone(const LayoutHandle* layout) {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, reservation] : table_)
+    if (reservation.op->layout.get() == layout) ids.push_back(id);
+  for (const uint64_t id : ids)
+    refuse(table_.at(id), Code::kFailedPrecondition, name_of(Reason::kUnregistered).data(),
+           "the layout is being taken back");
+}
+
+void Reservations::drain() {
+  const std::deque<uint64_t> line = line_;
+  for (const uint64_t id : line)
+    refuse(table_.at(id), Code::kUnavailable, "DRAINING", "the daemon takes no new transfers");
+}
+
+void Reservations::timer(TimerKey key) {
+  Reservation& reservation = table_.at(key.a);
+  refuse(reservation, Code::kResourceExhausted, name_of(Reason::kArenaExhausted).data(),
+         "the arena could not promise so much in time");
+}
+
+void Reservations::check_invariants() const {
+  std::size_t waiting = 0;
+  uint64_t asked = 0;
+  for (const auto& [id, reservation] : table_) {
+    waiting += !reservation.granted;
+    if (reservation.granted) asked += reservation.frames;
+    KVFERRY_CHECK(reservation.granted == reservation.asking.empty(),
+                  "a call waits as long as its reservation does");
+    KVFERRY_CHECK(core_.timers.pending({TimerKind::kReservation, id, 0}) ==
+                      !(reservation.granted && reservation.received),
+                  "a reservation without a Receive ends by itself");
+  }
+  KVFERRY_CHECK(waiting == line_.size() && by_name_.size() == table_.size(),
+                "a reservation is in line or promised");
+  KVFERRY_CHECK(asked == core_.arena.asked(), "the arena promises what was reserved");
+}
+
+}  // namespace kvferry::engine

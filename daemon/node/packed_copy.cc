@@ -1,0 +1,44 @@
+#include "daemon/node/packed_copy.h"
+
+#include <utility>
+
+#include "daemon/mapping/packed.h"
+
+namespace kvferry::node {
+namespace {
+
+std::shared_ptr<const CompiledPlan> compiled(std::shared_ptr<const RegisteredLayout> layout,
+                                             mapping::Plan plan) {
+  auto out = std::make_shared<CompiledPlan>();
+  out->layout = std::move(layout);
+  out->bytes = plan.bytes();
+  out->runs = plan.run_count();
+  out->plan = std::make_shared<const mapping::Plan>(std::move(plan));
+  return out;
+}
+
+}  // namespace
+
+Result<PackedPlan> prepare_packed(const engine::SendOp& send) {
+  const auto pages = std::dynamic_pointer_cast<const RegisteredLayout>(send.layout);
+  if (pages == nullptr) return fail(Code::kInternal, "NO_LAYOUT", "a packed copy is of a layout");
+  auto shape = mapping::packed_shape(pages->layout, send.offer, send.layers);
+  KVFERRY_RETURN_IF_ERROR(shape);
+  auto copy = mapping::bind_packed(pages->layout, send.blocks, send.offer, send.layers, *shape);
+  KVFERRY_RETURN_IF_ERROR(copy);
+  auto memory = memory::HostPool::create("kvferry-packed", shape->bytes);
+  KVFERRY_RETURN_IF_ERROR(memory);
+
+  auto layout = std::make_shared<RegisteredLayout>();
+  static_cast<engine::LayoutHandle&>(*layout) = *pages;
+  layout->layout = std::move(shape->layout);
+  layout->pools.push_back(std::move(*memory));
+  PackedPlan out;
+  out.layout = layout;
+  out.blocks = std::move(shape->blocks);
+  out.source = compiled(pages, std::move(copy->source));
+  out.destination = compiled(std::move(layout), std::move(copy->destination));
+  return out;
+}
+
+}  // namespace kvferry::node

@@ -1,0 +1,89 @@
+// What a transfer of 131,072 fragments may cost in memory and in messages.
+#include <catch2/catch.hpp>
+#include <utility>
+
+#include "daemon/link/envelope.h"
+#include "tests/bench/large_transfer.h"
+
+using namespace kvferry;
+using namespace kvferry::mapping::test;
+
+namespace {
+
+uint64_t bytes_of(const kernels::CopyPlan& form) {
+  return sizeof(form) + form.bundles.capacity() * sizeof(form.bundles[0]) +
+         form.rows.capacity() * sizeof(form.rows[0]) +
+         form.strips.capacity() * sizeof(form.strips[0]) +
+         form.segments.capacity() * sizeof(form.segments[0]) +
+         form.blocks.capacity() * sizeof(form.blocks[0]) +
+         form.spans.capacity() * sizeof(form.spans[0]);
+}
+
+template <typename Message>
+uint64_t on_the_wire(Message message) {
+  std::vector<uint8_t> body;
+  const Status encoded = link::encode_body(engine::ControlMessage(std::move(message)), body);
+  INFO((encoded ? "" : encoded.error().to_string()));
+  REQUIRE(encoded);
+  return body.size() + link::kOverheadBytes;
+}
+
+}  // namespace
+
+TEST_CASE("the plans of 131,072 fragments take less than a mebibyte") {
+  const LargeTransfer transfer;
+  const mapping::Stream stream = transfer.stream();
+  const mapping::Plan source = transfer.source(stream);
+  const mapping::Plan destination = transfer.destination(stream);
+  REQUIRE(mapping::fragment_count(source, destination) == LargeTransfer::kFragments);
+  CHECK(bytes_of(source.form()) + bytes_of(destination.form()) < (1U << 20));
+}
+
+TEST_CASE("the control messages of 131,072 fragments take less than 64 KiB") {
+  const LargeTransfer transfer;
+  constexpr uint64_t kChunkBytes = 1 << 20;  // unless configured otherwise
+  const uint64_t bytes = transfer.stream().bytes;
+  const uint64_t chunks = ceil_div(bytes, kChunkBytes);
+  REQUIRE(chunks == 512);
+
+  engine::MsgPull pull;
+  pull.pull.receiver.bytes.fill(1);
+  pull.pull.counter = 1000;
+  pull.transfer.instance = "default/prefill";
+  pull.transfer.id.assign(64, 'x');
+  pull.receiver_instance = "default/decode";
+  pull.needs = transfer.needs;
+  for (uint64_t credit = 1; credit <= 8; ++credit) pull.credits.push_back({{credit}, kChunkBytes});
+  engine::MsgSlice slice;
+  slice.pull = pull.pull;
+  slice.send = {pull.pull.receiver, 1000};
+  slice.last = true;
+  slice.ranges = transfer.offer;
+  slice.bytes = bytes;
+  engine::MsgEnd end;
+  end.pull = pull.pull;
+  end.transfer = pull.transfer;
+  uint64_t control = on_the_wire(pull) + on_the_wire(slice) + 2 * on_the_wire(end);
+  for (uint64_t chunk = 0; chunk < chunks; ++chunk) {
+    // At worst each ack travels alone, with the credit that replaces the spent one.
+    engine::MsgUpdate update;
+    update.pull = pull.pull;
+    update.credits = {{{chunk + 9}, kChunkBytes}};
+    update.acks = {{0, chunk}};
+    update.oldest = 999;
+    control += on_the_wire(update);
+  }
+  CHECK(control < (64U << 10));
+
+  // The header in front of each chunk's data belongs to the data: 1.5 in 10,000 bytes.
+  engine::MsgOffer offer;
+  offer.pull = pull.pull;
+  offer.send = slice.send;
+  offer.chunk = chunks - 1;
+  offer.credit = {chunks};
+  offer.offer = {1000000};
+  offer.bytes = kChunkBytes;
+  std::vector<uint8_t> header;
+  REQUIRE(link::encode_body(offer, header));
+  CHECK(header.size() + link::kOverheadBytes < 200);
+}
