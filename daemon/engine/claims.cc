@@ -54,8 +54,11 @@ bool Claims::closed(const OpRef& op, const RankKey& name) {
 }
 
 Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::string& ticket,
-                          const std::shared_ptr<const LayoutHandle>& layout, bool declines) {
+                          const std::shared_ptr<const LayoutHandle>& registered, bool declines) {
+  // Who speaks, without his memory: a word may outlast the worker, whose pages go at once.
+  const auto layout = std::make_shared<const LayoutHandle>(*registered);
   Word fresh;
+  fresh.registered = registered.get();
   fresh.id = core_.next_number();
   fresh.declines = declines;
   fresh.worker = op.worker;
@@ -142,19 +145,14 @@ void Claims::decline(const DeclineOp& op) {
   }
   if (refused(op.op, op.layout.get(), true)) return;
   if (it != by_name_.end()) forget(it->second);  // the claim
-  const Word& word = add(op.op, op.key, op.ticket, op.layout, true);
-  // Long enough for every lane that may lose it; after that the sender's lease ends by itself.
-  core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
-                   core_.now + 2 * core_.config.default_deadline);
+  remember_decline(add(op.op, op.key, op.ticket, op.layout, true));
 }
 
 void Claims::decline_unheard(const Receive& receive) {
   const RankKey name = rank_key(receive.name, *receive.layout);
   if (by_name_.contains(name) || full(receive.worker, true)) return;
-  const Word& word =
-      add(OpRef{receive.worker, 0}, receive.key, receive.op->ticket, receive.layout, true);
-  core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
-                   core_.now + 2 * core_.config.default_deadline);
+  remember_decline(
+      add(OpRef{receive.worker, 0}, receive.key, receive.op->ticket, receive.layout, true));
 }
 
 bool Claims::resolved(Resolved& event) {
@@ -214,18 +212,43 @@ void Claims::received(WorkerId worker, const RankKey& key) {
   if (!word.declines && word.worker == worker) forget(it->second);
 }
 
+// Who claimed will not come: the senders' pages wait for nobody. A controller comes for others.
 void Claims::worker_gone(WorkerId worker) {
   std::vector<uint64_t> ids;
   for (const auto& [id, word] : words_)
     if (word.worker == worker && !word.declines) ids.push_back(id);
-  for (const uint64_t id : ids) forget(id);
+  for (const uint64_t id : ids) take_back(id);
 }
 
 void Claims::layout_gone(const LayoutHandle* layout) {
   std::vector<uint64_t> ids;
   for (const auto& [id, word] : words_)
-    if (word.layout.get() == layout && !word.declines) ids.push_back(id);
-  for (const uint64_t id : ids) forget(id);
+    if (word.registered == layout && !word.declines) ids.push_back(id);
+  for (const uint64_t id : ids) take_back(id);
+}
+
+// A claim becomes a decline. One that has not been told yet is as if it had not been made.
+void Claims::take_back(uint64_t id) {
+  Word& word = words_.at(id);
+  if (word.resolve || of_controller(*word.layout) || full(word.worker, true)) {
+    forget(id);
+    return;
+  }
+  const auto count = per_worker_.find({word.worker, false});
+  if (--count->second == 0) per_worker_.erase(count);
+  ++per_worker_[{word.worker, true}];
+  word.declines = true;
+  word.registered = nullptr;
+  core_.timers.cancel({TimerKind::kClaimRenew, id, 0});
+  core_.timers.cancel({TimerKind::kClaimEnd, id, 0});
+  remember_decline(word);
+  tell(word);
+}
+
+// Long enough for every lane that may lose it; after that the sender's lease ends by itself.
+void Claims::remember_decline(const Word& word) {
+  core_.timers.set({TimerKind::kDeclineEnd, word.id, 0},
+                   core_.now + 2 * core_.config.default_deadline);
 }
 
 void Claims::resync(Link& link) {

@@ -40,7 +40,8 @@ class Claims {
     uint64_t client_handle = 0;  // of a Claim
     TransferKey key;
     TransferName name;
-    std::shared_ptr<const LayoutHandle> layout;
+    const LayoutHandle* registered = nullptr;    // of a claim: to know it by; not followed
+    std::shared_ptr<const LayoutHandle> layout;  // what it says, without its memory
     std::shared_ptr<const ReceiveOp> question;
     Duration ttl{};
     ResolveId resolve;
@@ -49,7 +50,9 @@ class Claims {
   };
 
   Word& add(const OpRef& op, const TransferKey& key, const std::string& ticket,
-            const std::shared_ptr<const LayoutHandle>& layout, bool declines);
+            const std::shared_ptr<const LayoutHandle>& registered, bool declines);
+  void take_back(uint64_t id);
+  void remember_decline(const Word& word);
   void tell(const Word& word);
   void tell(const Word& word, Link& link, uint32_t sender_rank);
   void forget(uint64_t id);

@@ -45,6 +45,7 @@ struct EngineConfig {
   uint32_t max_claims_per_worker = 4096;            // held at once: TOO_MANY_CLAIMS
   uint32_t max_declines_per_worker = 16384;         // remembered until no lane may lose them
   uint64_t max_packed_bytes = uint64_t{1} << 30;    // of packed copies: PACKED_MEMORY_FULL
+  uint32_t max_packed_copies = 1 << 14;             // the same: each is a mapping of its own
   uint32_t max_reuse_entries = 1 << 20;             // beyond: REUSE_INDEX_FULL ...
   uint32_t max_reuse_entries_per_worker = 1 << 18;  // ... and the worker's oldest go first
   uint32_t reuse_copies = 8;                        // chunks copied at a time

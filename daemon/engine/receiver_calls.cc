@@ -56,6 +56,8 @@ const char* Receiver::different(const Receive& receive, const ReceiveOp& op) con
          : first.hashes != op.hashes                        ? "prompt_hashes"
          : first.reuse_pin != op.reuse_pin                  ? "reuse_pin"
          : first.done != op.done                            ? "done"
+         : first.wait != op.wait                            ? "wait"
+         : first.deadline != op.deadline                    ? "deadline"
                                                             : nullptr;
 }
 

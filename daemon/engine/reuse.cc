@@ -10,6 +10,7 @@ namespace {
 
 constexpr uint32_t kMostPins = 64;         // of a worker
 constexpr uint32_t kMostWithdrawals = 64;  // of a worker, not yet answered
+constexpr uint32_t kMostTries = 16;        // holders of a hash that are looked at
 constexpr Duration kLongestPin = std::chrono::seconds(1);
 
 std::string group_field(std::size_t i, const char* name) {
@@ -94,19 +95,21 @@ std::optional<ReuseHolder> ReuseIndex::find(const LayoutHandle& who, uint32_t gr
                                             const std::optional<BlockPlace>& own,
                                             const std::set<BlockPlace>& taken) const {
   const ReuseKey key{who.reuse_space, hash};
-  std::optional<ReuseHolder> found;
+  if (own) {
+    const auto entry = entries_.find(*own);
+    if (entry != entries_.end() && entry->second.key == key && entry->second.group == group)
+      return ReuseHolder{layouts_.at(own->layout).layout, group, *own};
+  }
   if (const auto holders = holders_.find(key); holders != holders_.end()) {
+    uint32_t tries = 0;
     for (const BlockPlace& place : holders->second) {
-      const bool in_place = own && *own == place;
-      if ((found && !in_place) || (!in_place && taken.contains(place))) continue;
+      if (++tries > kMostTries) break;
+      if (taken.contains(place)) continue;
       const Entry& entry = entries_.at(place);
       const auto& layout = layouts_.at(place.layout).layout;
-      if (in_place ? entry.group != group : !layout->serves(entry.group, who, group)) continue;
-      found = ReuseHolder{layout, entry.group, place};
-      if (in_place) return found;
+      if (layout->serves(entry.group, who, group)) return ReuseHolder{layout, entry.group, place};
     }
   }
-  if (found) return found;
   // A pinned block keeps its bytes when it is withdrawn meanwhile. One that somebody waits to write
   // is left alone: two receives could wait for each other's blocks.
   const auto pinned = pins_.find(pin);

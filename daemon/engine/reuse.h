@@ -48,7 +48,8 @@ class ReuseIndex {
   BlockPlace place(const std::shared_ptr<const LayoutHandle>& layout, uint32_t group,
                    int32_t block);
   // A block that holds what `group` of `who` needs: `own` if it does, else one that is not among
-  // `taken`, the places that the asking receive is to write.
+  // `taken`, the places that the asking receive is to write. Only a few holders are tried: whoever
+  // commits one hash for many blocks costs nobody time, and may hide a block that would serve.
   std::optional<ReuseHolder> find(const LayoutHandle& who, uint32_t group, const std::string& hash,
                                   uint64_t pin, const std::optional<BlockPlace>& own,
                                   const std::set<BlockPlace>& taken) const;

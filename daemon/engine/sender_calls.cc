@@ -102,6 +102,13 @@ void Sender::open_send(const OpenSendOp& op) {
   Send* send = admit(op.op, op.client_handle, op.key, op.layout, op.max_receivers, op.lease,
                      op.deadline, existing);
   if (send == nullptr) return;
+  if (!send->opened) send->opened = {op.lease, op.deadline};
+  if (*send->opened != std::pair(op.lease, op.deadline)) {
+    const char* field = send->opened->first != op.lease ? "lease" : "deadline";
+    core_.reply_error(op.op, Code::kAlreadyExists, "TRANSFER_EXISTS",
+                      "the transfer exists with another " + std::string(field), field);
+    return;
+  }
   reply(op.op, *send, existing);
   if (!existing) meet(*send);
 }
@@ -117,6 +124,8 @@ bool Sender::same_call(const OpRef& op, const Send& send, const SendOp& call,
                       : !(call.ready == before.ready)            ? "ready"
                       : call.done != before.done                 ? "done"
                       : call.packed_bytes != before.packed_bytes ? "packed_copy"
+                      : call.lease != before.lease               ? "lease"
+                      : call.deadline != before.deadline         ? "deadline"
                                                                  : nullptr;
   if (field == nullptr) {
     reply(op, send, true);

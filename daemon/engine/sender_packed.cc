@@ -13,8 +13,15 @@ namespace kvferry::engine {
 bool Sender::packed_refused(const SendOp& op) {
   const uint64_t bytes = op.packed_bytes.value_or(0);
   const uint64_t limit = core_.config.max_packed_bytes;
-  if (bytes <= limit - packed_bytes_) return false;
+  const bool crowded = bytes > 0 && packed_copies_ >= core_.config.max_packed_copies;
+  if (bytes <= limit - packed_bytes_ && !crowded) return false;
   ++core_.stats.packed_refused;
+  if (crowded) {
+    core_.reply_error(op.op, Code::kResourceExhausted, "PACKED_MEMORY_FULL",
+                      "there are " + std::to_string(packed_copies_) + " packed copies already",
+                      "packed_copy");
+    return true;
+  }
   core_.reply_error(op.op, Code::kResourceExhausted, "PACKED_MEMORY_FULL",
                     "the copy takes " + std::to_string(bytes) + " bytes, and of the limit of " +
                         std::to_string(limit) + " are " + std::to_string(limit - packed_bytes_) +

@@ -308,6 +308,7 @@ struct PendingRevoke {
 
 struct Send : Transfer {
   uint32_t max_receivers = 1;
+  std::optional<std::pair<Duration, Duration>> opened;  // lease and deadline of its OpenSend
   Duration deadline{};
   Time lease_end;
   Time first_claim;

@@ -6,19 +6,21 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 
 #include "daemon/base/units.h"
-#include "daemon/memory/shared_memory.h"
 
 namespace kvferry::memory {
 namespace {
 
 constexpr uint64_t kBlockBytes = 512;  // the unit of st_blocks, whatever the file system
 constexpr uint64_t kPageBytes = 4096;
+constexpr dev_t kNoDevice = ~dev_t{0};  // of memory that is no file's
 
 tl::unexpected<Error> call_failed(std::string_view call) {
   return fail_errno("POOL_MAP_FAILED", call, errno);
@@ -94,12 +96,19 @@ Result<std::shared_ptr<HostPool>> HostPool::import(UniqueFd fd, uint64_t bytes,
                                                 static_cast<std::byte*>(base), bytes, mapped));
 }
 
-Result<std::shared_ptr<HostPool>> HostPool::create(std::string_view name, uint64_t bytes) {
-  auto memory = SharedMemory::create(name, bytes);
-  KVFERRY_RETURN_IF_ERROR(memory);
-  UniqueFd fd(::fcntl(memory->fd(), F_DUPFD_CLOEXEC, 0));
-  if (!fd) return call_failed("fcntl");
-  return import(std::move(fd), bytes);
+Result<std::shared_ptr<HostPool>> HostPool::create(uint64_t bytes) {
+  static std::atomic<ino_t> made{0};
+  if (bytes == 0 || bytes > uint64_t{1} << 46)
+    return invalid("bytes", "SIZE_INVALID", std::to_string(bytes) + " bytes");
+  const uint64_t mapped = round_up(bytes, kPageBytes);
+  void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (base == MAP_FAILED)
+    return fail(Code::kResourceExhausted, "MEMORY_EXHAUSTED",
+                "mmap of " + std::to_string(mapped) + " bytes: " + std::strerror(errno));
+  ::madvise(base, mapped, MADV_DONTDUMP);
+  return std::shared_ptr<HostPool>(
+      new HostPool({}, {kNoDevice, ++made}, static_cast<std::byte*>(base), bytes, mapped));
 }
 
 HostPool::~HostPool() {
@@ -113,6 +122,7 @@ bool HostPool::contains(const void* address) const {
 }
 
 bool HostPool::still_allocated() const {
+  if (!fd_) return true;
   struct stat file {};
   return ::fstat(fd_.get(), &file) == 0 && all_blocks_allocated(file);
 }

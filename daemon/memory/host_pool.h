@@ -43,9 +43,10 @@ class HostPool {
                                                   const HostPoolLimits& limits = {},
                                                   std::string field = "pools");
 
-  // Memory of the daemon's own that is used like a worker's, all of it taken at once. Errors: those
-  // of SharedMemory::create. Blocks for as long as the kernel zeroes `bytes`.
-  static Result<std::shared_ptr<HostPool>> create(std::string_view name, uint64_t bytes);
+  // Memory of the daemon's own that is used like a worker's, all of it taken at once; no
+  // descriptor. INVALID_ARGUMENT SIZE_INVALID, RESOURCE_EXHAUSTED MEMORY_EXHAUSTED. Blocks for as
+  // long as the kernel zeroes `bytes`.
+  static Result<std::shared_ptr<HostPool>> create(uint64_t bytes);
 
   ~HostPool();
   HostPool(const HostPool&) = delete;

@@ -26,7 +26,7 @@ Result<PackedPlan> prepare_packed(const engine::SendOp& send) {
   KVFERRY_RETURN_IF_ERROR(shape);
   auto copy = mapping::bind_packed(pages->layout, send.blocks, send.offer, send.layers, *shape);
   KVFERRY_RETURN_IF_ERROR(copy);
-  auto memory = memory::HostPool::create("kvferry-packed", shape->bytes);
+  auto memory = memory::HostPool::create(shape->bytes);
   KVFERRY_RETURN_IF_ERROR(memory);
 
   auto layout = std::make_shared<RegisteredLayout>();

@@ -13,6 +13,9 @@
 namespace kvferry::rpc {
 namespace {
 
+constexpr std::size_t kMaxPromptHashes = 131'072;  // of a call: all its groups together
+constexpr uint64_t kPageBytes = 4096;
+
 // Milliseconds of a request; 0 is the default, longer than the most is cut.
 Duration time_of(uint32_t ms, Duration fallback, Duration most) {
   if (ms == 0) return fallback;
@@ -200,12 +203,17 @@ Result<std::vector<engine::PromptHashes>> prompt_hashes_of(
   if (static_cast<std::size_t>(from.size()) > mapping::kMaxGroups)
     return invalid("prompt_hashes", "TOO_MANY_GROUPS", std::to_string(from.size()));
   std::vector<engine::PromptHashes> out;
+  std::size_t total = 0;
   for (int i = 0; i < from.size(); ++i) {
     const std::string field = "prompt_hashes[" + std::to_string(i) + "].";
     if (from[i].group() >= layout.groups.size())
       return invalid(field + "group", "UNKNOWN_GROUP", "the layout has no such group");
     auto hashes = hashes_of(from[i].hashes(), field + "hashes");
     KVFERRY_RETURN_IF_ERROR(hashes);
+    total += hashes->size();
+    if (total > kMaxPromptHashes)
+      return invalid(field + "hashes", "TOO_MANY_HASHES",
+                     "more than " + std::to_string(kMaxPromptHashes) + " in one call");
     out.push_back({from[i].group(), std::move(*hashes)});
   }
   return out;
@@ -230,6 +238,8 @@ Error as_spelled(Error error) {
       {"transfer.id", "transfer.transfer_id"},
       {"wait_for_arena", "arena_full"},
       {"lease", "lease_ms"},
+      {"wait", "wait_ms"},
+      {"deadline", "deadline_ms"},
       {"ttl", "ttl_ms"},
       {"needs", "groups"},
       {"offer", "groups"},
@@ -358,7 +368,7 @@ Result<engine::SendOp> to_send(const v1::SendRequest& request, const LayoutView&
   if (request.packed_copy()) {
     const auto packed = mapping::packed_shape(*layout.layout, op.offer, op.layers);
     if (!packed) return tl::unexpected<Error>(as_spelled(packed.error()));
-    op.packed_bytes = packed->bytes;
+    op.packed_bytes = round_up(packed->bytes, kPageBytes);  // what it takes
   }
   op.lease = time_of(request.lease_ms(), limits.lease, limits.lease_max);
   op.deadline = time_of(request.deadline_ms(), limits.deadline, limits.deadline_max);

@@ -178,7 +178,7 @@ TEST_CASE("claims hold the pages over several leases, until the claimer dies") {
   scene.decode[0]->die();
   scene.run([&] { return request.sent(); });
   for (std::size_t r = 0; r < 2; ++r)
-    require_reason(*scene.prefill[r], request.sends[r], "EXPIRED");
+    require_reason(*scene.prefill[r], request.sends[r], "DECLINED");
 }
 
 TEST_CASE("a decode worker that dies while it receives") {

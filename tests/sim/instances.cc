@@ -280,13 +280,16 @@ bool Workload::holds(const WatchCondition& watch) const {
 
 Resolved Workload::resolve(const ReceiveOp& receive, std::set<uint32_t>& nodes) const {
   Resolved answer;
-  const auto& layout = static_cast<const SimLayout&>(*receive.layout);
+  const LayoutHandle& layout = *receive.layout;
   const Instance* sender = nullptr;
-  for (const auto& instance : instances_)
+  const Instance* own = nullptr;
+  for (const auto& instance : instances_) {
     if (instance->name == receive.key.instance && instance->incarnation == receive.key.incarnation)
       sender = instance.get();
-  if (sender == nullptr || !sender->usable ||
-      layout.instance_ptr->incarnation != layout.incarnation) {
+    if (instance->name == layout.instance && instance->incarnation == layout.incarnation)
+      own = instance.get();
+  }
+  if (sender == nullptr || !sender->usable || own == nullptr) {
     answer.reason = Reason::kPeerUnreachable;
     answer.message = "no such instance any more";
     return answer;
@@ -297,8 +300,7 @@ Resolved Workload::resolve(const ReceiveOp& receive, std::set<uint32_t>& nodes) 
   const bool skewed = side != nullptr && side->transfer->skewed;
   for (uint32_t group = 0; group < sender->ranks.dp; ++group) {
     if (receive.sender_dp_group && *receive.sender_dp_group != group) continue;
-    for (const Leg& leg :
-         legs_between(sender->ranks, group, layout.instance_ptr->ranks, layout.dp_group)) {
+    for (const Leg& leg : legs_between(sender->ranks, group, own->ranks, layout.dp_group)) {
       if (leg.receiver_rank != layout.rank) continue;
       const uint32_t node = sender->workers[leg.sender_rank]->node;
       nodes.insert(node);

@@ -48,7 +48,31 @@ TEST_CASE("the same call twice is answered existing; another body names the fiel
   op = pair.send_op("a", 0, {0, 16}, false);
   op.client_handle = 12345;
   refused(op, "client_handle");
+  op = pair.send_op("a", 0, {0, 16}, false);
+  op.lease += std::chrono::seconds(1);
+  refused(op, "lease");
+  op = pair.send_op("a", 0, {0, 16}, false);
+  op.deadline += std::chrono::seconds(1);
+  refused(op, "deadline");
   CHECK(pair.s.engine.snapshot(pair.s.now).transfers.size() == 1);
+}
+
+TEST_CASE("a repeated OpenSend is answered existing; other times are named") {
+  Pair pair;
+  using std::chrono::seconds;
+  const OpenSendOp op{{{1}, 5}, 77, key_of("c"), pair.s_layout, seconds(2), seconds(60), 1};
+  pair.s.post(op);
+  pair.s.post(op);
+  CHECK(pair.s.last_reply().existing);
+  OpenSendOp other = op;
+  other.lease = seconds(3);
+  pair.s.post(other);
+  CHECK(pair.s.last_reply().error.field == "lease");
+  other = op;
+  other.deadline = seconds(3);
+  pair.s.post(other);
+  CHECK(pair.s.last_reply().error.code == Code::kAlreadyExists);
+  CHECK(pair.s.last_reply().error.field == "deadline");
 }
 
 TEST_CASE("a repeated Receive is answered existing; another body names the field") {
@@ -68,6 +92,14 @@ TEST_CASE("a repeated Receive is answered existing; another body names the field
   op.wait_for_arena = false;
   pair.r.post(op);
   CHECK(pair.r.last_reply().error.field == "wait_for_arena");
+  op = pair.receive_op("a", {0, 64});
+  op.wait += std::chrono::seconds(1);
+  pair.r.post(op);
+  CHECK(pair.r.last_reply().error.field == "wait");
+  op = pair.receive_op("a", {0, 64});
+  op.deadline += std::chrono::seconds(1);
+  pair.r.post(op);
+  CHECK(pair.r.last_reply().error.field == "deadline");
 }
 
 TEST_CASE("send indices have no gap, and nothing comes after the last") {

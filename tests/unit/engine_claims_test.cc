@@ -160,9 +160,11 @@ TEST_CASE("a worker holds so many claims and no more; what ends one makes room")
   SECTION("a ticket that leads nowhere") {
     world.r.post(WorkerGone{kWorker});
     world.r.post(WorkerAttached{kWorker, "default", 64});
-    require_fresh(world.call(world.claim_op("a")));
+    require_refused(world.call(world.claim_op("a")), Code::kAlreadyExists, "DECLINED",
+                    "transfer.id");  // its worker had gone
+    require_fresh(world.call(world.claim_op("d")));
     world.resolve_reason = Reason::kPeerUnreachable;
-    require_fresh(world.call(world.claim_op("b")));
+    require_fresh(world.call(world.claim_op("e")));
   }
   SECTION("its time") {
     world.pass(minutes(10) + seconds(1));
@@ -193,6 +195,35 @@ TEST_CASE("declines are bounded too, and are forgotten in time; a refused one ke
   require_existing(world.call(world.claim_op("b")));
   world.pass(seconds(61));
   require_fresh(world.call(world.decline_op("b")));
+}
+
+TEST_CASE("a claimer that goes declines what it has claimed, at once and without its memory") {
+  for (const bool unregisters : {false, true}) {
+    Claiming pair;
+    pair.s.post(OpenSendOp{{{1}, 5}, 77, key_of("a"), pair.s_layout, seconds(30), seconds(60), 1});
+    const std::weak_ptr<const LayoutHandle> memory = pair.r_layout;
+    require_fresh(pair.call(pair.claim_op("a")));
+    if (unregisters)
+      pair.r.post(UnregisterLayout{pair.r_layout, Reason::kUnregistered});
+    else
+      pair.r.post(WorkerGone{kWorker});
+    pair.run();
+    CHECK(pair.s.record({1}, 77).reason == Reason::kDeclined);
+    CHECK(pair.s.record({1}, 77).released);
+    pair.r.commands.clear();
+    pair.r_layout.reset();
+    CHECK(memory.expired());
+  }
+}
+
+TEST_CASE("a claim that nobody has heard of goes with its worker") {
+  Claiming pair;
+  pair.swallow = [](const Command& command) { return std::holds_alternative<Resolve>(command); };
+  pair.s.post(OpenSendOp{{{1}, 5}, 77, key_of("a"), pair.s_layout, seconds(3), seconds(60), 1});
+  require_fresh(pair.call(pair.claim_op("a")));
+  pair.r.post(WorkerGone{kWorker});
+  pair.pass(seconds(4));
+  CHECK(pair.s.record({1}, 77).reason == Reason::kExpired);
 }
 
 TEST_CASE("a controller's Claim lasts its time from when it was said last, and is not renewed") {

@@ -18,8 +18,11 @@ namespace kvferry::engine::test {
 // Blocks serve each other if their groups have the same number.
 struct TestLayout : LayoutHandle {
   bool serves(uint32_t group, const LayoutHandle&, uint32_t other_group) const override {
-    return group == other_group;
+    ++questions;
+    return willing && group == other_group;
   }
+  bool willing = true;
+  mutable uint64_t questions = 0;
 };
 struct TestPlan : Plan {
   TestPlan() { ++alive; }

@@ -17,7 +17,7 @@ EngineConfig with_room() {
 
 // A pair whose packed copies are made at once, unless `hold` is set.
 struct Packing : Pair {
-  Packing() : Pair(with_room(), small_config(2)) {
+  explicit Packing(EngineConfig sender = with_room()) : Pair(std::move(sender), small_config(2)) {
     swallow = [this](const Command& command) {
       return hold && std::holds_alternative<MakePacked>(command);
     };
@@ -155,6 +155,20 @@ TEST_CASE("a Send whose copy finds no room is refused, and nothing else changes"
   pair.cancel("a");
   pair.cancel("b");
   CHECK(pair.bytes() == 0);
+}
+
+TEST_CASE("copies are counted too: each is a mapping of its own") {
+  EngineConfig config = small_config(1);
+  config.max_packed_copies = 2;
+  Packing pair(config);
+  pair.send(pair.packed_op("a", 0, {0, 8}, false));
+  pair.send(pair.packed_op("a", 1, {8, 16}, false));
+  pair.send(pair.packed_op("a", 2, {16, 64}, true));
+  CHECK(pair.s.last_reply().error.reason == "PACKED_MEMORY_FULL");
+  CHECK(pair.s.last_reply().error.field == "packed_copy");
+  pair.cancel("a");
+  pair.send(pair.packed_op("b", 0, {0, 64}, true));
+  CHECK(pair.s.last_reply().error.code == Code::kOk);
 }
 
 TEST_CASE("a repeated Send takes no more room, and must ask for the same") {

@@ -266,6 +266,22 @@ TEST_CASE("beyond the worker's limit its oldest entries go") {
   CHECK(w.lookup(w.b, hashes_of({2})).matches.front().tokens == 8);
 }
 
+TEST_CASE("of the holders of one hash only a few are tried, but one's own block is found") {
+  World w;
+  std::vector<int32_t> ids;
+  for (int32_t id = 0; id < 40; ++id) ids.push_back(id);
+  w.publish(w.a, ids, std::vector<std::string>(ids.size(), "h1"));
+  w.publish(w.b, {7}, hashes_of({1}));
+  w.a->willing = false;
+  w.a->questions = 0;
+  CHECK(w.lookup(w.b, hashes_of({1})).matches.front().tokens == 0);
+  CHECK(w.a->questions == 16);
+  // Where the block is needed it is already: no question.
+  w.post(w.hashed(w.b, {7}, 8, hashes_of({1})));
+  CHECK(w.a->questions == 16);
+  CHECK(w.seen<CompileCopy>().empty());
+}
+
 TEST_CASE("only a few chunks are copied at a time") {
   EngineConfig config = small_config(2);
   config.reuse_copies = 2;

@@ -258,8 +258,9 @@ TEST_CASE("a CLAIM holds the lease until its receiver comes") {
   pair.pass(seconds(20));
   CHECK(pair.s.record({1}, 77).state == TransferState::kOpen);
   pair.r.post(WorkerGone{{2}});
-  pair.pass(seconds(4));
-  CHECK(pair.s.record({1}, 77).reason == Reason::kExpired);
+  pair.run();
+  CHECK(pair.s.record({1}, 77).reason == Reason::kDeclined);
+  CHECK(pair.s.record({1}, 77).released);
 }
 
 TEST_CASE("a worker's death ends its transfers on both sides, and its id is free again") {
