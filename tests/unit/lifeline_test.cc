@@ -208,17 +208,17 @@ TEST_CASE("descriptors wait under their name until they are claimed, once") {
   REQUIRE(worker->send_pools(pools, soon()));
   const std::shared_ptr<Session> session = recorder.attached[0];
   CHECK(session->descriptors() == 18);
-  auto claimed = session->take_pool_fd("pool17");
+  auto claimed = session->take_pool("pool17");
   REQUIRE(claimed);
-  CHECK(claimed->bytes == 4096);
+  CHECK(claimed->parts.at(0).bytes == 4096);
   struct stat ours {
   }, theirs{};
   REQUIRE(::fstat(pools[17].fd, &ours) == 0);
-  REQUIRE(::fstat(claimed->fd.get(), &theirs) == 0);
+  REQUIRE(::fstat(claimed->parts.at(0).fd.get(), &theirs) == 0);
   CHECK(ours.st_ino == theirs.st_ino);
-  CHECK((::fcntl(claimed->fd.get(), F_GETFD) & FD_CLOEXEC) != 0);
-  CHECK(session->take_pool_fd("pool17").error().reason == "POOL_NOT_SENT");
-  CHECK(session->take_pool_fd("absent").error().reason == "POOL_NOT_SENT");
+  CHECK((::fcntl(claimed->parts.at(0).fd.get(), F_GETFD) & FD_CLOEXEC) != 0);
+  CHECK(session->take_pool("pool17").error().reason == "POOL_NOT_SENT");
+  CHECK(session->take_pool("absent").error().reason == "POOL_NOT_SENT");
   // Claimed ones count until they are given back: 20 are allowed.
   const client::PoolToSend more[] = {{"a", lifeline::PoolKind::kHostShm, 4096, pools[0].fd},
                                      {"b", lifeline::PoolKind::kHostShm, 4096, pools[0].fd},
@@ -227,7 +227,7 @@ TEST_CASE("descriptors wait under their name until they are claimed, once") {
   REQUIRE_FALSE(refused);
   CHECK(refused.error().reason == "DESCRIPTOR_LIMIT");
   CHECK(refused.error().field == "pools[2]");
-  session->release_descriptor();
+  session->release_descriptors(1);
   CHECK(worker->send_pools(std::span(more).subspan(2), soon()));
   const client::PoolToSend bad{"no/slash", lifeline::PoolKind::kHostShm, 4096, pools[0].fd};
   CHECK(worker->send_pools({&bad, 1}, soon()).error().reason == "NAME_INVALID");
