@@ -51,13 +51,14 @@ class DevicePool final : public memory::Pool {
   bool failed() const override;
 
  private:
+  friend class Claim;
   friend class Imports;
-  struct Memory;  // what is mapped, counted
-  DevicePool(ImportKind kind, std::shared_ptr<Memory> memory, uint64_t offset_bytes,
+  struct Memory;  // what is mapped; several pools may lie in it
+  DevicePool(ImportKind kind, std::shared_ptr<const Memory> memory, uint64_t offset_bytes,
              uint64_t bytes);
 
   const ImportKind kind_;
-  std::shared_ptr<Memory> memory_;
+  const std::shared_ptr<const Memory> memory_;
 };
 
 // The right of one worker to an allocation whose handle is a value, for as long as the object
@@ -66,9 +67,9 @@ class DevicePool final : public memory::Pool {
 class Claim {
  public:
   Claim() = default;
-  ~Claim();
-  Claim(Claim&& other) noexcept = default;
-  Claim& operator=(Claim&& other) noexcept;
+  ~Claim() = default;
+  Claim(Claim&&) noexcept = default;
+  Claim& operator=(Claim&&) noexcept = default;
   Claim(const Claim&) = delete;
   Claim& operator=(const Claim&) = delete;
 
@@ -84,7 +85,7 @@ struct Imported {
   Claim claim;  // empty for descriptors
 };
 
-// What is told of a pool. `field` names it in errors.
+// What is told of a pool. `field` names it in errors, with ".bytes", ".handle", ... behind it.
 struct ImportRequest {
   std::vector<uint8_t> device_uuid;
   uint64_t offset_bytes = 0;  // where the pool begins in the allocation, or in the first part
@@ -116,7 +117,7 @@ class Imports {
   //   POOL_SIZE_INVALID    0 bytes, or offset + bytes overflows
   //   POOL_TOO_SMALL       the allocation ends before offset + bytes
   //   POOL_WRONG_DEVICE    the memory is another device's, or not a device's
-  //   POOL_PART_INVALID    a part that is no multiple of the device's granularity, or too many
+  //   POOL_PART_INVALID    no part, or one whose size is no multiple of the device's granularity
   //   POOL_KIND_UNSUPPORTED UNIMPLEMENTED: the device cannot share memory so
   //   POOL_OWNED           PERMISSION_DENIED: already imported for another worker
   //   POOL_IMPORT_FAILED   INVALID_ARGUMENT: the driver refused the handle; the text says how
@@ -127,8 +128,8 @@ class Imports {
   Result<Imported> import_fabric(const ImportRequest& request, const HandleValue& handle);
 
   // Copies out of the pool into `out` (at most 4096 bytes), for proofs: a stream of its own, and at
-  // most `limit` of waiting. INVALID_ARGUMENT RANGE for what lies outside; DEADLINE_EXCEEDED
-  // GPU_READ_TIMEOUT; errors of Device::check.
+  // most `limit` of waiting. INVALID_ARGUMENT OUT_OF_RANGE for what lies outside; DEADLINE_EXCEEDED
+  // GPU_READ_TIMEOUT; UNAVAILABLE GPU_DOWN; errors of Device::check.
   Status read(const DevicePool& pool, uint64_t offset, std::span<std::byte> out, Duration limit);
 
   // For metrics and tests; each is exact.
@@ -142,8 +143,17 @@ class Imports {
 
  private:
   friend class DevicePool;
-  friend class Claim;
-  struct Core;
+  class Core;
+  Result<std::shared_ptr<const Device>> device_of(const ImportRequest& request, ImportKind kind);
+  // The claim, and what is mapped under it already, if that is large enough.
+  struct Claimed {
+    Claim claim;
+    std::shared_ptr<const DevicePool::Memory> memory;
+  };
+  Result<Claimed> claim(const ImportRequest& request, ImportKind kind, const HandleValue& handle);
+  Result<Imported> finish(const ImportRequest& request, ImportKind kind, Claim claim,
+                          std::shared_ptr<const DevicePool::Memory> memory);
+
   const std::shared_ptr<const Devices> devices_;
   const std::shared_ptr<Core> core_;
 };
