@@ -15,19 +15,15 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
-#include <map>
 #include <memory>
-#include <string>
-#include <thread>
 #include <vector>
 
-#include "daemon/base/mutex.h"
 #include "daemon/base/result.h"
 #include "daemon/base/units.h"
 #include "daemon/gpu/device.h"
 #include "daemon/gpu/device_plan.h"
+#include "daemon/gpu/event_watch.h"
 #include "daemon/memory/pool.h"
 #include "kernels/device_copy.h"
 
@@ -47,6 +43,7 @@ struct DeviceJob {
   uint64_t bytes = 0;
   // Gather: where to; scatter: where from; an address that this device may use (PinnedMemory::on).
   cuda::CUdeviceptr flat = 0;
+  kernels::FlatMemory flat_in = kernels::FlatMemory::kHost;
   // Kept open until done has returned; the job is refused by itself (kFailed) if one has failed.
   std::vector<std::shared_ptr<memory::Pool>> pools;
   // Pools' devices other than the queue's: access to them is opened at the first such job.
@@ -55,12 +52,6 @@ struct DeviceJob {
   std::shared_ptr<const void> keep;
   // Called exactly once for a job that was taken, on the queue's thread. May submit, but not wait.
   std::function<void(Outcome)> done;
-};
-
-using EventHandle = std::array<uint8_t, 64>;  // cudaIpcEventHandle_t
-enum class EventState : uint8_t {
-  kReached,
-  kUnusable,  // it could not be opened, or the device is down
 };
 
 struct QueueOptions {
@@ -72,6 +63,7 @@ struct QueueOptions {
   Duration spin = std::chrono::microseconds(20);   // looking without sleep after the last progress
   Duration nap = std::chrono::microseconds(20);    // between two looks from then on
   Duration hang_limit = std::chrono::seconds(30);  // a launched job without end: the device is down
+  Duration close_grace = std::chrono::seconds(1);
   // All optional, called on the queue's thread.
   std::function<void(Time)> tick;                   // each turn, at least every 100 ms
   std::function<void(Duration)> on_launch_to_done;  // of a job that ended well
@@ -101,12 +93,13 @@ class CopyQueue {
   void unwatch_event(uint64_t key);
 
   // Takes no more jobs, lets those taken end until `deadline` (monotonic), then ends what has not
-  // been launched with kFailed and waits a little for the rest. Joins the thread. DEADLINE_EXCEEDED
-  // GPU_DRAIN if something did not end: what the device may still touch (pools, plans, `keep`) is
-  // then never given back, and its done is called with kFailed. Idempotent.
+  // been launched with kFailed and gives the rest `close_grace`. Joins the thread: afterwards no
+  // callback runs. DEADLINE_EXCEEDED GPU_DRAIN if something was dropped. A copy that has not ended
+  // even then is told as kFailed, takes the device down, and what it touches (pools, plans, `keep`)
+  // is never given back. Idempotent. Not from the queue's thread.
   Status close(Time deadline);
 
-  const Device& device() const { return *device_; }
+  const Device& device() const;
 
   // Counters for metrics; each is exact, a set of them read together need not be of one moment.
   struct Stats {
@@ -119,15 +112,12 @@ class CopyQueue {
     std::atomic<uint64_t> outstanding{0};  // gauge
     std::atomic<uint64_t> events{0};       // gauge: watched
   };
-  const Stats& stats() const { return stats_; }
+  const Stats& stats() const;
 
  private:
-  struct Core;  // what the thread owns
+  class Core;
 
-  CopyQueue(std::shared_ptr<const Device> device, QueueOptions options);
-
-  const std::shared_ptr<const Device> device_;
-  Stats stats_;
+  explicit CopyQueue(std::unique_ptr<Core> core);
   std::unique_ptr<Core> core_;
 };
 

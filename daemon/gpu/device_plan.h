@@ -1,40 +1,32 @@
-// A copy plan as kernels on one device read it: its arrays and the addresses of its pools in one
-// piece of device memory. Brought there by the queue of that device before the plan's first job,
-// given back after the last one; plans that nobody uses at the moment make room for others and come
-// again when they are needed.
+// A copy plan as the kernels on one device read it. Its image is brought into that device's memory
+// by the device's queue before the plan's first job and given back after the last one; plans that
+// nobody uses at the moment make room for others and come again when they are needed.
 #pragma once
 
-#include <cstdint>
 #include <memory>
-#include <vector>
+#include <utility>
 
-#include "kernels/copy_plan.h"
+#include "kernels/device_copy.h"
 
 namespace kvferry::gpu {
 
-class Device;
-class PlanStore;
-
 class DevicePlan {
  public:
-  // `form` lives as long as `owner`. bases[i] is the address of pool i as the device sees it.
-  DevicePlan(std::shared_ptr<const void> owner, const kernels::CopyPlan& form,
-             std::vector<uint64_t> bases);
+  // Any thread, for one device.
+  explicit DevicePlan(std::shared_ptr<const kernels::PackedPlan> packed)
+      : packed_(std::move(packed)) {}
   ~DevicePlan();
   DevicePlan(const DevicePlan&) = delete;
   DevicePlan& operator=(const DevicePlan&) = delete;
 
-  const kernels::CopyPlan& form() const { return form_; }
-  const std::vector<uint64_t>& bases() const { return bases_; }
+  const kernels::PackedPlan& packed() const { return *packed_; }
+  struct Place;  // where it lies: plan_store.h
 
  private:
   friend class PlanStore;
-  struct Place;
 
-  const std::shared_ptr<const void> owner_;
-  const kernels::CopyPlan& form_;
-  const std::vector<uint64_t> bases_;
-  // Touched by the queue's thread only; what it points to may outlive both.
+  const std::shared_ptr<const kernels::PackedPlan> packed_;
+  // Touched by the queue's thread, and at the end.
   std::shared_ptr<Place> place_;
 };
 
