@@ -104,7 +104,7 @@ class CopyQueue::Core {
   std::optional<EventPool> events_;
   std::optional<PlanStore> plans_;
   std::optional<EventWatch> watch_;
-  std::vector<Stream> streams_;
+  std::deque<Stream> streams_;
   std::deque<DeviceJob> waiting_;
   std::vector<const Device*> peers_;  // access to them is open
   bool dropping_ = false;

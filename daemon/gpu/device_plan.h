@@ -20,6 +20,8 @@ class DevicePlan {
   DevicePlan& operator=(const DevicePlan&) = delete;
 
   const kernels::PackedPlan& packed() const { return *packed_; }
+  // For the same plan on another device that sees its pools at the same addresses.
+  const std::shared_ptr<const kernels::PackedPlan>& shared_packed() const { return packed_; }
   struct Place;  // where it lies: plan_store.h
 
  private:

@@ -24,7 +24,10 @@ constexpr Duration kRefresh = std::chrono::milliseconds(100);
 }  // namespace
 
 EngineThread::EngineThread(Parts parts)
-    : parts_(std::move(parts)), inbox_(parts_.inbox_limit), engine_(parts_.engine) {
+    : parts_(std::move(parts)),
+      copier_({parts_.arena, parts_.copies, parts_.queues, parts_.packer}),
+      inbox_(parts_.inbox_limit),
+      engine_(parts_.engine) {
   MutexLock lock(view_mutex_);
   view_.settings = std::move(parts_.rails_settings);
 }
@@ -98,7 +101,7 @@ void EngineThread::detach(WorkerId worker) {
   ask([this, worker](const engine::Engine&, Time) {
     follow_up_.push_back(engine::WorkerGone{worker});
     sessions_.erase(worker);
-    std::erase_if(conditions_, [&](const auto& entry) { return entry.second.worker == worker; });
+    forget_conditions(worker);
   });
 }
 
@@ -211,6 +214,9 @@ void EngineThread::take(Posted posted, Time now) {
 }
 
 void EngineThread::handle(engine::Event event) {
+  if (const auto* met = std::get_if<engine::ConditionMet>(&event)) events_.erase(met->condition);
+  if (const auto* never = std::get_if<engine::ConditionFailed>(&event))
+    events_.erase(never->condition);
   if (const auto* up = std::get_if<engine::LinkUp>(&event)) {
     // Its keys come first: the engine's first message needs them. A link that has ended meanwhile
     // has none, and its LinkEnded is on the way; the engine never hears of it.
@@ -304,14 +310,6 @@ void EngineThread::execute(engine::LayoutQuiet& command) {
   std::vector<std::function<void()>> waiting = std::move(it->second);
   quiet_.erase(it);
   for (auto& quiet : waiting) quiet();
-}
-
-void EngineThread::execute(engine::WatchCondition& command) {
-  conditions_[command.condition] = {command.worker, command.ready.word, command.ready.value};
-}
-
-void EngineThread::execute(engine::UnwatchCondition& command) {
-  conditions_.erase(command.condition);
 }
 
 // ---- directory and copies ----------------------------------------------------------------------

@@ -17,6 +17,11 @@
 #include "daemon/mapping/layout.h"
 #include "daemon/mapping/plan.h"
 #include "daemon/memory/pool.h"
+#include "daemon/node/device_forms.h"
+
+namespace kvferry::gpu {
+class HostPins;
+}
 
 namespace kvferry::node {
 
@@ -41,6 +46,16 @@ struct RegisteredLayout : engine::LayoutHandle {
   // Where its pages are; null: on the host.
   const gpu::Device* device() const { return pools.empty() ? nullptr : pools.front()->device(); }
 
+  // Host pools that a copy with a GPU has needed: registered from then on until the layout goes.
+  std::shared_ptr<const gpu::HostPins> pins() const KVFERRY_EXCLUDES(mutex_) {
+    MutexLock lock(mutex_);
+    return pins_;
+  }
+  void keep_pins(std::shared_ptr<const gpu::HostPins> pins) const KVFERRY_EXCLUDES(mutex_) {
+    MutexLock lock(mutex_);
+    pins_ = std::move(pins);
+  }
+
  private:
   // Numbers are never used twice, as addresses are.
   const uint64_t number_ = next_number();
@@ -48,6 +63,7 @@ struct RegisteredLayout : engine::LayoutHandle {
   mutable Mutex mutex_;
   mutable std::map<std::tuple<uint32_t, uint64_t, uint32_t>, bool> serves_
       KVFERRY_GUARDED_BY(mutex_);
+  mutable std::shared_ptr<const gpu::HostPins> pins_ KVFERRY_GUARDED_BY(mutex_);
 };
 
 // How a layout's groups take part in reuse; block_tokens 0: not at all.
@@ -56,11 +72,17 @@ std::vector<engine::ReuseGroup> reuse_groups_of(const mapping::RankLayout& layou
 // One side's compiled slice with everything that it points into. What the executor hands to the
 // copy threads.
 struct CompiledPlan : engine::Plan {
+  // Makes the form for the GPU where the layout's pages are, if they are on one. TOO_FRAGMENTED.
+  Status make_device_forms();
+
   std::shared_ptr<const RegisteredLayout> layout;
   std::shared_ptr<const mapping::Plan> plan;
   // Receiver, groups that clear their tail: cells to be cleared after the slice's scatter; null
   // where there are none.
   std::shared_ptr<const mapping::Plan> tail;
+  // The two as GPUs take them.
+  mutable DeviceForms forms;
+  mutable DeviceForms tail_forms;
 };
 
 }  // namespace kvferry::node
