@@ -11,25 +11,10 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
-extern "C" {
-
-// What this process has and has not given back. Host registrations, primary contexts (one per
-// retain) and IPC opens (one per open) are counted as often as they were taken.
-struct kvferry_fake_cuda_counts {
-  uint64_t allocations;   // cuMemAlloc
-  uint64_t handles;       // cuMemCreate, cuMemImportFromShareableHandle, cuMemRetain...: references
-  uint64_t reservations;  // cuMemAddressReserve
-  uint64_t mappings;      // cuMemMap
-  uint64_t ipc_opens;     // cuIpcOpenMemHandle
-  uint64_t registrations;  // cuMemHostRegister
-  uint64_t contexts;       // cuDevicePrimaryCtxRetain
-  uint64_t streams;
-  uint64_t events;  // created and opened
-  uint64_t modules;
-};
-}
+#include "tests/fake_cuda/counts.h"
 
 namespace kvferry::fake_cuda {
 
@@ -55,7 +40,9 @@ class Control {
   Counts live() const;
 
   // The nth call from now on (1 is the next) of `function`, or of any if empty, answers `code` and
-  // does nothing; just once. A code that CUDA calls sticky also ends the caller's current context.
+  // does nothing; just once. What gives something back (cuMemFree, cuStreamDestroy, ...) does that
+  // all the same. A code that CUDA calls sticky ends the caller's current context instead, and
+  // nothing is done.
   // "(device)" counts not calls but the work that streams do: copies, fills, launches.
   // nth 0 takes back what was set. At most one such failure is set at a time.
   void fail(const std::string& function, uint64_t nth, int code) const {
@@ -73,7 +60,8 @@ class Control {
   // Lets exactly `count` pieces of work run, while held, as long as there is some; says how many.
   uint64_t step(uint64_t count = 1) const { return step_(count); }
 
-  // The device fails with this sticky error: at once, for contexts of this process; its `ordinal`.
+  // The device `ordinal` fails with this sticky error, at once, for contexts of this process. For
+  // all processes of the machine: a file `fault.N` in its directory, with the code as text.
   void fault(int ordinal, int code) const { fault_(ordinal, code); }
 
   // Bytes allocated on a device of the machine by all processes together.
@@ -110,11 +98,12 @@ class Control {
 // of what it starts.
 struct Setup {
   int devices = 1;
+  int version = 13000;        // of CUDA
   uint64_t memory_mb = 1024;  // of each device
   uint64_t seed = 1;
-  uint64_t delay_us = 200;  // longest delay of a piece of work
-  std::string lacks;        // e.g. "fabric,peer"
-  std::string visible;      // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
+  uint64_t delay_us = 100;   // longest delay of a piece of work
+  std::string lacks = {};    // e.g. "fabric,peer"
+  std::string visible = {};  // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
 };
 
 // A fake machine of a test: a new directory for its memory, in /dev/shm where there is one, and the
@@ -186,6 +175,7 @@ inline Machine::Machine(const std::string& library, const Setup& setup) : contro
   directory_ = pattern;
   variables_ = {{"KVFERRY_FAKE_CUDA_DIR", directory_},
                 {"KVFERRY_FAKE_CUDA_DEVICES", std::to_string(setup.devices)},
+                {"KVFERRY_FAKE_CUDA_VERSION", std::to_string(setup.version)},
                 {"KVFERRY_FAKE_CUDA_MEMORY_MB", std::to_string(setup.memory_mb)},
                 {"KVFERRY_FAKE_CUDA_SEED", std::to_string(setup.seed)},
                 {"KVFERRY_FAKE_CUDA_DELAY_US", std::to_string(setup.delay_us)},
