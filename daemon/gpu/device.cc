@@ -9,50 +9,38 @@ namespace {
 
 // After one of these every call in the context answers the same: the context is lost.
 constexpr cuda::CUresult kSticky[] = {
-    cuda::CUDA_ERROR_ECC_UNCORRECTABLE,   cuda::CUDA_ERROR_NVLINK_UNCORRECTABLE,
-    cuda::CUDA_ERROR_ILLEGAL_ADDRESS,     cuda::CUDA_ERROR_LAUNCH_TIMEOUT,
+    cuda::CUDA_ERROR_ECC_UNCORRECTABLE,    cuda::CUDA_ERROR_NVLINK_UNCORRECTABLE,
+    cuda::CUDA_ERROR_ILLEGAL_ADDRESS,      cuda::CUDA_ERROR_LAUNCH_TIMEOUT,
     cuda::CUDA_ERROR_CONTEXT_IS_DESTROYED, cuda::CUDA_ERROR_ASSERT,
     cuda::CUDA_ERROR_HARDWARE_STACK_ERROR, cuda::CUDA_ERROR_ILLEGAL_INSTRUCTION,
-    cuda::CUDA_ERROR_MISALIGNED_ADDRESS,  cuda::CUDA_ERROR_INVALID_ADDRESS_SPACE,
-    cuda::CUDA_ERROR_INVALID_PC,          cuda::CUDA_ERROR_LAUNCH_FAILED,
-    cuda::CUDA_ERROR_EXTERNAL_DEVICE,
+    cuda::CUDA_ERROR_MISALIGNED_ADDRESS,   cuda::CUDA_ERROR_INVALID_ADDRESS_SPACE,
+    cuda::CUDA_ERROR_INVALID_PC,           cuda::CUDA_ERROR_LAUNCH_FAILED,
+    cuda::CUDA_ERROR_EXTERNAL_DEVICE,      cuda::CUDA_ERROR_CONTAINED,
 };
 
 bool is_sticky(cuda::CUresult result) {
   return std::find(std::begin(kSticky), std::end(kSticky), result) != std::end(kSticky);
 }
 
-std::string name_of_result(const cuda::Api& api, cuda::CUresult result) {
-  const char* name = nullptr;
-  if (api.cuGetErrorName(result, &name) != cuda::CUDA_SUCCESS || name == nullptr)
-    return "CUDA_ERROR_" + std::to_string(static_cast<int>(result));
-  return name;
-}
-
 // "CUDA_ERROR_OUT_OF_MEMORY" -> "CUDA_OUT_OF_MEMORY"
-std::string reason_of(std::string name) {
+std::string reason_of(const cuda::Driver& driver, cuda::CUresult result) {
   constexpr std::string_view kPrefix = "CUDA_ERROR_";
-  if (name.starts_with(kPrefix)) name.replace(0, kPrefix.size(), "CUDA_");
-  return name;
+  std::string name = driver.name_of(result);
+  return name.starts_with(kPrefix) ? name.replace(0, kPrefix.size(), "CUDA_") : "CUDA_UNKNOWN";
 }
 
-Error error_of(const cuda::Api& api, cuda::CUresult result, std::string_view call) {
-  const char* text = nullptr;
-  if (api.cuGetErrorString(result, &text) != cuda::CUDA_SUCCESS) text = nullptr;
-  const std::string name = name_of_result(api, result);
-  std::string message = std::string(call) + ": " + name;
-  if (text != nullptr) message += std::string(" (") + text + ")";
+Error error_of(const cuda::Driver& driver, cuda::CUresult result, std::string_view call) {
   Code code = Code::kInternal;
   if (is_sticky(result))
     code = Code::kUnavailable;
   else if (result == cuda::CUDA_ERROR_OUT_OF_MEMORY)
     code = Code::kResourceExhausted;
-  return {code, reason_of(name), std::move(message), {}};
+  return {code, reason_of(driver, result), driver.error(result, call).to_string(), {}};
 }
 
-Status checked(const cuda::Api& api, cuda::CUresult result, std::string_view call) {
+Status checked(const cuda::Driver& driver, cuda::CUresult result, std::string_view call) {
   if (result == cuda::CUDA_SUCCESS) return {};
-  return tl::unexpected<Error>(error_of(api, result, call));
+  return tl::unexpected<Error>(error_of(driver, result, call));
 }
 
 }  // namespace
@@ -74,11 +62,11 @@ Result<std::shared_ptr<const Device>> Device::open(std::shared_ptr<const cuda::D
                                                    int ordinal) {
   const cuda::Api& api = driver->api();
   cuda::CUdevice handle{};
-  KVFERRY_RETURN_IF_ERROR(checked(api, api.cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
+  KVFERRY_RETURN_IF_ERROR(checked(*driver, api.cuDeviceGet(&handle, ordinal), "cuDeviceGet"));
   std::shared_ptr<Device> device(new Device(std::move(driver), handle));
   KVFERRY_RETURN_IF_ERROR(device->read_facts(ordinal));
-  KVFERRY_RETURN_IF_ERROR(device->check(
-      api.cuDevicePrimaryCtxRetain(&device->context_, handle), "cuDevicePrimaryCtxRetain"));
+  KVFERRY_RETURN_IF_ERROR(device->check(api.cuDevicePrimaryCtxRetain(&device->context_, handle),
+                                        "cuDevicePrimaryCtxRetain"));
   return std::shared_ptr<const Device>(std::move(device));
 }
 
@@ -94,9 +82,9 @@ Status Device::read_facts(int ordinal) {
   for (std::size_t i = 0; i < facts_.uuid.size(); ++i)
     facts_.uuid[i] = static_cast<uint8_t>(uuid.bytes[i]);
   std::array<char, 256> name{};
-  KVFERRY_RETURN_IF_ERROR(check(
-      api().cuDeviceGetName(name.data(), static_cast<int>(name.size() - 1), handle_),
-      "cuDeviceGetName"));
+  KVFERRY_RETURN_IF_ERROR(
+      check(api().cuDeviceGetName(name.data(), static_cast<int>(name.size() - 1), handle_),
+            "cuDeviceGetName"));
   facts_.name = name.data();
   std::size_t total = 0;
   KVFERRY_RETURN_IF_ERROR(check(api().cuDeviceTotalMem(&total, handle_), "cuDeviceTotalMem"));
@@ -114,13 +102,12 @@ Status Device::read_facts(int ordinal) {
   facts_.sm_count = attribute(cuda::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, true);
   facts_.compute_major = attribute(cuda::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, true);
   facts_.compute_minor = attribute(cuda::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, true);
-  facts_.vmm =
-      attribute(cuda::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, false) != 0;
+  facts_.vmm = attribute(cuda::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, false) != 0;
   facts_.vmm_fd =
       facts_.vmm &&
       attribute(cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, false) != 0;
-  facts_.fabric = facts_.vmm &&
-                  attribute(cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, false) != 0;
+  facts_.fabric =
+      facts_.vmm && attribute(cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED, false) != 0;
   facts_.events_by_ipc = attribute(cuda::CU_DEVICE_ATTRIBUTE_IPC_EVENT_SUPPORTED, false) != 0;
   facts_.rdma_with_vmm =
       attribute(cuda::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED, false) != 0;
@@ -157,7 +144,7 @@ Device::Current::~Current() {
 
 Status Device::check(cuda::CUresult result, std::string_view call) const {
   if (result == cuda::CUDA_SUCCESS) return {};
-  Error error = error_of(api(), result, call);
+  Error error = error_of(*driver_, result, call);
   if (is_sticky(result)) take_down(error);
   return tl::unexpected<Error>(std::move(error));
 }
@@ -171,7 +158,8 @@ void Device::take_down(Error why) const {
 
 Error Device::down_error() const {
   MutexLock lock(mutex_);
-  return {Code::kUnavailable, "GPU_DOWN",
+  return {Code::kUnavailable,
+          "GPU_DOWN",
           to_string(facts_.uuid) + " has failed: " + why_.message + " (" + why_.reason + ")",
           {}};
 }
@@ -187,9 +175,9 @@ bool Device::reaches(const Device& other) const {
 Status Device::enable_peer(const Device& other) const {
   if (handle_ == other.handle_) return {};
   if (!reaches(other))
-    return fail(Code::kFailedPrecondition, "NO_PEER_ACCESS",
-                to_string(facts_.uuid) + " has no access to memory of " +
-                    to_string(other.facts_.uuid));
+    return fail(
+        Code::kFailedPrecondition, "NO_PEER_ACCESS",
+        to_string(facts_.uuid) + " has no access to memory of " + to_string(other.facts_.uuid));
   const Current current(*this);
   KVFERRY_RETURN_IF_ERROR(current.status());
   const cuda::CUresult result = api().cuCtxEnablePeerAccess(other.context_, 0);
@@ -211,7 +199,7 @@ Result<uint64_t> Device::free_bytes() const {
 Result<std::shared_ptr<const Devices>> Devices::open(std::shared_ptr<const cuda::Driver> driver) {
   const cuda::Api& api = driver->api();
   int count = 0;
-  KVFERRY_RETURN_IF_ERROR(checked(api, api.cuDeviceGetCount(&count), "cuDeviceGetCount"));
+  KVFERRY_RETURN_IF_ERROR(checked(*driver, api.cuDeviceGetCount(&count), "cuDeviceGetCount"));
   auto devices = std::make_shared<Devices>();
   devices->driver_ = driver;
   for (int ordinal = 0; ordinal < count; ++ordinal) {

@@ -171,8 +171,8 @@ struct Claim::Entry {
 
 // ---- pools -------------------------------------------------------------------------------------
 
-DevicePool::DevicePool(ImportKind kind, std::shared_ptr<const Memory> memory,
-                       uint64_t offset_bytes, uint64_t bytes)
+DevicePool::DevicePool(ImportKind kind, std::shared_ptr<const Memory> memory, uint64_t offset_bytes,
+                       uint64_t bytes)
     : Pool(as_pointer(memory->base + offset_bytes), bytes, memory->device.get()),
       kind_(kind),
       memory_(std::move(memory)) {}
@@ -288,8 +288,7 @@ Result<Imported> Imports::finish(const ImportRequest& request, ImportKind kind, 
     claim.entry_->memory = memory;
   }
   Imported out;
-  out.pool.reset(
-      new DevicePool(kind, std::move(memory), request.offset_bytes, request.bytes));
+  out.pool.reset(new DevicePool(kind, std::move(memory), request.offset_bytes, request.bytes));
   out.claim = std::move(claim);
   return out;
 }
@@ -354,8 +353,8 @@ Result<Imported> Imports::import_fabric(const ImportRequest& request, const Hand
     std::memcpy(&value, handle.data(), sizeof value);
     auto mapping = Mapping::reserve(*device, total);
     KVFERRY_RETURN_IF_ERROR(mapping);
-    KVFERRY_RETURN_IF_ERROR(mapping->add(&value, cuda::CU_MEM_HANDLE_TYPE_FABRIC, total,
-                                         request.field + ".handle"));
+    KVFERRY_RETURN_IF_ERROR(
+        mapping->add(&value, cuda::CU_MEM_HANDLE_TYPE_FABRIC, total, request.field + ".handle"));
     KVFERRY_RETURN_IF_ERROR(mapping->open_access(devices_->all()));
     claimed->memory = std::make_shared<DevicePool::Memory>(core_, std::move(*mapping),
                                                            claimed->claim.entry_->identity);

@@ -1,7 +1,7 @@
 // Workers' memory on a GPU, imported from what a worker hands over: a CUDA IPC handle, file
-// descriptors of VMM allocations, or a fabric handle. The worker is not trusted: the import is tried
-// out at once, sizes are compared with what the driver says, and nothing outside [offset, offset +
-// bytes) of what was told is ever used.
+// descriptors of VMM allocations, or a fabric handle. The worker is not trusted: the import is
+// tried out at once, sizes are compared with what the driver says, and nothing outside [offset,
+// offset + bytes) of what was told is ever used.
 //
 // A handle that is a value proves nothing, as whoever reads it can repeat it. The caller asks for
 // a proof (Imports::read) before he lets the pool be used, and an allocation belongs to one worker

@@ -79,9 +79,8 @@ Result<Mapping> Mapping::reserve(std::shared_ptr<const Device> device, uint64_t 
   const Device::Current current(*device);
   KVFERRY_RETURN_IF_ERROR(current.status());
   cuda::CUdeviceptr base = 0;
-  KVFERRY_RETURN_IF_ERROR(
-      device->check(device->api().cuMemAddressReserve(&base, bytes, 0, 0, 0),
-                    "cuMemAddressReserve"));
+  KVFERRY_RETURN_IF_ERROR(device->check(device->api().cuMemAddressReserve(&base, bytes, 0, 0, 0),
+                                        "cuMemAddressReserve"));
   Mapping out;
   out.device_ = std::move(device);
   out.base_ = base;

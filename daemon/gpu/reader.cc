@@ -16,8 +16,8 @@ Result<std::unique_ptr<Reader>> Reader::make(std::shared_ptr<const Device> devic
   const Device& gpu = *reader->device_;
   const Device::Current current(gpu);
   KVFERRY_RETURN_IF_ERROR(current.status());
-  void* page = ::mmap(nullptr, kMaxBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                      0);
+  void* page =
+      ::mmap(nullptr, kMaxBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (page == MAP_FAILED) return fail_errno("MEMORY_EXHAUSTED", "mmap", errno);
   reader->page_ = static_cast<std::byte*>(page);
   // A copy to pageable memory would wait inside the call, for as long as it likes.
@@ -56,8 +56,8 @@ Status Reader::read(cuda::CUdeviceptr from, std::span<std::byte> out, Duration l
   const cuda::Api& api = device_->api();
   const Device::Current current(*device_);
   KVFERRY_RETURN_IF_ERROR(current.status());
-  KVFERRY_RETURN_IF_ERROR(device_->check(
-      api.cuMemcpyDtoHAsync(page_, from, out.size(), stream_), "cuMemcpyDtoHAsync"));
+  KVFERRY_RETURN_IF_ERROR(
+      device_->check(api.cuMemcpyDtoHAsync(page_, from, out.size(), stream_), "cuMemcpyDtoHAsync"));
   const Time deadline = monotonic_now() + limit;
   auto pause = std::chrono::microseconds(20);
   for (;;) {

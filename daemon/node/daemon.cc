@@ -271,8 +271,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   registry_config.kinds = pool_kinds(config);
   registry_config.imports = gpu.imports.get();
   registry_config.no_gpu = gpu.why_not;
-  registry =
-      std::make_unique<Registry>(*engine, *directory, *metrics, std::move(registry_config));
+  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(registry_config));
   Admin::Facts facts;
   facts.version = ops::version();
   facts.commit = ops::commit();

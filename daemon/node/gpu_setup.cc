@@ -15,9 +15,7 @@ constexpr std::pair<rpc::PoolKind, gpu::ImportKind> kDeviceKinds[] = {
 
 Result<std::shared_ptr<const gpu::Devices>> open_devices(const ops::GpuConfig& config) {
   auto driver = cuda::Driver::load(config.driver);
-  if (!driver)
-    return fail(Code::kUnavailable, "NO_CUDA_DRIVER",
-                driver.error().call + ": " + driver.error().message);
+  if (!driver) return fail(Code::kUnavailable, "NO_CUDA_DRIVER", driver.error().to_string());
   return gpu::Devices::open(std::move(*driver));
 }
 

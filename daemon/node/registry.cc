@@ -186,8 +186,8 @@ Status Registry::check_usable(const Pool& pool, const RegisteredLayout& layout,
     return fail(Code::kFailedPrecondition, "POOL_NOT_PROVEN",
                 "its challenge has not been answered by ProvePools", field + ".name");
   if (pool.memory->failed())
-    return fail(Code::kFailedPrecondition, "POOL_FAILED",
-                "its memory could not be reached before", field + ".name");
+    return fail(Code::kFailedPrecondition, "POOL_FAILED", "its memory could not be reached before",
+                field + ".name");
   if (!layout.pools.empty() && layout.pools.front()->device() != pool.memory->device())
     return invalid(field + ".name", "POOLS_OF_SEVERAL_DEVICES",
                    "all pools of a layout are on one device, or all on the host");
@@ -248,9 +248,12 @@ Result<rpc::LayoutRegistration> Registry::register_layout(
     answer.existing = true;
     if (!request.incarnation.is_zero() && request.incarnation != answer.incarnation)
       return registered_otherwise("incarnation");
-    if (request.instance_key != old->second.request.instance_key) return registered_otherwise("instance_key");
-    if (request.reuse_key != old->second.request.reuse_key) return registered_otherwise("reuse_key");
-    if (request.hash_scheme != old->second.request.hash_scheme) return registered_otherwise("reuse_hash_scheme");
+    if (request.instance_key != old->second.request.instance_key)
+      return registered_otherwise("instance_key");
+    if (request.reuse_key != old->second.request.reuse_key)
+      return registered_otherwise("reuse_key");
+    if (request.hash_scheme != old->second.request.hash_scheme)
+      return registered_otherwise("reuse_hash_scheme");
     if (request.layout != old->second.request.layout) return registered_otherwise("layout");
     return answer;
   }
@@ -394,23 +397,23 @@ Result<rpc::TicketOutcome> Registry::get_ticket(rpc::Session& session,
 void Registry::resolve(rpc::Session& /*session*/, const std::string& ticket,
                        std::shared_ptr<const engine::LayoutHandle> layout, Time deadline,
                        rpc::Done<rpc::ResolveOutcome> done) {
-  directory_.probe(ticket, std::dynamic_pointer_cast<const RegisteredLayout>(std::move(layout)),
-                   deadline,
-                   [done = std::move(done), rails = config_.transports](Result<ProbeOutcome> probed) {
-                     if (!probed) {
-                       done(tl::unexpected(probed.error()));
-                       return;
-                     }
-                     rpc::ResolveOutcome outcome;
-                     outcome.reachable = probed->reachable;
-                     outcome.compatible = probed->compatible;
-                     outcome.problem = std::move(probed->problem);
-                     if (probed->reachable) outcome.transport = probed->local ? "local" : rails;
-                     outcome.instance = probed->instance.substr(probed->instance.find('/') + 1);
-                     outcome.incarnation = probed->incarnation;
-                     outcome.rank_count = probed->rank_count;
-                     done(std::move(outcome));
-                   });
+  directory_.probe(
+      ticket, std::dynamic_pointer_cast<const RegisteredLayout>(std::move(layout)), deadline,
+      [done = std::move(done), rails = config_.transports](Result<ProbeOutcome> probed) {
+        if (!probed) {
+          done(tl::unexpected(probed.error()));
+          return;
+        }
+        rpc::ResolveOutcome outcome;
+        outcome.reachable = probed->reachable;
+        outcome.compatible = probed->compatible;
+        outcome.problem = std::move(probed->problem);
+        if (probed->reachable) outcome.transport = probed->local ? "local" : rails;
+        outcome.instance = probed->instance.substr(probed->instance.find('/') + 1);
+        outcome.incarnation = probed->incarnation;
+        outcome.rank_count = probed->rank_count;
+        done(std::move(outcome));
+      });
 }
 
 Result<rpc::TicketFacts> Registry::parse_ticket(const rpc::Session& session,

@@ -27,10 +27,10 @@
 namespace kvferry::node {
 
 struct RegistryConfig {
-  std::string transports;                // what the rails offer, as "shm,tcp"
+  std::string transports;                                     // what the rails offer, as "shm,tcp"
   std::vector<rpc::PoolKind> kinds{rpc::PoolKind::kHostShm};  // that workers may register
-  gpu::Imports* imports = nullptr;       // null: no GPU
-  std::string no_gpu = "the daemon has none";  // why
+  gpu::Imports* imports = nullptr;                            // null: no GPU
+  std::string no_gpu = "the daemon has none";                 // why
   // Until when a worker has to answer a pool's challenge.
   Duration proof_limit = std::chrono::seconds(10);
 };

@@ -276,15 +276,14 @@ Result<bool> Registry::check_proofs(rpc::Session& session, const std::vector<std
       if (pool == it->second.pools.end())
         return fail(Code::kNotFound, "POOL_UNKNOWN",
                     "not registered by this worker, or not proven in time", pool_field(i));
-      if (pool->second.challenge)
-        open.push_back({i, pool->second.memory, *pool->second.challenge});
+      if (pool->second.challenge) open.push_back({i, pool->second.memory, *pool->second.challenge});
     }
   }
   // One that is wrong says nothing against the others; the first error is told.
   Status first;
   for (const Open& one : open) {
-    Status proven = check_proof(session, names[one.index], one.memory, one.challenge,
-                                pool_field(one.index));
+    Status proven =
+        check_proof(session, names[one.index], one.memory, one.challenge, pool_field(one.index));
     if (!proven && first) first = std::move(proven);
   }
   KVFERRY_RETURN_IF_ERROR(first);
@@ -323,8 +322,8 @@ Status Registry::check_proof(rpc::Session& session, const std::string& name,
     it->second.pools.erase(entry);
     export_gauges();
   }
-  ops::log_warning("pool not proven", {ops::field("worker", session.facts().name),
-                                       ops::field("pool", name)});
+  ops::log_warning("pool not proven",
+                   {ops::field("worker", session.facts().name), ops::field("pool", name)});
   return fail(Code::kPermissionDenied, "POOL_PROOF_WRONG",
               "the memory does not hold what was asked for; the pool has been dropped", field);
 }
@@ -357,8 +356,8 @@ void Registry::drop_unproven() {
     export_gauges();
   }
   for (const auto& [worker, pool] : dropped)
-    ops::log_warning("pool not proven in time", {ops::field("worker", worker),
-                                                 ops::field("pool", pool.request.name)});
+    ops::log_warning("pool not proven in time",
+                     {ops::field("worker", worker), ops::field("pool", pool.request.name)});
   if (next != Time::never()) watch_challenges(next);
 }
 

@@ -80,14 +80,15 @@ Section arena_section(ArenaConfig& arena) {
 }
 
 Section gpu_section(GpuConfig& gpu) {
-  return {"gpu",
-          "Workers' memory on GPUs.",
-          {{"enabled", "auto: if there is one. on: a machine without is an error. off.",
-            choice_binding<GpuUse>(
-                gpu.enabled, {{"auto", GpuUse::kAuto}, {"on", GpuUse::kOn}, {"off", GpuUse::kOff}})},
-           {"driver", "The CUDA driver's library, by name or path.", text_binding(gpu.driver)},
-           {"streams", "Copies that a device may carry out side by side.",
-            count_binding<uint32_t>(gpu.streams, 1, 32)}}};
+  return {
+      "gpu",
+      "Workers' memory on GPUs.",
+      {{"enabled", "auto: if there is one. on: a machine without is an error. off.",
+        choice_binding<GpuUse>(
+            gpu.enabled, {{"auto", GpuUse::kAuto}, {"on", GpuUse::kOn}, {"off", GpuUse::kOff}})},
+       {"driver", "The CUDA driver's library, by name or path.", text_binding(gpu.driver)},
+       {"streams", "Copies that a device may carry out side by side.",
+        count_binding<uint32_t>(gpu.streams, 1, 32)}}};
 }
 
 Section rails_section(RailsConfig& rails) {

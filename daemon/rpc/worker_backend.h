@@ -39,8 +39,8 @@ struct PoolRequest {
   PoolKind kind = PoolKind::kHostShm;
   uint64_t bytes = 0;
   uint64_t offset_bytes = 0;
-  std::array<uint8_t, 64> handle{};     // of value kinds
-  std::vector<uint8_t> device_uuid;     // 16 bytes; host pools: empty
+  std::array<uint8_t, 64> handle{};  // of value kinds
+  std::vector<uint8_t> device_uuid;  // 16 bytes; host pools: empty
   bool operator==(const PoolRequest&) const = default;
 };
 

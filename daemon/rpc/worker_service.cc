@@ -71,14 +71,14 @@ class Service final : public v1::WorkerService::CallbackService {
   grpc::ServerUnaryReactor* RegisterPools(Context* context, const v1::RegisterPoolsRequest* request,
                                           v1::RegisterPoolsResponse* response) override {
     return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
-      auto pools = pools_of(*request, [&](PoolKind kind) { return backend_.check_pool_kind(kind); });
+      auto pools =
+          pools_of(*request, [&](PoolKind kind) { return backend_.check_pool_kind(kind); });
       KVFERRY_RETURN_IF_ERROR(pools);
-      backend_.register_pools(session, std::move(*pools),
-                              [response, finish](Result<PoolsOutcome> outcome) {
-                                if (outcome) to_proto(*outcome, *response);
-                                finish(outcome ? Status{}
-                                               : Status(tl::unexpected(outcome.error())));
-                              });
+      backend_.register_pools(
+          session, std::move(*pools), [response, finish](Result<PoolsOutcome> outcome) {
+            if (outcome) to_proto(*outcome, *response);
+            finish(outcome ? Status{} : Status(tl::unexpected(outcome.error())));
+          });
       return {};
     });
   }
