@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <vector>
 
 namespace kvferry::ctl {
@@ -294,8 +295,15 @@ std::string status_text(const Json& s) {
 std::string workers_text(const Json& json) {
   const auto pools = [](const Json& row) {
     double sum = 0;
-    for (const Json& pool : row.at("pools")) sum += pool.at("bytes").get<double>();
-    return std::to_string(row.at("pools").size()) + ", " + human_bytes(sum);
+    std::map<std::string, uint64_t> kinds;
+    for (const Json& pool : row.at("pools")) {
+      sum += pool.at("bytes").get<double>();
+      ++kinds[printable(pool.at("kind").get<std::string>())];
+    }
+    std::string out;
+    for (const auto& [kind, count] : kinds)
+      out += (out.empty() ? "" : " + ") + std::to_string(count) + " " + kind;
+    return out.empty() ? "-" : out + ", " + human_bytes(sum);
   };
   const auto layouts = [](const Json& row) {
     std::string out;

@@ -13,6 +13,7 @@
 #include "daemon/node/admin.h"
 #include "daemon/node/directory.h"
 #include "daemon/node/engine_thread.h"
+#include "daemon/node/gpu_setup.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/registry.h"
 #include "daemon/node/task_pool.h"
@@ -138,6 +139,7 @@ std::string host_part(const std::string& address) {
 struct Daemon::Impl {
   ops::Config config;
   BootId boot;
+  Gpu gpu;
   memory::HostArena arena;
   std::unique_ptr<ops::Metrics> metrics;
   ops::Watchdog watchdog;
@@ -172,6 +174,9 @@ struct Daemon::Impl {
 // Memory, threads and the rails; the peers' listener for its port.
 Status Daemon::Impl::make_core() {
   random_bytes(boot.bytes);
+  auto opened = open_gpu(config);
+  KVFERRY_RETURN_IF_ERROR(opened);
+  gpu = std::move(*opened);
   const engine::EngineConfig engine_settings = engine_config(config, boot);
   memory::SharedMemoryOptions memory_options;
   memory_options.huge_pages = true;
@@ -260,10 +265,13 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
     }
   }
   engine = std::make_unique<EngineThread>(std::move(parts));
-  std::string transports;
+  RegistryConfig registry_config;
   for (const std::string& transport : config.rails.transports)
-    transports += (transports.empty() ? "" : ",") + transport;
-  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(transports));
+    registry_config.transports += (registry_config.transports.empty() ? "" : ",") + transport;
+  registry_config.kinds = pool_kinds(config);
+  registry_config.imports = gpu.imports.get();
+  registry_config.no_gpu = gpu.why_not;
+  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(registry_config));
   Admin::Facts facts;
   facts.version = ops::version();
   facts.commit = ops::commit();
@@ -411,6 +419,7 @@ void Daemon::stop() {
   if (d.look_ups) d.look_ups->stop();
   if (d.compiles) d.compiles->stop();
   if (d.packer) d.packer->stop();
+  if (d.registry) d.registry->stop();
   if (d.http) d.http->join();
 }
 

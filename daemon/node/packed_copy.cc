@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "daemon/mapping/packed.h"
+#include "daemon/memory/host_pool.h"
 
 namespace kvferry::node {
 namespace {

@@ -69,7 +69,7 @@ bool RegisteredLayout::shares_pages(const LayoutHandle& other) const {
   if (there == nullptr) return true;
   return std::any_of(pools.begin(), pools.end(), [&](const auto& pool) {
     return std::any_of(there->pools.begin(), there->pools.end(),
-                       [&](const auto& another) { return pool->same_file(*another); });
+                       [&](const auto& another) { return pool->same_memory(*another); });
   });
 }
 

@@ -16,7 +16,7 @@
 #include "daemon/engine/ports.h"
 #include "daemon/mapping/layout.h"
 #include "daemon/mapping/plan.h"
-#include "daemon/memory/host_pool.h"
+#include "daemon/memory/pool.h"
 
 namespace kvferry::node {
 
@@ -25,17 +25,21 @@ using InstanceKey = std::array<uint8_t, 16>;  // never logged, never sent
 struct RegisteredLayout : engine::LayoutHandle {
   // LayoutHandle: worker, instance ("tenant/name"), incarnation, rank, dp_group, reuse_space,
   // reuse_groups.
-  mapping::RankLayout layout;                            // validated
-  mapping::Holding holding;                              // mapping::holding_of(layout)
-  std::vector<std::shared_ptr<memory::HostPool>> pools;  // as layout.pools
+  mapping::RankLayout layout;  // validated
+  mapping::Holding holding;    // mapping::holding_of(layout)
+  // As layout.pools; all on the host, or all on one device.
+  std::vector<std::shared_ptr<memory::Pool>> pools;
   uint64_t generation = 0;  // this rank's count of registrations, from 1
   std::optional<InstanceKey> instance_key;
 
   // Worked out by the mapping at the first question about a pair of groups, then remembered. Any
   // thread.
   bool serves(uint32_t group, const LayoutHandle& other, uint32_t other_group) const override;
-  // Whether some pool of both is of one file, wherever in it the blocks lie.
+  // Whether some pool of both is of the same memory, wherever in it the blocks lie.
   bool shares_pages(const LayoutHandle& other) const override;
+
+  // Where its pages are; null: on the host.
+  const gpu::Device* device() const { return pools.empty() ? nullptr : pools.front()->device(); }
 
  private:
   // Numbers are never used twice, as addresses are.

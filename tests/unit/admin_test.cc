@@ -50,7 +50,7 @@ class FakeBackend : public AdminBackend {
     worker.tenant = "default";
     worker.role = "rank";
     worker.pid = 42;
-    worker.pools = {{"kv", "host_shm", 3ULL << 30}};
+    worker.pools = {{"kv", "host_shm", 3ULL << 30}, {"gpu", "cuda_ipc", 1ULL << 30}};
     worker.layouts = {{"llama", 1, 2, 1, 64}};
     done(std::vector<WorkerInfo>{worker});
   }
@@ -238,7 +238,7 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
 
   CHECK(ctl("status").first.find("node         node-a\n") != std::string::npos);
   CHECK(ctl("workers").first.find("prefill-0") != std::string::npos);
-  CHECK(ctl("workers").first.find("1, 3.0 GiB") != std::string::npos);
+  CHECK(ctl("workers").first.find("1 cuda_ipc + 1 host_shm, 4.0 GiB") != std::string::npos);
   CHECK(ctl("transfers").first.find("PEER_LOST") != std::string::npos);
   CHECK(ctl("rails").first.find("UCX_TLS=tcp") != std::string::npos);
   CHECK(ctl("arenas").first.find("25%") != std::string::npos);
