@@ -11,25 +11,10 @@
 #include <filesystem>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
-extern "C" {
-
-// What this process has and has not given back. Host registrations, primary contexts (one per
-// retain) and IPC opens (one per open) are counted as often as they were taken.
-struct kvferry_fake_cuda_counts {
-  uint64_t allocations;   // cuMemAlloc
-  uint64_t handles;       // cuMemCreate, cuMemImportFromShareableHandle, cuMemRetain...: references
-  uint64_t reservations;  // cuMemAddressReserve
-  uint64_t mappings;      // cuMemMap
-  uint64_t ipc_opens;     // cuIpcOpenMemHandle
-  uint64_t registrations;  // cuMemHostRegister
-  uint64_t contexts;       // cuDevicePrimaryCtxRetain
-  uint64_t streams;
-  uint64_t events;  // created and opened
-  uint64_t modules;
-};
-}
+#include "tests/fake_cuda/counts.h"
 
 namespace kvferry::fake_cuda {
 
@@ -73,7 +58,8 @@ class Control {
   // Lets exactly `count` pieces of work run, while held, as long as there is some; says how many.
   uint64_t step(uint64_t count = 1) const { return step_(count); }
 
-  // The device fails with this sticky error: at once, for contexts of this process; its `ordinal`.
+  // The device `ordinal` fails with this sticky error, at once, for contexts of this process. For
+  // all processes of the machine: a file `fault.N` in its directory, with the code as text.
   void fault(int ordinal, int code) const { fault_(ordinal, code); }
 
   // Bytes allocated on a device of the machine by all processes together.
@@ -112,7 +98,7 @@ struct Setup {
   int devices = 1;
   uint64_t memory_mb = 1024;  // of each device
   uint64_t seed = 1;
-  uint64_t delay_us = 200;  // longest delay of a piece of work
+  uint64_t delay_us = 100;  // longest delay of a piece of work
   std::string lacks;        // e.g. "fabric,peer"
   std::string visible;      // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
 };
