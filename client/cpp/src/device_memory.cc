@@ -3,10 +3,10 @@
 namespace kvferry::client {
 namespace {
 
-cuda::CUmemAllocationProp properties_for(const Gpu& gpu) {
+cuda::CUmemAllocationProp properties_for(const Gpu& gpu, cuda::CUmemAllocationHandleType handles) {
   cuda::CUmemAllocationProp prop{};
   prop.type = cuda::CU_MEM_ALLOCATION_TYPE_PINNED;
-  prop.requestedHandleTypes = cuda::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  prop.requestedHandleTypes = handles;
   prop.location = {cuda::CU_MEM_LOCATION_TYPE_DEVICE, gpu.handle()};
   if (gpu.has(cuda::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED))
     prop.allocFlags.gpuDirectRDMACapable = 1;
@@ -15,27 +15,31 @@ cuda::CUmemAllocationProp properties_for(const Gpu& gpu) {
 
 }  // namespace
 
-Result<std::unique_ptr<DeviceMemory>> DeviceMemory::allocate(std::shared_ptr<const Gpu> gpu,
-                                                             uint64_t bytes,
-                                                             Gpu::Deadline deadline) {
+Result<std::unique_ptr<DeviceMemory>> DeviceMemory::allocate(
+    std::shared_ptr<const Gpu> gpu, uint64_t bytes, Gpu::Deadline deadline,
+    cuda::CUmemAllocationHandleType handles) {
+  const auto shared_so = handles == kFileDescriptor
+                             ? cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
+                             : cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED;
   if (!gpu->has(cuda::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) ||
-      !gpu->has(cuda::CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED))
+      !gpu->has(shared_so))
     return Error{Code::kUnimplemented,
                  "VMM_UNSUPPORTED",
-                 "the device has no memory that is shared by file descriptor: allocate with "
-                 "cudaMalloc and hand it over with export_pool",
+                 "the device has no memory that is shared so: allocate with cudaMalloc and hand it "
+                 "over with export_pool",
                  "device",
                  {}};
   std::unique_ptr<DeviceMemory> memory(new DeviceMemory(std::move(gpu)));
-  if (auto made = memory->make(bytes, deadline); !made) return made.error();
+  if (auto made = memory->make(bytes, deadline, handles); !made) return made.error();
   return memory;
 }
 
-Status DeviceMemory::make(uint64_t bytes, Gpu::Deadline deadline) {
+Status DeviceMemory::make(uint64_t bytes, Gpu::Deadline deadline,
+                          cuda::CUmemAllocationHandleType handles) {
   const Gpu::Current current(*gpu_);
   if (!current) return current.error();
   const cuda::Api& api = gpu_->api();
-  const cuda::CUmemAllocationProp prop = properties_for(*gpu_);
+  const cuda::CUmemAllocationProp prop = properties_for(*gpu_, handles);
   std::size_t granularity = 0;
   if (auto got = gpu_->check(api.cuMemGetAllocationGranularity(
                                  &granularity, &prop, cuda::CU_MEM_ALLOC_GRANULARITY_MINIMUM),

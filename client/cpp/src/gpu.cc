@@ -142,17 +142,15 @@ Status Gpu::clear(uint64_t address, uint64_t bytes, Deadline deadline) const {
 
 // ---- all of them -------------------------------------------------------------------------------
 
-Result<std::shared_ptr<Gpus>> Gpus::load() {
+std::string Gpus::library() {
   const char* named = std::getenv("KVFERRY_CUDA_DRIVER");
-  const bool given = named != nullptr && *named != '\0';
-  auto driver = cuda::Driver::load(given ? named : cuda::Driver::kDefaultLibrary);
+  return named != nullptr && *named != '\0' ? named : cuda::Driver::kDefaultLibrary;
+}
+
+Result<std::shared_ptr<Gpus>> Gpus::load(const std::string& library) {
+  auto driver = cuda::Driver::load(library);
   if (driver) return std::shared_ptr<Gpus>(new Gpus(std::move(*driver)));
-  return Error{Code::kFailedPrecondition,
-               "NO_CUDA_DRIVER",
-               driver.error().to_string() +
-                   (given ? " (KVFERRY_CUDA_DRIVER=" + std::string(named) + ")" : std::string()),
-               {},
-               {}};
+  return Error{Code::kFailedPrecondition, "NO_CUDA_DRIVER", driver.error().to_string(), {}, {}};
 }
 
 Result<std::shared_ptr<const Gpu>> Gpus::gpu(int ordinal) {

@@ -88,8 +88,10 @@ class Gpu {
 
 class Gpus {
  public:
-  // The library is KVFERRY_CUDA_DRIVER or libcuda.so.1. FAILED_PRECONDITION NO_CUDA_DRIVER.
-  static Result<std::shared_ptr<Gpus>> load();
+  // The library is KVFERRY_CUDA_DRIVER or libcuda.so.1 ...
+  static std::string library();
+  // ... unless another is named. FAILED_PRECONDITION NO_CUDA_DRIVER.
+  static Result<std::shared_ptr<Gpus>> load(const std::string& library = Gpus::library());
 
   const cuda::Driver& driver() const { return *driver_; }
   // Opened when asked for first.
