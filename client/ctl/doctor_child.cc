@@ -10,9 +10,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <initializer_list>
 #include <iostream>
+#include <utility>
 #include <vector>
 
 #include "client/cpp/src/gpu.h"
@@ -98,7 +101,7 @@ ChildAnswer run_child(const std::string& program, const ChildRequest& request) {
   if (request.cuda_driver.size() >= sizeof(Wire::cuda_driver))
     return {false, "the driver's path is too long"};
   const Pipe in = Pipe::make();
-  const Pipe out = Pipe::make();
+  Pipe out = Pipe::make();
   // Numbers beyond those that the child's own are put at.
   const UniqueFd shared(request.fd < 0 ? -1 : ::fcntl(request.fd, F_DUPFD_CLOEXEC, 10));
   if (!in.read || !out.read) return {false, "no pipe: out of descriptors"};
@@ -124,7 +127,7 @@ ChildAnswer run_child(const std::string& program, const ChildRequest& request) {
   ::sigaction(SIGPIPE, &ignore, &before);
   (void)!::write(in.write.get(), &wire, sizeof wire);
   ::sigaction(SIGPIPE, &before, nullptr);
-  const_cast<UniqueFd&>(out.write).reset();
+  out.write.reset();
   std::string text = read_all(out.read.get(), deadline);
   const int status = reap(child, deadline);
   if (const auto end = text.find('\n'); end != std::string::npos) text.resize(end);
@@ -236,6 +239,14 @@ ChildAnswer import_memory(const Wire& wire) {
 
 // "1.13.1 (/usr/lib/x86_64-linux-gnu/libucp.so.0), memory: host".
 ChildAnswer find_ucx() {
+  // It shall say nothing on the standard output, and take nothing of this process.
+  for (const auto& [name, value] : std::initializer_list<std::pair<const char*, const char*>>{
+           {"UCX_LOG_LEVEL", "fatal"},
+           {"UCX_HANDLE_ERRORS", "none"},
+           {"UCX_VFS_ENABLE", "n"},
+           {"UCX_MEM_MMAP_HOOK_MODE", "none"},
+           {"UCX_WARN_UNUSED_ENV_VARS", "n"}})
+    ::setenv(name, value, 1);
   void* library = ::dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return {false, "no libucp.so.0"};
   using VersionText = const char* (*)();

@@ -40,30 +40,33 @@ Error not_device(bool known) {
 // A reference to the allocation behind an address, for as long as the object lives.
 class Allocation {
  public:
-  static std::optional<Allocation> at(const cuda::Api& api, uint64_t address) {
+  // Nothing where nothing is mapped.
+  static Result<std::optional<Allocation>> at(const Gpu& gpu, uint64_t address) {
     cuda::CUmemGenericAllocationHandle handle = 0;
-    if (api.cuMemRetainAllocationHandle(&handle, reinterpret_cast<void*>(address)) !=
-        cuda::CUDA_SUCCESS)
-      return std::nullopt;
-    return Allocation(api, handle);
+    const auto result =
+        gpu.api().cuMemRetainAllocationHandle(&handle, reinterpret_cast<void*>(address));
+    if (result == cuda::CUDA_SUCCESS) return std::optional(Allocation(gpu, handle));
+    if (result == cuda::CUDA_ERROR_INVALID_VALUE) return std::optional<Allocation>();
+    return cuda_error(gpu.driver(), result, "cuMemRetainAllocationHandle");
   }
   Allocation(Allocation&& other) noexcept
-      : api_(other.api_), handle_(std::exchange(other.handle_, 0)) {}
+      : gpu_(other.gpu_), handle_(std::exchange(other.handle_, 0)) {}
   Allocation& operator=(Allocation&&) = delete;
   ~Allocation() {
-    if (handle_ != 0) static_cast<void>(api_.cuMemRelease(handle_));
+    if (handle_ != 0) static_cast<void>(gpu_.api().cuMemRelease(handle_));
   }
   cuda::CUmemGenericAllocationHandle handle() const { return handle_; }
   // Whether the address belongs to the same one.
-  bool covers(uint64_t address) const {
-    const auto other = at(api_, address);
-    return other && other->handle_ == handle_;
+  Result<bool> covers(uint64_t address) const {
+    const auto other = at(gpu_, address);
+    if (!other) return other.error();
+    return *other && (*other)->handle_ == handle_;
   }
 
  private:
-  Allocation(const cuda::Api& api, cuda::CUmemGenericAllocationHandle handle)
-      : api_(api), handle_(handle) {}
-  const cuda::Api& api_;
+  Allocation(const Gpu& gpu, cuda::CUmemGenericAllocationHandle handle)
+      : gpu_(gpu), handle_(handle) {}
+  const Gpu& gpu_;
   cuda::CUmemGenericAllocationHandle handle_;
 };
 
@@ -98,16 +101,23 @@ Error not_exportable() {
       "alloc_device_pool");
 }
 
-// The whole mapping of the allocation around `address`, which is a multiple of the granularity.
-DeviceExport::Part mapping_around(const Allocation& allocation, uint64_t address,
-                                  uint64_t granularity) {
+// The whole mapping of the allocation around `address`, which is a multiple of the granularity. An
+// error is not taken for an end: a part that began too late would stand for other bytes.
+Result<DeviceExport::Part> mapping_around(const Allocation& allocation, uint64_t address,
+                                          uint64_t granularity) {
   uint64_t begin = address;
   uint64_t end = address + granularity;
-  for (uint64_t n = 0; n < kMaxGranules && begin >= granularity; ++n, begin -= granularity)
-    if (!allocation.covers(begin - granularity)) break;
-  for (uint64_t n = 0; n < kMaxGranules; ++n, end += granularity)
-    if (!allocation.covers(end)) break;
-  return {begin, end - begin};
+  for (uint64_t n = 0; n < kMaxGranules && begin >= granularity; ++n, begin -= granularity) {
+    const auto covers = allocation.covers(begin - granularity);
+    if (!covers) return covers.error();
+    if (!*covers) break;
+  }
+  for (uint64_t n = 0; n < kMaxGranules; ++n, end += granularity) {
+    const auto covers = allocation.covers(end);
+    if (!covers) return covers.error();
+    if (!*covers) break;
+  }
+  return DeviceExport::Part{begin, end - begin};
 }
 
 Result<std::string> fabric_handle(const Gpu& gpu, const Allocation& allocation) {
@@ -132,7 +142,9 @@ Result<DeviceExport> describe_mapped(const std::shared_ptr<const Gpu>& gpu, uint
   out.gpu = gpu;
   uint64_t at = pointer;
   while (at < pointer + bytes) {
-    const auto allocation = Allocation::at(gpu->api(), at);
+    const auto found = Allocation::at(*gpu, at);
+    if (!found) return found.error();
+    const std::optional<Allocation>& allocation = *found;
     if (!allocation) {
       if (at != pointer)
         return bad_size("POOL_TOO_SMALL",
@@ -149,7 +161,9 @@ Result<DeviceExport> describe_mapped(const std::shared_ptr<const Gpu>& gpu, uint
     const bool by_fabric = (properties->handle_types & cuda::CU_MEM_HANDLE_TYPE_FABRIC) != 0;
     if (!by_fd && !by_fabric) return not_exportable();
     const uint64_t granule = at - at % properties->granularity;
-    const DeviceExport::Part part = mapping_around(*allocation, granule, properties->granularity);
+    const auto mapping = mapping_around(*allocation, granule, properties->granularity);
+    if (!mapping) return mapping.error();
+    const DeviceExport::Part part = *mapping;
     if (at == pointer) {
       out.offset = pointer - part.address;
       out.kind = by_fd ? DeviceKind::kVmmFd : DeviceKind::kFabric;
@@ -239,7 +253,9 @@ Result<DeviceExport> describe(Gpus& gpus, uint64_t pointer, uint64_t bytes) {
 Result<UniqueFd> export_part(const Gpu& gpu, const DeviceExport::Part& part) {
   const Gpu::Current current(gpu);
   if (!current) return current.error();
-  const auto allocation = Allocation::at(gpu.api(), part.address);
+  const auto found = Allocation::at(gpu, part.address);
+  if (!found) return found.error();
+  const std::optional<Allocation>& allocation = *found;
   if (!allocation)
     return bad_pointer("POINTER_NOT_EXPORTABLE", "the memory has been unmapped meanwhile");
   int fd = -1;
