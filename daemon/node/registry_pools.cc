@@ -94,8 +94,11 @@ rpc::PoolChallenge draw_challenge(const rpc::PoolRequest& request) {
   challenge.pool = request.name;
   uint64_t drawn = 0;
   random_bytes({reinterpret_cast<uint8_t*>(&drawn), sizeof drawn});
-  // No plane uses the memory yet: a layout comes after the proof. The service has seen to the size.
-  challenge.offset_bytes = drawn % (request.bytes - challenge.nonce.size() + 1);
+  // No plane of a layout uses the memory yet, but pages of a worker that registers anew may be in
+  // use: then it says where they are not. What proves is the nonce, not its place. The service has
+  // seen to the size.
+  challenge.offset_bytes =
+      request.proof_offset_bytes.value_or(drawn % (request.bytes - challenge.nonce.size() + 1));
   random_bytes(challenge.nonce);
   return challenge;
 }
@@ -146,6 +149,8 @@ Result<std::optional<rpc::PoolsOutcome>> Registry::known_pools(
     if (before.handle != pools[i].handle) return registered_otherwise(field + ".handle");
     if (before.device_uuid != pools[i].device_uuid)
       return registered_otherwise(field + ".device_uuid");
+    if (before.proof_offset_bytes != pools[i].proof_offset_bytes)
+      return registered_otherwise(field + ".proof_offset_bytes");
     if (old->second.challenge) outcome.challenges.push_back(old->second.challenge->asked);
     ++known;
   }

@@ -9,6 +9,13 @@ namespace {
 
 constexpr std::size_t kUuidBytes = 16;
 
+Status check_no_proof(const v1::PoolSpec& spec, const std::string& field) {
+  if (spec.has_proof_offset_bytes())
+    return invalid(field + "proof_offset_bytes", "UNEXPECTED",
+                   "pools that come as descriptors are not challenged");
+  return {};
+}
+
 Status check_host_pool(const v1::PoolSpec& spec, const std::string& field) {
   if (spec.offset_bytes() != 0)
     return not_served(field + "offset_bytes", "host pools that begin inside a file");
@@ -16,7 +23,7 @@ Status check_host_pool(const v1::PoolSpec& spec, const std::string& field) {
     return invalid(field + "handle", "UNEXPECTED", "host pools come as descriptors");
   if (!spec.device_uuid().empty())
     return invalid(field + "device_uuid", "UNEXPECTED", "host pools have no device");
-  return {};
+  return check_no_proof(spec, field);
 }
 
 Status check_device_pool(const v1::PoolSpec& spec, PoolKind kind, const std::string& field) {
@@ -29,6 +36,11 @@ Status check_device_pool(const v1::PoolSpec& spec, PoolKind kind, const std::str
                    std::to_string(spec.handle().size()) + " bytes, not 64");
   if (is_value(kind) && spec.bytes() < sizeof(PoolChallenge::nonce))
     return invalid(field + "bytes", "POOL_SIZE_INVALID", "too small for the 16 bytes of its proof");
+  if (!is_value(kind)) KVFERRY_RETURN_IF_ERROR(check_no_proof(spec, field));
+  if (spec.has_proof_offset_bytes() &&
+      spec.proof_offset_bytes() > spec.bytes() - sizeof(PoolChallenge::nonce))
+    return invalid(field + "proof_offset_bytes", "OUT_OF_RANGE",
+                   "16 bytes from there do not lie in the pool");
   if (spec.device_uuid().size() != kUuidBytes)
     return invalid(field + "device_uuid", "WRONG_SIZE",
                    std::to_string(spec.device_uuid().size()) + " bytes, not 16");
@@ -63,6 +75,7 @@ Result<PoolRequest> pool_of(const v1::PoolSpec& spec, const std::string& field,
   pool.offset_bytes = spec.offset_bytes();
   if (is_value(pool.kind))
     std::copy(spec.handle().begin(), spec.handle().end(), pool.handle.begin());
+  if (spec.has_proof_offset_bytes()) pool.proof_offset_bytes = spec.proof_offset_bytes();
   pool.device_uuid.assign(spec.device_uuid().begin(), spec.device_uuid().end());
   return pool;
 }

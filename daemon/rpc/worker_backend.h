@@ -41,6 +41,8 @@ struct PoolRequest {
   uint64_t offset_bytes = 0;
   std::array<uint8_t, 64> handle{};  // of value kinds
   std::vector<uint8_t> device_uuid;  // 16 bytes; host pools: empty
+  // Value kinds: where the worker wants its challenge.
+  std::optional<uint64_t> proof_offset_bytes;
   bool operator==(const PoolRequest&) const = default;
 };
 

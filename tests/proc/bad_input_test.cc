@@ -58,6 +58,8 @@ Rows<v1::RegisterPoolsRequest> pool_rows() {
        "pools[0].handle"},
       {"a device", first([](auto& p) { p.set_device_uuid(std::string(16, 'u')); }), kInvalid,
        "UNEXPECTED", "pools[0].device_uuid"},
+      {"a place for a proof", first([](auto& p) { p.set_proof_offset_bytes(0); }), kInvalid,
+       "UNEXPECTED", "pools[0].proof_offset_bytes"},
   };
   for (const std::string& name : kBadNames)
     rows.push_back({"the name '" + name + "'", first([=](auto& p) { p.set_name(name); }), kInvalid,
