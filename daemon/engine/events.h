@@ -351,8 +351,8 @@ using Event =
     std::variant<OpenSendOp, SendOp, ReceiveOp, CancelOp, CloseOp, RevokeOp, ReceiverNeedsOp,
                  ClaimOp, DeclineOp, ReserveOp, CommitReuseOp, LookupReuseOp, WithdrawReuseOp,
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
-                 CopyCompiled, Packed, CopyEnded, ConditionMet, ConditionFailed, LinkUp, LinkEnded, LaneConnected,
-                 LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn,
-                 OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
+                 CopyCompiled, Packed, CopyEnded, ConditionMet, ConditionFailed, LinkUp, LinkEnded,
+                 LaneConnected, LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn,
+                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine

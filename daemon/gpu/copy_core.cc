@@ -92,6 +92,7 @@ void CopyQueue::Core::run() {
     turn(monotonic_now());
   } while (rest(monotonic_now()));
   watch_->give_up();
+  if (options_.on_retired) options_.on_retired();
 }
 
 void CopyQueue::Core::turn(Time now) {
@@ -103,6 +104,8 @@ void CopyQueue::Core::turn(Time now) {
     watch_->give_up();
   else
     moved = watch_->poll() || moved;
+  stats_.uploads.store(plans_->stats().uploads, std::memory_order_relaxed);
+  stats_.upload_bytes.store(plans_->stats().upload_bytes, std::memory_order_relaxed);
   if (moved) last_progress_ = now;
 }
 

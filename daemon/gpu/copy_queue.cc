@@ -20,8 +20,12 @@ CopyQueue::CopyQueue(std::unique_ptr<Core> core) : core_(std::move(core)) {}
 
 CopyQueue::~CopyQueue() {
   (void)core_->close(Time{0});
+  if (!core_->abandoned()) return;
   // Memory that a copy may still write must not be given to others, not even at the end.
-  if (core_->abandoned()) (void)core_.release();
+  static Mutex mutex;
+  static auto* const lost = new std::vector<std::unique_ptr<Core>>();
+  MutexLock lock(mutex);
+  lost->push_back(std::move(core_));
 }
 
 Status CopyQueue::submit(DeviceJob job) {

@@ -65,6 +65,7 @@ struct QueueOptions {
   Duration hang_limit = std::chrono::seconds(30);  // a launched job without end: the device is down
   Duration close_grace = std::chrono::seconds(1);
   // All optional, called on the queue's thread.
+  std::function<void()> on_retired;                 // there is no thread any more
   std::function<void(Time)> tick;                   // each turn, at least every 100 ms
   std::function<void(Duration)> on_launch_to_done;  // of a job that ended well
   std::function<void(const Error&)> on_error;       // why a job failed; not for each of many

@@ -32,6 +32,8 @@ class PlanSlab {
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
     if (host == MAP_FAILED) return fail_errno("PLAN_MEMORY", "mmap", errno);
     slab->host_ = static_cast<std::byte*>(host);
+    // A fork must not leave the device with pages that are no longer ours.
+    (void)::madvise(host, bytes, MADV_DONTFORK);
     auto pinned = PinnedMemory::pin({device}, host, bytes);
     KVFERRY_RETURN_IF_ERROR(pinned);
     slab->pinned_ = std::move(*pinned);

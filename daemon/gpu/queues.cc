@@ -17,11 +17,13 @@ Result<std::unique_ptr<Queues>> Queues::open(
   std::unique_ptr<Queues> queues(new Queues(std::move(devices)));
   Error last{Code::kUnavailable, "NO_GPU", "there is none", {}};
   for (const auto& device : queues->devices_->all()) {
-    auto queue = CopyQueue::open(device, options_of(*device));
+    const QueueOptions options = options_of(*device);
+    auto queue = CopyQueue::open(device, options);
     if (queue) {
       queues->queues_.push_back(std::move(*queue));
       continue;
     }
+    if (options.on_retired) options.on_retired();
     last = queue.error();
     device->take_down(last);
   }

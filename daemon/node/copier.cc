@@ -94,10 +94,8 @@ Status Copier::submit_on_host(Copy copy) {
   job.bytes = copy.kind == CopyKind::kClear ? 1 : copy.bytes;
   job.pools = pools_of(copy);
   job.copy = host_function(copy, flat);
-  job.done = [plan = copy.plan, other = copy.other,
-              done = std::move(copy.done)](copy::Outcome outcome) {
-    done(outcome == copy::Outcome::kOk);
-  };
+  job.done = [plan = copy.plan, other = copy.other, done = std::move(copy.done)](
+                 copy::Outcome outcome) { done(outcome == copy::Outcome::kOk); };
   return parts_.copies->submit(std::move(job));
 }
 
@@ -131,14 +129,13 @@ Status Copier::hand_over(const gpu::Device& device, gpu::DeviceJob job, Copy cop
   gpu::CopyQueue* const queue = parts_.queues->of(device);
   if (queue == nullptr) return tl::unexpected<Error>(device.down_error());
   job.pools = pools_of(copy);
-  job.done = [plan = copy.plan, other = copy.other,
-              done = std::move(copy.done)](gpu::Outcome outcome) {
-    done(outcome == gpu::Outcome::kOk);
-  };
+  job.done = [plan = copy.plan, other = copy.other, done = std::move(copy.done)](
+                 gpu::Outcome outcome) { done(outcome == gpu::Outcome::kOk); };
   return queue->submit(std::move(job));
 }
 
-// ---- between the host and a GPU ------------------------------------------------------------------
+// ---- between the host and a GPU
+// ------------------------------------------------------------------
 
 Status Copier::submit_mixed(const gpu::Device& device, Copy copy) {
   // In a function object that can be copied, as the task pool wants it.

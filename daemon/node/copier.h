@@ -1,6 +1,6 @@
-// Carries out copies where their memory is: between host pages and the arena by the copy threads, for
-// pages on a GPU by the queue of that GPU. Two layouts of one daemon may lie on the host and on a
-// GPU, or on two GPUs: then the GPU copies, and what it has not yet seen is shown to it first.
+// Carries out copies where their memory is: between host pages and the arena by the copy threads,
+// for pages on a GPU by the queue of that GPU. Two layouts of one daemon may lie on the host and on
+// a GPU, or on two GPUs: then the GPU copies, and what it has not yet seen is shown to it first.
 //
 // Any thread; nothing blocks.
 #pragma once

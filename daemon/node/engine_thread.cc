@@ -415,12 +415,33 @@ void EngineThread::refresh_views(Time now) {
   parts_.metrics->draining.set(snapshot.draining ? 1 : 0);
 
   export_stats();
+  export_gpus();
   MutexLock lock(view_mutex_);
   view.info = std::move(view_.info);
   view.last_exit = std::move(view_.last_exit);
   view.last_status = view_.last_status;
   view.settings = std::move(view_.settings);
   view_ = std::move(view);
+}
+
+void EngineThread::export_gpus() {
+  if (parts_.queues == nullptr) return;
+  const auto& devices = parts_.queues->devices().all();
+  for (std::size_t i = 0; i < devices.size() && i < parts_.metrics->gpu_count(); ++i) {
+    ops::GpuMetrics& metrics = parts_.metrics->gpu(i);
+    metrics.up.set(devices[i]->down() ? 0 : 1);
+    const gpu::CopyQueue* const queue = parts_.queues->of(*devices[i]);
+    if (queue == nullptr) continue;
+    const gpu::CopyQueue::Stats& stats = queue->stats();
+    for (std::size_t kind = 0; kind < ops::kGpuCopyKinds; ++kind) {
+      metrics.copies[kind].store(stats.jobs[kind].load(std::memory_order_relaxed));
+      metrics.bytes[kind].store(stats.bytes[kind].load(std::memory_order_relaxed));
+    }
+    metrics.failed.store(stats.failed.load(std::memory_order_relaxed));
+    metrics.refused.store(stats.refused.load(std::memory_order_relaxed));
+    metrics.plan_bytes.store(stats.upload_bytes.load(std::memory_order_relaxed));
+    metrics.outstanding.set_bytes(stats.outstanding.load(std::memory_order_relaxed));
+  }
 }
 
 // The engine counts, the metrics show its totals.

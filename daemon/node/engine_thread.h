@@ -18,8 +18,8 @@
 #include "daemon/base/mutex.h"
 #include "daemon/copy/copy_pool.h"
 #include "daemon/engine/engine.h"
-#include "daemon/link/envelope.h"
 #include "daemon/gpu/queues.h"
+#include "daemon/link/envelope.h"
 #include "daemon/memory/shared_memory.h"
 #include "daemon/node/copier.h"
 #include "daemon/node/inbox.h"
@@ -42,7 +42,7 @@ class EngineThread final : private rails::RailsEvents {
     std::unique_ptr<rails::RailsClient> rails;
     copy::CopyPool* copies = nullptr;
     gpu::Queues* queues = nullptr;  // null: no GPU
-    TaskPool* packer = nullptr;  // takes memory for packed copies, and whatever else takes time
+    TaskPool* packer = nullptr;     // takes memory for packed copies, and whatever else takes time
     Directory* directory = nullptr;
     LinkManager* links = nullptr;
     ops::Metrics* metrics = nullptr;
@@ -121,6 +121,7 @@ class EngineThread final : private rails::RailsEvents {
   void poll_conditions();
   void refresh_views(Time now);
   void export_stats();
+  void export_gpus();
   // Last resort for memory that somebody may still write: ends the rails process if a lane that was
   // given up does not come to its end.
   void watch_closing_lanes(Time now);

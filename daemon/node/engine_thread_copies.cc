@@ -172,7 +172,8 @@ void EngineThread::execute(engine::MakePacked& command) {
     follow_up_.push_back(failed(Reason::kInternal, "too many packed copies wait to be made"));
 }
 
-// ---- ready conditions ----------------------------------------------------------------------------
+// ---- ready conditions
+// ----------------------------------------------------------------------------
 
 void EngineThread::execute(engine::WatchCondition& command) {
   if (command.ready.kind != engine::ReadyCondition::Kind::kCudaEvent) {

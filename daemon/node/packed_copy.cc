@@ -8,8 +8,8 @@
 namespace kvferry::node {
 namespace {
 
-Result<std::shared_ptr<const CompiledPlan>> compiled(
-    std::shared_ptr<const RegisteredLayout> layout, mapping::Plan plan) {
+Result<std::shared_ptr<const CompiledPlan>> compiled(std::shared_ptr<const RegisteredLayout> layout,
+                                                     mapping::Plan plan) {
   auto out = std::make_shared<CompiledPlan>();
   out->layout = std::move(layout);
   out->bytes = plan.bytes();

@@ -32,7 +32,7 @@ inline constexpr uint64_t kGiB = 1024 * kMiB;
 enum class LogLevel : uint8_t { kTrace, kDebug, kInfo, kWarning, kError };
 enum class LogFormat : uint8_t { kText, kJson };
 enum class PeerMode : uint8_t { kPlain, kMtls };
-// Only kAuto and kSharedHost are served by this build; the others are refused at load.
+// The last two are not served by this build and refused at load.
 enum class ArenaKind : uint8_t { kAuto, kSharedHost, kPinnedHost, kDeviceVmm, kFabricVmm };
 enum class CheckKind : uint8_t { kNone, kXxh3 };
 

@@ -266,6 +266,10 @@ class Checker {
   }
 
   void check_gpu() {
+    if (config_.arena.kind == ArenaKind::kPinnedHost && config_.gpu.enabled == GpuUse::kOff)
+      problem("arena.kind", "pinned_host needs a GPU, and gpu.enabled is \"off\"");
+    if (config_.arena.kind == ArenaKind::kSharedHost && config_.gpu.enabled == GpuUse::kOn)
+      problem("arena.kind", "GPUs copy to and from pinned_host memory only");
     if (config_.gpu.driver.empty()) problem("gpu.driver", "must name a library");
     const PoolsConfig& pools = config_.pools;
     if (pools.kinds.empty()) problem("pools.kinds", "must name at least one kind");

@@ -64,19 +64,23 @@ Section peer_section(PeerListenConfig& peer) {
 }
 
 Section arena_section(ArenaConfig& arena) {
-  return {"arena",
-          "Bounce memory: all that peers can ever write into.",
-          {{"bytes", "All of it is taken at start and nothing is added later.",
-            size_binding(arena.bytes, 1 * kMiB, 1024 * kGiB)},
-           {"segment_bytes",
-            "The arena is registered with the network in pieces of this size. A power of two that\n"
-            "divides the arena.",
-            size_binding(arena.segment_bytes, 64 * kKiB, 1024 * kGiB)},
-           {"kind",
-            "auto or shared_host. A kind that this machine lacks is an error, never a fallback.",
-            choice_binding<ArenaKind>(
-                arena.kind, {{"auto", ArenaKind::kAuto}, {"shared_host", ArenaKind::kSharedHost}},
-                {"pinned_host", "device_vmm", "fabric_vmm"})}}};
+  return {
+      "arena",
+      "Bounce memory: all that peers can ever write into.",
+      {{"bytes", "All of it is taken at start and nothing is added later.",
+        size_binding(arena.bytes, 1 * kMiB, 1024 * kGiB)},
+       {"segment_bytes",
+        "The arena is registered with the network in pieces of this size. A power of two that\n"
+        "divides the arena.",
+        size_binding(arena.segment_bytes, 64 * kKiB, 1024 * kGiB)},
+       {"kind",
+        "auto, shared_host, or pinned_host, which GPUs can copy to and from. A kind that this\n"
+        "machine lacks is an error, never a fallback; auto is pinned_host where there is a GPU.",
+        choice_binding<ArenaKind>(arena.kind,
+                                  {{"auto", ArenaKind::kAuto},
+                                   {"shared_host", ArenaKind::kSharedHost},
+                                   {"pinned_host", ArenaKind::kPinnedHost}},
+                                  {"device_vmm", "fabric_vmm"})}}};
 }
 
 Section gpu_section(GpuConfig& gpu) {
