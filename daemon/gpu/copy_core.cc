@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "daemon/base/check.h"
+#include "daemon/gpu/closing.h"
 
 namespace kvferry::gpu {
 namespace {
@@ -65,7 +66,7 @@ Status CopyQueue::Core::load_kernels() {
 }
 
 CopyQueue::Core::~Core() {
-  const Device::Current current(*device_);
+  const Closing current(*device_);
   const cuda::Api& api = device_->api();
   watch_.reset();
   for (const Stream& stream : streams_)

@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "daemon/gpu/closing.h"
+
 namespace kvferry::gpu {
 
 Result<std::shared_ptr<const PinnedMemory>> PinnedMemory::pin(
@@ -44,7 +46,7 @@ Result<std::shared_ptr<const PinnedMemory>> PinnedMemory::pin(
 }
 
 PinnedMemory::~PinnedMemory() {
-  const Device::Current current(*owner_);
+  const Closing current(*owner_);
   // The context of a device that is down took its registrations along.
   if (current.ok())
     (void)owner_->check(owner_->api().cuMemHostUnregister(base_), "cuMemHostUnregister");

@@ -10,6 +10,7 @@
 
 #include "daemon/base/mutex.h"
 #include "daemon/base/units.h"
+#include "daemon/gpu/closing.h"
 #include "daemon/gpu/pinned_memory.h"
 
 namespace kvferry::gpu {
@@ -48,7 +49,7 @@ class PlanSlab {
   // Frees the memory; places that are still held may come back later.
   void close() {
     if (address_ != 0) {
-      const Device::Current current(*device_);
+      const Closing current(*device_);
       if (current.ok())
         (void)device_->check(device_->api().cuMemFree(std::exchange(address_, 0)), "cuMemFree");
     }
