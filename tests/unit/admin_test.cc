@@ -39,6 +39,8 @@ class FakeBackend : public AdminBackend {
     info.node = "node-a";
     info.uptime = milliseconds(61'500);
     info.arenas = {{"host", "shared_host", "no GPU here"}};
+    info.gpus = {{"gpu0", "GPU-1", "A fast one", true, ""},
+                 {"gpu1", "GPU-2", "Another", false, "an ECC error"}};
     info.rails_up = 1;
     info.rails_total = 2;
     threads_.emplace_back([done = std::move(done), info] { done(info); });
@@ -227,6 +229,9 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(status["node_id"] == "node-a");
   CHECK(status["uptime_seconds"] == 61.5);
   CHECK(status["arenas"][0]["kind"] == "shared_host");
+  CHECK(status["gpus"][0]["up"] == true);
+  CHECK(status["gpus"][1]["detail"] == "an ECC error");
+  CHECK(ctl("status").first.find("gpu1: Another, GPU-2, down: an ECC error") != std::string::npos);
 
   CHECK(nlohmann::json::parse(ctl("--json workers").first)["workers"][0]["pools"][0]["bytes"] ==
         3ULL << 30);

@@ -188,6 +188,7 @@ TEST_CASE("each wrong value is refused with its key") {
       {"arena.bytes=3000000", "must be a multiple of arena.segment_bytes"},
       {"arena.segment_bytes=3MiB", "must be a power of two"},
       {"arena.kind=fabric_vmm", "is not served by this release"},
+      {"arena.kind=device_vmm", "is not served by this release"},
       {"rails.devices=", "must name at least one device"},
       {"rails.transports=rc_verbs", "is not served by this release"},
       {"rails.port_range=200-100", "ends before it begins"},
@@ -256,6 +257,15 @@ TEST_CASE("kinds of pools go with the GPU's use and with the tenants") {
   CHECK(has_problem(tenants("other", "[\"cuda_fabric\"]"), "pools.kinds", "single tenant"));
   CHECK_FALSE(several_tenants(tenants("default", "[\"auto\"]").config));
   CHECK(several_tenants(tenants("other", "[\"auto\"]").config));
+}
+
+TEST_CASE("the arena's kind and the use of GPUs go together") {
+  CHECK(load_config({"", {"arena.kind=pinned_host"}, {}}).ok());
+  CHECK(has_problem(load_config({"", {"arena.kind=pinned_host", "gpu.enabled=off"}, {}}),
+                    "arena.kind", "pinned_host needs a GPU"));
+  CHECK(load_config({"", {"arena.kind=shared_host"}, {}}).ok());
+  CHECK(has_problem(load_config({"", {"arena.kind=shared_host", "gpu.enabled=on"}, {}}),
+                    "arena.kind", "pinned_host memory only"));
 }
 
 TEST_CASE("an arena that cannot hold what is staged and one that lands is refused") {

@@ -198,6 +198,23 @@ TEST_CASE("Handles and tickets that are none are refused by their name") {
   }
 }
 
+TEST_CASE("A CUDA event is a ready condition where there is a GPU, by a handle of 64 bytes") {
+  const Registered registered;
+  OpLimits limits;
+  v1::SendRequest send = good_send();
+  send.mutable_ready()->mutable_cuda_ipc_event()->set_handle(std::string(64, 'e'));
+  CHECK(to_send(send, registered.view(), limits).error().reason == "FEATURE_NOT_SERVED");
+  limits.cuda_events = true;
+  const auto op = to_send(send, registered.view(), limits);
+  REQUIRE(op);
+  CHECK(op->ready.kind == engine::ReadyCondition::Kind::kCudaEvent);
+  CHECK(op->ready.event.back() == 'e');
+  send.mutable_ready()->mutable_cuda_ipc_event()->set_handle(std::string(63, 'e'));
+  const auto shorter = to_send(send, registered.view(), limits);
+  REQUIRE_FALSE(shorter);
+  CHECK(shorter.error().field == "ready.cuda_ipc_event.handle");
+}
+
 TEST_CASE("Values at the edge of what is allowed are accepted") {
   const Registered registered;
   v1::SendRequest send = good_send();
