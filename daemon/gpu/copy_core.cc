@@ -16,6 +16,7 @@ namespace {
 
 constexpr Duration kLongestRest = std::chrono::milliseconds(100);
 constexpr Duration kEventRest = std::chrono::microseconds(50);  // while only events are watched
+constexpr Duration kDownRest = std::chrono::milliseconds(5);
 constexpr Duration kTellOnce = std::chrono::seconds(1);
 // A driver that does not say how far a stream is, so often and for so long, is taken for broken.
 constexpr uint32_t kRefusedLooks = 100;
@@ -139,10 +140,12 @@ bool CopyQueue::Core::rest(Time now) {
   stats_.events.store(watched_, std::memory_order_relaxed);
   if (phase_ == Phase::kAbandoning && outstanding_ == 0) return false;
   if (!fresh_.empty() || !event_commands_.empty()) return true;
-  if (on_device && now - last_progress_ < options_.spin) return true;
+  // A device that is down may hold what was launched for ever.
+  const bool down = device_->down();
+  if (on_device && !down && now - last_progress_ < options_.spin) return true;
   Duration rest = kLongestRest;
   if (watched > 0) rest = kEventRest;
-  if (on_device) rest = options_.nap;
+  if (on_device) rest = down ? kDownRest : options_.nap;
   (void)work_.wait_until(mutex_, now + rest);
   return true;
 }
