@@ -178,6 +178,9 @@ bool CopyQueue::Core::look_at(Stream& stream, Time now) {
   if (state == cuda::CUDA_SUCCESS) {
     Launched launched = std::move(first);
     stream.launched.pop_front();
+    // What this stream was to bring is there.
+    for (const auto& place : launched.places)
+      if (place != nullptr && place->stream == stream.stream) place->uploaded.reset();
     // Places and event go back before anybody is told: they are free.
     launched.places = {};
     launched.end.reset();

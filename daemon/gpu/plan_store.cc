@@ -114,8 +114,10 @@ PlanStore::PlanStore(std::shared_ptr<const Device> device, EventPool& events, ui
     : device_(std::move(device)), events_(events), max_bytes_(std::max(max_bytes, kSlabBytes)) {}
 
 PlanStore::~PlanStore() {
+  // Plans that live on are nowhere from now on.
+  for (const auto& weak : placed_)
+    if (const auto plan = weak.lock()) plan->place_.reset();
   for (const auto& slab : slabs_) slab->close();
-  // Plans that live on have places in closed slabs, which nobody asks for any more.
 }
 
 Status PlanStore::open() {
