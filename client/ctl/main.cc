@@ -7,8 +7,11 @@
 #include <functional>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
+#include <string_view>
 
+#include "client/ctl/doctor.h"
 #include "client/ctl/plan.h"
 #include "client/ctl/render.h"
 #include "kvferry/v1/admin.grpc.pb.h"
@@ -30,6 +33,7 @@ struct Arguments {
   uint32_t limit = 0;
   std::string selector;
   PlanOptions plan;
+  DoctorOptions doctor;
 };
 
 class Session {
@@ -76,6 +80,37 @@ class Session {
     }
     print(to_json(response), health_text);
     return response.healthy() ? kOk : kRefused;
+  }
+
+  // What the machine's checks want to know of a daemon; nothing if none answers.
+  std::optional<DaemonFacts> facts() {
+    v1::StatusResponse status;
+    if (!call(&v1::Admin::Stub::Status, v1::StatusRequest(), status).ok()) return std::nullopt;
+    DaemonFacts out;
+    out.version = status.version();
+    out.healthy = status.healthy();
+    out.reason = status.reason();
+    out.ucx_version = status.ucx_version();
+    for (const auto& arena : status.arenas())
+      out.arenas.push_back(arena.device() + " " + arena.kind());
+    v1::ListRailsResponse rails;
+    if (call(&v1::Admin::Stub::ListRails, v1::ListRailsRequest(), rails).ok())
+      for (const auto& rail : rails.rails())
+        if (rail.up()) out.transports.push_back(rail.transport());
+    return out;
+  }
+
+  int doctor(DoctorOptions options) {
+    options.admin = arguments_.socket;
+    const Findings findings = run_doctor(
+        *this_system(), options, facts(),
+        [](const ChildRequest& request) { return run_child("/proc/self/exe", request); });
+    if (arguments_.json)
+      std::cout << doctor_json(findings).dump(2, ' ', false, Json::error_handler_t::replace)
+                << "\n";
+    else
+      std::cout << doctor_text(findings);
+    return doctor_exit(findings) == 0 ? kOk : kRefused;
   }
 
   // For what only succeeds or fails.
@@ -141,7 +176,7 @@ int run(int argc, const char* const* argv) {
       },
       "Print the version and exit");
   app.footer(
-      "Exit codes: 0 done, 1 refused by the daemon (health: not healthy), 64 usage,\n"
+      "Exit codes: 0 done, 1 refused by the daemon (health, doctor: not well), 64 usage,\n"
       "65 a file is wrong, 69 no daemon answers or this release does not serve the command.");
 
   const Verb verbs[] = {
@@ -213,6 +248,19 @@ int run(int argc, const char* const* argv) {
     };
   });
 
+  auto* doctor = app.add_subcommand("doctor", "What on this machine stands in kvferry's way");
+  doctor
+      ->add_option("--worker-socket", arguments.doctor.lifeline, "The socket where workers attach")
+      ->capture_default_str()
+      ->envname("KVFERRY_SOCKET");
+  doctor->add_option("--cuda-driver", arguments.doctor.cuda_driver,
+                     "The CUDA driver's library (default: KVFERRY_CUDA_DRIVER, or libcuda.so.1)");
+  doctor->footer(
+      "Tries every way of sharing GPU memory with a second process; changes nothing.\n"
+      "Each line is OK, note or PROBLEM. Exits 1 if there is a problem.");
+  doctor->callback(
+      [&] { chosen = [&](Session& session) { return session.doctor(arguments.doctor); }; });
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
@@ -226,5 +274,8 @@ int run(int argc, const char* const* argv) {
 }  // namespace kvferry::ctl
 
 int main(int argc, char** argv) {
+  // Of doctor, for itself: see doctor_child.h.
+  if (argc == 2 && std::string_view(argv[1]) == kvferry::ctl::kChildCommand)
+    return kvferry::ctl::child_main();
   return kvferry::ctl::run(argc, argv);
 }

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <vector>
 
 namespace kvferry::ctl {
@@ -96,6 +97,13 @@ Json to_json(const v1::StatusResponse& r) {
   for (const auto& arena : r.arenas())
     arenas.push_back(
         {{"device", arena.device()}, {"kind", arena.kind()}, {"reason", arena.reason()}});
+  Json gpus = Json::array();
+  for (const auto& gpu : r.gpus())
+    gpus.push_back({{"device", gpu.device()},
+                    {"uuid", gpu.uuid()},
+                    {"name", gpu.name()},
+                    {"up", gpu.up()},
+                    {"detail", gpu.detail()}});
   return {{"version", r.version()},
           {"commit", r.commit()},
           {"node_id", r.node_id()},
@@ -116,7 +124,8 @@ Json to_json(const v1::StatusResponse& r) {
           {"rails_up", r.rails_up()},
           {"rails_total", r.rails_total()},
           {"rails_restarts", r.rails_restarts()},
-          {"arenas", std::move(arenas)}};
+          {"arenas", std::move(arenas)},
+          {"gpus", std::move(gpus)}};
 }
 
 Json to_json(const v1::ListWorkersResponse& r) {
@@ -288,14 +297,27 @@ std::string status_text(const Json& s) {
     out += line("arena", arena.at("device").get<std::string>() + ": " +
                              arena.at("kind").get<std::string>() + " (" +
                              arena.at("reason").get<std::string>() + ")");
+  for (const Json& gpu : s.at("gpus")) {
+    const auto of = [&](const char* key) { return gpu.at(key).get<std::string>(); };
+    const bool up = gpu.at("up").get<bool>();
+    out += line("gpu", of("device") + ": " + of("name") + ", " + of("uuid") +
+                           (up ? ", up" : ", down: " + of("detail")));
+  }
   return out;
 }
 
 std::string workers_text(const Json& json) {
   const auto pools = [](const Json& row) {
     double sum = 0;
-    for (const Json& pool : row.at("pools")) sum += pool.at("bytes").get<double>();
-    return std::to_string(row.at("pools").size()) + ", " + human_bytes(sum);
+    std::map<std::string, uint64_t> kinds;
+    for (const Json& pool : row.at("pools")) {
+      sum += pool.at("bytes").get<double>();
+      ++kinds[printable(pool.at("kind").get<std::string>())];
+    }
+    std::string out;
+    for (const auto& [kind, count] : kinds)
+      out += (out.empty() ? "" : " + ") + std::to_string(count) + " " + kind;
+    return out.empty() ? "-" : out + ", " + human_bytes(sum);
   };
   const auto layouts = [](const Json& row) {
     std::string out;

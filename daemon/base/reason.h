@@ -23,7 +23,7 @@ enum class Reason : uint16_t {
   kLayoutMismatch = 12,  // the two sides compiled different streams
   kProtocol = 13,        // a message that breaks the protocol
   kDataLoss = 14,        // a chunk's check is wrong
-  kNotReady = 15,        // a destination's ready condition did not hold in time
+  kNotReady = 15,        // a ready condition did not hold in time, or never can
   kGatherFailed = 16,
   kScatterFailed = 17,
   kPeerLost = 18,      // the peer daemon died or is silent

@@ -20,7 +20,7 @@
 #include "daemon/base/mutex.h"
 #include "daemon/base/result.h"
 #include "daemon/base/units.h"
-#include "daemon/memory/host_pool.h"
+#include "daemon/memory/pool.h"
 
 namespace kvferry::copy {
 
@@ -44,9 +44,9 @@ struct Job {
   // Called exactly once for a job that was taken, on a copy thread, after the last byte that the
   // job will ever touch. May compute (a check over what was gathered) and submit, but not wait.
   std::function<void(Outcome)> done;
-  // The worker pools that the job touches: kept mapped until done has returned, refused if failed,
-  // and marked failed when the fault lies inside.
-  std::vector<std::shared_ptr<memory::HostPool>> pools;
+  // The pools that the job touches, all in host memory: kept mapped until done has returned,
+  // refused if failed, and marked failed when the fault lies inside.
+  std::vector<std::shared_ptr<memory::Pool>> pools;
 };
 
 struct Options {

@@ -179,6 +179,7 @@ struct WatchCondition {
   ConditionId condition;
   WorkerId worker;
   ReadyCondition ready;
+  std::shared_ptr<const LayoutHandle> layout;  // whose pages it is about
 };
 struct UnwatchCondition {
   ConditionId condition;

@@ -190,6 +190,9 @@ void Core::on(CopyEnded& event) {
 void Core::on(ConditionMet& event) {
   if (!sender.condition_met(event.condition)) (void)receiver.condition_met(event.condition);
 }
+void Core::on(ConditionFailed& event) {
+  if (!sender.condition_failed(event.condition)) (void)receiver.condition_failed(event.condition);
+}
 void Core::on(LinkUp& event) {
   lanes.link_up(event);
 }

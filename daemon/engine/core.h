@@ -98,6 +98,7 @@ class Core {
   void on(Packed& event);
   void on(CopyEnded& event);
   void on(ConditionMet& event);
+  void on(ConditionFailed& event);
   void on(LinkUp& event);
   void on(LinkEnded& event);
   void on(LaneConnected& event);

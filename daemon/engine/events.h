@@ -1,6 +1,7 @@
 // Everything that can happen to the engine. Plain data, so that a run can be recorded and replayed.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -38,9 +39,10 @@ struct TransferKey {
 };
 
 struct ReadyCondition {
-  enum class Kind : uint8_t { kHostSynced, kTimeline } kind = Kind::kHostSynced;
+  enum class Kind : uint8_t { kHostSynced, kTimeline, kCudaEvent } kind = Kind::kHostSynced;
   uint32_t word = 0;  // kTimeline: ready when the worker's word reaches value
   uint64_t value = 0;
+  std::array<uint8_t, 64> event{};  // kCudaEvent: the event's IPC handle
   bool operator==(const ReadyCondition&) const = default;
 };
 
@@ -270,6 +272,10 @@ struct CopyEnded {
 struct ConditionMet {
   ConditionId condition;
 };
+// It can never be met, e.g. because its event cannot be opened.
+struct ConditionFailed {
+  ConditionId condition;
+};
 
 // ---- links and rails --------------------------------------------------------------------------
 
@@ -345,8 +351,8 @@ using Event =
     std::variant<OpenSendOp, SendOp, ReceiveOp, CancelOp, CloseOp, RevokeOp, ReceiverNeedsOp,
                  ClaimOp, DeclineOp, ReserveOp, CommitReuseOp, LookupReuseOp, WithdrawReuseOp,
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
-                 CopyCompiled, Packed, CopyEnded, ConditionMet, LinkUp, LinkEnded, LaneConnected,
-                 LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn, RefuseIn,
-                 OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
+                 CopyCompiled, Packed, CopyEnded, ConditionMet, ConditionFailed, LinkUp, LinkEnded,
+                 LaneConnected, LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn,
+                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine

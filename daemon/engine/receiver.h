@@ -48,6 +48,7 @@ class Receiver {
   // Places have lost their last reader: receives that wait for that may be ready.
   void places_quiet();
   bool condition_met(ConditionId condition);
+  bool condition_failed(ConditionId condition);
   void receive_ended(const ReceiveEnded& event);
 
   // Messages.

@@ -120,7 +120,7 @@ void Receiver::receive(const ReceiveOp& op) {
   if (!receive.signalled) {
     receive.condition = ConditionId{core_.next_number()};
     conditions_[receive.condition] = receive.id;
-    core_.emit(WatchCondition{receive.condition, receive.worker, op.ready});
+    core_.emit(WatchCondition{receive.condition, receive.worker, op.ready, receive.layout});
   }
   core_.claims.received(receive.worker, name);
   receive.reservation = core_.reservations.received(name);

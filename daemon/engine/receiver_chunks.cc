@@ -210,6 +210,15 @@ void Receiver::landed(RxRegion& region) {
   scatter_landed(receive);
 }
 
+bool Receiver::condition_failed(ConditionId condition) {
+  const auto it = conditions_.find(condition);
+  if (it == conditions_.end()) return false;
+  Receive& receive = receives_.at(it->second);
+  conditions_.erase(it);
+  if (!receive.terminal()) end_receive(receive, TransferState::kFailed, Reason::kNotReady);
+  return true;
+}
+
 bool Receiver::condition_met(ConditionId condition) {
   const auto it = conditions_.find(condition);
   if (it == conditions_.end()) return false;

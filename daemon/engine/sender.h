@@ -48,6 +48,7 @@ class Sender {
   void packed(Packed& event);
   bool copy_ended(const CopyEnded& event);
   bool condition_met(ConditionId condition);
+  bool condition_failed(ConditionId condition);
   void offer_send_ended(OfferId offer);
 
   // Messages.

@@ -228,7 +228,7 @@ void Sender::add_slice(Send& send, const SendOp& op) {
   }
   slice.condition = ConditionId{core_.next_number()};
   conditions_[slice.condition] = {send.id, index};
-  core_.emit(WatchCondition{slice.condition, send.worker, op.ready});
+  core_.emit(WatchCondition{slice.condition, send.worker, op.ready, send.layout});
 }
 
 bool Sender::condition_met(ConditionId condition) {
@@ -245,6 +245,17 @@ bool Sender::condition_met(ConditionId condition) {
     if (found != legs_.end() && found->second.resolved) pump(found->second);
   }
   release(send);  // or a packed copy reads the pages now
+  return true;
+}
+
+bool Sender::condition_failed(ConditionId condition) {
+  const auto it = conditions_.find(condition);
+  if (it == conditions_.end()) return false;
+  const uint64_t id = it->second.first;
+  conditions_.erase(it);
+  if (Send& send = sends_.at(id); !send.terminal())
+    end_send(send, TransferState::kFailed, Reason::kNotReady);
+  forget_if_done(id);
   return true;
 }
 

@@ -112,13 +112,19 @@ Result<std::shared_ptr<HostPool>> HostPool::create(uint64_t bytes) {
 }
 
 HostPool::~HostPool() {
-  ::munmap(base_, mapped_bytes_);
+  ::munmap(base(), mapped_bytes_);
 }
 
 bool HostPool::contains(const void* address) const {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  const auto begin = reinterpret_cast<uintptr_t>(base_);
+  const auto begin = reinterpret_cast<uintptr_t>(base());
   return at >= begin && at - begin < mapped_bytes_;
+}
+
+bool HostPool::same_memory(const Pool& other) const {
+  const auto* there = dynamic_cast<const HostPool*>(&other);
+  return there != nullptr && file_.device == there->file_.device &&
+         file_.inode == there->file_.inode;
 }
 
 bool HostPool::still_allocated() const {

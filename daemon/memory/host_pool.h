@@ -1,15 +1,11 @@
 // A worker's KV memory in host shared memory, imported from a file descriptor. The worker is not
 // trusted: it may hand over any descriptor, and keeps one of its own with which it can punch holes.
 // So the descriptor is checked before it is mapped, and every copy from or to the pool runs under
-// the guard of fault_guard.h; a fault ends the pool.
-//
-// Shared: the registration holds one reference and each copy under way another, so the mapping
-// lasts until the last copy has ended. All functions may be called from any thread.
+// the guard of fault_guard.h; a fault ends the pool. All functions may be called from any thread.
 #pragma once
 
 #include <sys/types.h>
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,6 +15,7 @@
 
 #include "daemon/base/result.h"
 #include "daemon/base/unique_fd.h"
+#include "daemon/memory/pool.h"
 
 namespace kvferry::memory {
 
@@ -26,7 +23,7 @@ struct HostPoolLimits {
   uint64_t max_bytes = uint64_t{1} << 46;  // what the worker may still register
 };
 
-class HostPool {
+class HostPool final : public Pool {
  public:
   // Checks `fd` and maps its first `bytes` for reading and writing. `field` names the descriptor in
   // errors. All are INVALID_ARGUMENT except the last two:
@@ -48,21 +45,11 @@ class HostPool {
   // long as the kernel zeroes `bytes`.
   static Result<std::shared_ptr<HostPool>> create(uint64_t bytes);
 
-  ~HostPool();
-  HostPool(const HostPool&) = delete;
-  HostPool& operator=(const HostPool&) = delete;
+  ~HostPool() override;
 
-  std::byte* base() const { return base_; }
-  uint64_t bytes() const { return bytes_; }
-  bool contains(const void* address) const;
-  // Whether both are of one file, so that some bytes may be of both.
-  bool same_file(const HostPool& other) const {
-    return file_.device == other.file_.device && file_.inode == other.file_.inode;
-  }
-
-  // Set when a copy faulted, never cleared: nothing is copied from or to the pool any more.
-  bool failed() const { return failed_.load(std::memory_order_acquire); }
-  void mark_failed() { failed_.store(true, std::memory_order_release); }
+  bool contains(const void* address) const override;
+  // Both of one file, wherever in it.
+  bool same_memory(const Pool& other) const override;
 
   // Whether all blocks are still allocated. A hole punched since the import costs the daemon memory
   // when it is read, so a registry may end the pool on false. One fstat.
@@ -74,14 +61,11 @@ class HostPool {
     ino_t inode;
   };
   HostPool(UniqueFd fd, FileId file, std::byte* base, uint64_t bytes, uint64_t mapped_bytes)
-      : fd_(std::move(fd)), file_(file), base_(base), bytes_(bytes), mapped_bytes_(mapped_bytes) {}
+      : Pool(base, bytes, nullptr), fd_(std::move(fd)), file_(file), mapped_bytes_(mapped_bytes) {}
 
   const UniqueFd fd_;
   const FileId file_;
-  std::byte* const base_;
-  const uint64_t bytes_;
   const uint64_t mapped_bytes_;  // rounded up to the file's page size
-  std::atomic<bool> failed_{false};
 };
 
 }  // namespace kvferry::memory

@@ -56,6 +56,21 @@ void Admin::with_snapshot(std::function<void(const engine::EngineSnapshot&)> ans
   });
 }
 
+std::vector<rpc::GpuInfo> Admin::gpus() const {
+  std::vector<rpc::GpuInfo> rows;
+  if (facts_.devices == nullptr) return rows;
+  for (std::size_t i = 0; i < facts_.gpus.size(); ++i) {
+    const gpu::Device& device = *facts_.devices->all().at(i);
+    rpc::GpuInfo& row = rows.emplace_back();
+    row.device = facts_.gpus[i].device;
+    row.uuid = facts_.gpus[i].uuid;
+    row.name = facts_.gpus[i].name;
+    row.up = !device.down();
+    if (!row.up) row.detail = device.down_error().message;
+  }
+  return rows;
+}
+
 ops::HealthReport Admin::health_now() const {
   ops::HealthReport report;
   const std::vector<ops::StaleTicker> stale = watchdog_.stale(monotonic_now());
@@ -65,6 +80,17 @@ ops::HealthReport Admin::health_now() const {
     threads.detail += ticker.name + " has not turned for " + ops::format_duration(ticker.silent);
   }
   report.checks.push_back(std::move(threads));
+  if (facts_.devices == nullptr) return report;
+  // One GPU that has failed is told of but leaves the others their work; without any the daemon is
+  // better started again, which is what brings a GPU back.
+  ops::HealthCheck check{"gpus", false, {}};
+  for (const rpc::GpuInfo& gpu : gpus()) {
+    check.ok = check.ok || gpu.up;
+    if (gpu.up) continue;
+    if (!check.detail.empty()) check.detail += ", ";
+    check.detail += gpu.device + " is down: " + gpu.detail;
+  }
+  report.checks.push_back(std::move(check));
   return report;
 }
 
@@ -96,6 +122,7 @@ void Admin::status(Time, rpc::Reply<rpc::StatusInfo> done) {
     info.protocol_min = rpc::kPeerProtocolMin;
     info.protocol_max = rpc::kPeerProtocolMax;
     info.arenas.push_back(facts_.arena);
+    info.gpus = gpus();
     const ops::HealthReport healthy = health_now();
     const ops::HealthReport ready = ready_now();
     info.healthy = healthy.ok();

@@ -3,9 +3,11 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "daemon/gpu/device.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/registry.h"
@@ -25,6 +27,8 @@ class Admin final : public rpc::AdminBackend {
     std::string peer_address;
     std::string http_address;
     rpc::MemoryChoice arena;
+    std::vector<ops::GpuLabels> gpus;             // as the devices
+    std::shared_ptr<const gpu::Devices> devices;  // null: no GPU is used
   };
 
   // All outlive it.
@@ -51,6 +55,7 @@ class Admin final : public rpc::AdminBackend {
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
 
  private:
+  std::vector<rpc::GpuInfo> gpus() const;
   // Runs `answer` on the engine thread with a snapshot.
   void with_snapshot(std::function<void(const engine::EngineSnapshot&)> answer);
 

@@ -103,6 +103,8 @@ engine::Compiled compile_now(const engine::Compile& command) {
     plan->has_tail = tail->bytes() > 0;
     if (plan->has_tail) plan->tail = std::make_shared<const mapping::Plan>(std::move(*tail));
   }
+  if (const Status made = plan->make_device_forms(); !made)
+    return failed(command, reason_of(made.error()), made.error().to_string());
   return {command.compile, Reason::kNone, {}, std::move(plan)};
 }
 
@@ -158,6 +160,7 @@ Result<std::shared_ptr<const CompiledPlan>> bound(
   compiled->digest = stream.digest;
   compiled->runs = plan->run_count();
   compiled->plan = std::make_shared<const mapping::Plan>(std::move(*plan));
+  KVFERRY_RETURN_IF_ERROR(compiled->make_device_forms());
   return std::shared_ptr<const CompiledPlan>(std::move(compiled));
 }
 

@@ -13,6 +13,7 @@
 #include "daemon/node/admin.h"
 #include "daemon/node/directory.h"
 #include "daemon/node/engine_thread.h"
+#include "daemon/node/gpu_setup.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/registry.h"
 #include "daemon/node/task_pool.h"
@@ -141,6 +142,7 @@ struct Daemon::Impl {
   memory::HostArena arena;
   std::unique_ptr<ops::Metrics> metrics;
   ops::Watchdog watchdog;
+  Gpu gpu;
   std::unique_ptr<copy::CopyPool> copies;
   std::unique_ptr<TaskPool> look_ups;
   std::unique_ptr<TaskPool> compiles;
@@ -180,6 +182,12 @@ Status Daemon::Impl::make_core() {
       memory::HostArena::create("kvferry-arena", engine_settings.segment_bytes, memory_options);
   KVFERRY_RETURN_IF_ERROR(made);
   arena = std::move(*made);
+  auto opened = open_gpu(config, arena, watchdog);
+  KVFERRY_RETURN_IF_ERROR(opened);
+  gpu = std::move(*opened);
+  const rpc::MemoryChoice choice = arena_choice(config, gpu);
+  ops::log_info("arena", {ops::field("kind", choice.kind), ops::field("why", choice.reason),
+                          ops::field("bytes", arena.total_bytes())});
 
   const rails::RailsConfig rails_settings = rails_config(config);
   std::vector<ops::RailLabels> rail_labels;
@@ -187,7 +195,8 @@ Status Daemon::Impl::make_core() {
     rail_labels.push_back({rail.transport, rail.device});
   metrics = std::make_unique<ops::Metrics>(
       ops::BuildLabels{std::string(ops::version()), std::string(ops::commit()), ""},
-      std::vector<ops::ArenaLabels>{{"host", "shared_host"}}, rail_labels);
+      std::vector<ops::ArenaLabels>{{choice.device, choice.kind}}, rail_labels, gpu.labels());
+  if (gpu.counting) gpu.counting->metrics.store(metrics.get(), std::memory_order_release);
 
   std::vector<rails::Segment> segments;
   for (uint32_t i = 0; i < arena.segment_count(); ++i)
@@ -242,6 +251,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   parts.arena = &arena;
   parts.rails = std::move(rails);
   parts.copies = copies.get();
+  parts.queues = gpu.queues.get();
   parts.packer = packer.get();
   parts.directory = directory.get();
   parts.links = links.get();
@@ -260,18 +270,21 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
     }
   }
   engine = std::make_unique<EngineThread>(std::move(parts));
-  std::string transports;
+  RegistryConfig registry_config;
   for (const std::string& transport : config.rails.transports)
-    transports += (transports.empty() ? "" : ",") + transport;
-  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(transports));
+    registry_config.transports += (registry_config.transports.empty() ? "" : ",") + transport;
+  registry_config.kinds = pool_kinds(config);
+  registry_config.imports = gpu.imports.get();
+  registry_config.no_gpu = gpu.why_not;
+  registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(registry_config));
   Admin::Facts facts;
   facts.version = ops::version();
   facts.commit = ops::commit();
   facts.boot = boot;
   facts.peer_address = advertise;
-  facts.arena = {"host", "shared_host",
-                 config.arena.kind == ops::ArenaKind::kAuto ? "no GPU arena is served by this build"
-                                                            : "configured"};
+  facts.arena = arena_choice(config, gpu);
+  facts.gpus = gpu.labels();
+  facts.devices = gpu.devices;
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
   late_peers.set(links.get());
   return engine->start();
@@ -304,6 +317,7 @@ Status Daemon::Impl::make_listeners() {
   worker_config.limits.max_receivers = config.engine.max_receivers;
   worker_config.limits.timeline_words = lifeline_config.page.timeline_words;
   worker_config.limits.done_words = lifeline_config.page.done_words;
+  worker_config.limits.cuda_events = gpu.watches_events();
   worker_config.on_answer = [this](Code code) { metrics->rpc_ended(code); };
 
   // The gRPC socket first: a worker that has attached may call at once.
@@ -403,6 +417,9 @@ void Daemon::stop() {
   if (d.links) d.links->stop();
   // Calls that wait for the engine are answered when it stops, so it goes before the servers.
   if (d.engine) d.engine->stop();
+  if (d.gpu.queues)
+    if (const Status closed = d.gpu.queues->close(soon); !closed)
+      ops::log_warning("gpu copies dropped", {ops::field("error", closed.error())});
   if (d.copies) (void)d.copies->close(soon);
   if (d.lifeline) d.lifeline->stop();
   if (d.worker_server) d.worker_server->shutdown(soon);
@@ -411,6 +428,7 @@ void Daemon::stop() {
   if (d.look_ups) d.look_ups->stop();
   if (d.compiles) d.compiles->stop();
   if (d.packer) d.packer->stop();
+  if (d.registry) d.registry->stop();
   if (d.http) d.http->join();
 }
 

@@ -24,7 +24,10 @@ constexpr Duration kRefresh = std::chrono::milliseconds(100);
 }  // namespace
 
 EngineThread::EngineThread(Parts parts)
-    : parts_(std::move(parts)), inbox_(parts_.inbox_limit), engine_(parts_.engine) {
+    : parts_(std::move(parts)),
+      copier_({parts_.arena, parts_.copies, parts_.queues, parts_.packer}),
+      inbox_(parts_.inbox_limit),
+      engine_(parts_.engine) {
   MutexLock lock(view_mutex_);
   view_.settings = std::move(parts_.rails_settings);
 }
@@ -98,7 +101,7 @@ void EngineThread::detach(WorkerId worker) {
   ask([this, worker](const engine::Engine&, Time) {
     follow_up_.push_back(engine::WorkerGone{worker});
     sessions_.erase(worker);
-    std::erase_if(conditions_, [&](const auto& entry) { return entry.second.worker == worker; });
+    forget_conditions(worker);
   });
 }
 
@@ -211,6 +214,9 @@ void EngineThread::take(Posted posted, Time now) {
 }
 
 void EngineThread::handle(engine::Event event) {
+  if (const auto* met = std::get_if<engine::ConditionMet>(&event)) events_.erase(met->condition);
+  if (const auto* never = std::get_if<engine::ConditionFailed>(&event))
+    events_.erase(never->condition);
   if (const auto* up = std::get_if<engine::LinkUp>(&event)) {
     // Its keys come first: the engine's first message needs them. A link that has ended meanwhile
     // has none, and its LinkEnded is on the way; the engine never hears of it.
@@ -304,14 +310,6 @@ void EngineThread::execute(engine::LayoutQuiet& command) {
   std::vector<std::function<void()>> waiting = std::move(it->second);
   quiet_.erase(it);
   for (auto& quiet : waiting) quiet();
-}
-
-void EngineThread::execute(engine::WatchCondition& command) {
-  conditions_[command.condition] = {command.worker, command.ready.word, command.ready.value};
-}
-
-void EngineThread::execute(engine::UnwatchCondition& command) {
-  conditions_.erase(command.condition);
 }
 
 // ---- directory and copies ----------------------------------------------------------------------
@@ -417,12 +415,33 @@ void EngineThread::refresh_views(Time now) {
   parts_.metrics->draining.set(snapshot.draining ? 1 : 0);
 
   export_stats();
+  export_gpus();
   MutexLock lock(view_mutex_);
   view.info = std::move(view_.info);
   view.last_exit = std::move(view_.last_exit);
   view.last_status = view_.last_status;
   view.settings = std::move(view_.settings);
   view_ = std::move(view);
+}
+
+void EngineThread::export_gpus() {
+  if (parts_.queues == nullptr) return;
+  const auto& devices = parts_.queues->devices().all();
+  for (std::size_t i = 0; i < devices.size() && i < parts_.metrics->gpu_count(); ++i) {
+    ops::GpuMetrics& metrics = parts_.metrics->gpu(i);
+    metrics.up.set(devices[i]->down() ? 0 : 1);
+    const gpu::CopyQueue* const queue = parts_.queues->of(*devices[i]);
+    if (queue == nullptr) continue;
+    const gpu::CopyQueue::Stats& stats = queue->stats();
+    for (std::size_t kind = 0; kind < ops::kGpuCopyKinds; ++kind) {
+      metrics.copies[kind].store(stats.jobs[kind].load(std::memory_order_relaxed));
+      metrics.bytes[kind].store(stats.bytes[kind].load(std::memory_order_relaxed));
+    }
+    metrics.failed.store(stats.failed.load(std::memory_order_relaxed));
+    metrics.refused.store(stats.refused.load(std::memory_order_relaxed));
+    metrics.plan_bytes.store(stats.upload_bytes.load(std::memory_order_relaxed));
+    metrics.outstanding.set_bytes(stats.outstanding.load(std::memory_order_relaxed));
+  }
 }
 
 // The engine counts, the metrics show its totals.

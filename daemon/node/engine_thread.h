@@ -18,8 +18,10 @@
 #include "daemon/base/mutex.h"
 #include "daemon/copy/copy_pool.h"
 #include "daemon/engine/engine.h"
+#include "daemon/gpu/queues.h"
 #include "daemon/link/envelope.h"
 #include "daemon/memory/shared_memory.h"
+#include "daemon/node/copier.h"
 #include "daemon/node/inbox.h"
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/watchdog.h"
@@ -39,7 +41,8 @@ class EngineThread final : private rails::RailsEvents {
     memory::HostArena* arena = nullptr;  // outlives the thread, as do all below
     std::unique_ptr<rails::RailsClient> rails;
     copy::CopyPool* copies = nullptr;
-    TaskPool* packer = nullptr;  // takes memory for packed copies
+    gpu::Queues* queues = nullptr;  // null: no GPU
+    TaskPool* packer = nullptr;     // takes memory for packed copies, and whatever else takes time
     Directory* directory = nullptr;
     LinkManager* links = nullptr;
     ops::Metrics* metrics = nullptr;
@@ -102,6 +105,10 @@ class EngineThread final : private rails::RailsEvents {
     uint32_t word = 0;
     uint64_t value = 0;
   };
+  struct WatchedEvent {
+    WorkerId worker;
+    gpu::CopyQueue* queue = nullptr;
+  };
 
   void run();
   // Gives the control messages that were sent last, the ends of transfers above all, a moment to
@@ -114,6 +121,7 @@ class EngineThread final : private rails::RailsEvents {
   void poll_conditions();
   void refresh_views(Time now);
   void export_stats();
+  void export_gpus();
   // Last resort for memory that somebody may still write: ends the rails process if a lane that was
   // given up does not come to its end.
   void watch_closing_lanes(Time now);
@@ -151,6 +159,10 @@ class EngineThread final : private rails::RailsEvents {
   void execute(engine::TransferEnded& command);
   void execute(engine::Drained& command);
 
+  // Any thread.
+  void submit(CopyId id, Copy copy);
+  void copy_refused(const Error& error);
+  void forget_conditions(WorkerId worker);
   void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
   void send_sealed(const engine::LaneRef& lane);
   void lane_failed(const engine::LaneRef& lane);
@@ -173,6 +185,7 @@ class EngineThread final : private rails::RailsEvents {
   void on_died(const rails::RailsExit& exit) override;
 
   Parts parts_;
+  Copier copier_;
   Inbox inbox_;
   engine::Engine engine_;
   engine::Commands commands_;
@@ -189,7 +202,9 @@ class EngineThread final : private rails::RailsEvents {
   std::unordered_map<uint64_t, ReplyFn> replies_;  // by op id
   uint64_t next_op_id_ = 1;
   std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;
-  std::map<ConditionId, Condition> conditions_;
+  std::map<ConditionId, Condition> conditions_;  // words of workers
+  std::map<ConditionId, WatchedEvent> events_;   // CUDA events, which the queues look at
+  std::atomic<int64_t> last_refusal_ns_{0};
   std::map<std::shared_ptr<const engine::LayoutHandle>, std::vector<std::function<void()>>> quiet_;
   std::set<std::pair<WorkerId, uint32_t>> shown_;  // slots that hold a transfer
   uint64_t unknown_links_ = 0;

@@ -1,5 +1,5 @@
 // Copies that the engine asks for: pages to arena, arena to pages, pages to pages, pages to packed
-// copies. Each is a job of the copy threads that holds what it touches.
+// copies. The copier carries them out; each holds what it touches.
 #include <xxhash.h>
 
 #include <algorithm>
@@ -11,18 +11,11 @@
 #include "daemon/node/registered_layout.h"
 #include "daemon/node/task_pool.h"
 #include "daemon/ops/log.h"
-#include "kernels/host_copy.h"
 
 namespace kvferry::node {
 namespace {
 
-// The first byte of each pool that the plan's layout names.
-std::vector<std::byte*> pool_bases(const CompiledPlan& plan) {
-  std::vector<std::byte*> bases;
-  bases.reserve(plan.layout->pools.size());
-  for (const auto& pool : plan.layout->pools) bases.push_back(pool->base());
-  return bases;
-}
+using kernels::CopyKind;
 
 engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t bytes) {
   engine::Check check;
@@ -34,113 +27,118 @@ engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t b
   return check;
 }
 
+engine::CopyOutcome outcome_of(bool ok) {
+  return ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed;
+}
+
 }  // namespace
 
 void EngineThread::copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check) {
   post(engine::CopyEnded{copy, outcome, check});
 }
 
+// Told to the engine if it is not taken, which is logged: the queues are as large as what the
+// engine has outstanding, so it is a device that is down.
+void EngineThread::submit(CopyId id, Copy copy) {
+  const Status taken = copier_.submit(std::move(copy));
+  if (taken) return;
+  copy_refused(taken.error());
+  copy_ended(id, engine::CopyOutcome::kFailed);
+}
+
+void EngineThread::copy_refused(const Error& error) {
+  const Time now = monotonic_now();
+  const int64_t last = last_refusal_ns_.load(std::memory_order_relaxed);
+  if (last != 0 && now.ns - last < Duration(std::chrono::seconds(1)).count()) return;
+  last_refusal_ns_.store(now.ns, std::memory_order_relaxed);
+  ops::log_warning("copy refused", {ops::field("error", error)});
+}
+
 void EngineThread::execute(engine::Gather& command) {
-  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
-  std::byte* const to = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(to != nullptr && command.bytes <= command.region.bytes, "a gather fits its region");
-  copy::Job job;
-  job.bytes = command.bytes;
-  job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, to](
-                 uint64_t begin, uint64_t end) {
-    return kernels::gather(*form, bases, offset + begin, end - begin, to + begin);
-  };
-  job.done = [this, plan, copy = command.copy, to, bytes = command.bytes,
-              kind = command.check_kind](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
+  Copy copy;
+  copy.kind = CopyKind::kGather;
+  copy.plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  copy.offset = command.offset;
+  copy.bytes = command.bytes;
+  copy.region = command.region;
+  const std::byte* const to = parts_.arena->address_of(command.region);
+  KVFERRY_CHECK(to != nullptr, "a gather has a region");
+  copy.done = [this, id = command.copy, to, bytes = command.bytes,
+               kind = command.check_kind](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed,
-               ok ? check_of(kind, to, bytes) : engine::Check{});
+    if (!ok || kind == engine::CheckKind::kNone) {
+      copy_ended(id, outcome_of(ok));
+      return;
+    }
+    // Not here: this may be the thread that looks after a GPU.
+    auto check = std::make_shared<engine::Check>();
+    const Status taken = copier_.compute(
+        [check, kind, to, bytes] {
+          *check = check_of(kind, to, bytes);
+          return true;
+        },
+        [this, id, check](bool computed) { copy_ended(id, outcome_of(computed), *check); });
+    if (!taken) copy_ended(id, engine::CopyOutcome::kFailed);
   };
-  if (!parts_.copies->submit(std::move(job)))
-    follow_up_.push_back(engine::CopyEnded{command.copy, engine::CopyOutcome::kFailed, {}});
+  submit(command.copy, std::move(copy));
 }
 
 void EngineThread::execute(engine::Scatter& command) {
-  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  Copy copy;
+  copy.kind = CopyKind::kScatter;
+  copy.plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  copy.offset = command.offset;
+  copy.bytes = command.bytes;
+  copy.region = command.region;
   const std::byte* const from = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(from != nullptr && command.bytes <= command.region.bytes,
-                "a scatter fits its region");
-  copy::Job job;
-  job.bytes = command.bytes;
-  job.pools = plan->layout->pools;
-  job.copy = [form = &plan->plan->form(), bases = pool_bases(*plan), offset = command.offset, from](
-                 uint64_t begin, uint64_t end) {
-    return kernels::scatter(*form, bases, offset + begin, end - begin, from + begin);
-  };
-  job.done = [this, plan, copy = command.copy, bytes = command.bytes](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
+  KVFERRY_CHECK(from != nullptr, "a scatter has a region");
+  copy.done = [this, id = command.copy, bytes = command.bytes](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed);
-  };
-  const auto submit = [this, copy = command.copy](copy::Job ready) {
-    if (!parts_.copies->submit(std::move(ready))) copy_ended(copy, engine::CopyOutcome::kFailed);
+    copy_ended(id, outcome_of(ok));
   };
   if (command.check.kind == engine::CheckKind::kNone) {
-    submit(std::move(job));
+    submit(command.copy, std::move(copy));
     return;
   }
   // Nothing is scattered before the whole chunk has been checked.
-  copy::Job verify;
-  verify.bytes = 1;
-  verify.copy = [from, bytes = command.bytes, check = command.check](uint64_t, uint64_t) {
-    return check_of(check.kind, from, bytes) == check;
-  };
-  verify.done = [this, submit, copy = command.copy,
-                 shared = std::make_shared<copy::Job>(std::move(job))](copy::Outcome outcome) {
-    if (outcome == copy::Outcome::kOk)
-      submit(std::move(*shared));
-    else
-      copy_ended(copy, engine::CopyOutcome::kCheckMismatch);
-  };
-  submit(std::move(verify));
+  auto shared = std::make_shared<Copy>(std::move(copy));
+  const Status taken = copier_.compute(
+      [from, bytes = command.bytes, check = command.check] {
+        return check_of(check.kind, from, bytes) == check;
+      },
+      [this, id = command.copy, shared](bool right) {
+        if (right)
+          submit(id, std::move(*shared));
+        else
+          copy_ended(id, engine::CopyOutcome::kCheckMismatch);
+      });
+  if (!taken) copy_ended(command.copy, engine::CopyOutcome::kFailed);
 }
 
 void EngineThread::execute(engine::ClearTail& command) {
-  auto plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
-  KVFERRY_CHECK(plan->tail != nullptr, "only a plan with a tail has it cleared");
-  copy::Job job;
-  job.bytes = 1;  // one piece: it is a part of one block of each plane
-  job.pools = plan->layout->pools;
-  job.copy = [form = &plan->tail->form(), bases = pool_bases(*plan)](uint64_t, uint64_t) {
-    return kernels::clear(*form, bases);
+  Copy copy;
+  copy.kind = CopyKind::kClear;
+  copy.plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
+  KVFERRY_CHECK(copy.plan->tail != nullptr, "only a plan with a tail has it cleared");
+  copy.done = [this, id = command.copy, bytes = copy.plan->tail->bytes()](bool ok) {
+    parts_.metrics->copy_ended(ops::CopyKind::kClear, bytes, 0, !ok);
+    copy_ended(id, outcome_of(ok));
   };
-  job.done = [this, plan, copy = command.copy](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
-    parts_.metrics->copy_ended(ops::CopyKind::kClear, plan->tail->bytes(), 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed);
-  };
-  if (!parts_.copies->submit(std::move(job)))
-    follow_up_.push_back(engine::CopyEnded{command.copy, engine::CopyOutcome::kFailed, {}});
+  submit(command.copy, std::move(copy));
 }
 
 void EngineThread::execute(engine::LocalCopy& command) {
-  auto source = std::static_pointer_cast<const CompiledPlan>(command.source);
-  auto destination = std::static_pointer_cast<const CompiledPlan>(command.destination);
-  copy::Job job;
-  job.bytes = command.bytes;
-  job.pools = source->layout->pools;
-  job.pools.insert(job.pools.end(), destination->layout->pools.begin(),
-                   destination->layout->pools.end());
-  job.copy = [from = &source->plan->form(), from_bases = pool_bases(*source),
-              to = &destination->plan->form(), to_bases = pool_bases(*destination),
-              offset = command.offset](uint64_t begin, uint64_t end) {
-    return kernels::transfer(*from, from_bases, *to, to_bases, offset + begin, end - begin);
-  };
-  job.done = [this, source, destination, copy = command.copy,
-              bytes = command.bytes](copy::Outcome outcome) {
-    const bool ok = outcome == copy::Outcome::kOk;
+  Copy copy;
+  copy.kind = CopyKind::kTransfer;
+  copy.plan = std::static_pointer_cast<const CompiledPlan>(command.source);
+  copy.other = std::static_pointer_cast<const CompiledPlan>(command.destination);
+  copy.offset = command.offset;
+  copy.bytes = command.bytes;
+  copy.done = [this, id = command.copy, bytes = command.bytes](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kFused, bytes, 0, !ok);
-    copy_ended(copy, ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed);
+    copy_ended(id, outcome_of(ok));
   };
-  if (!parts_.copies->submit(std::move(job)))
-    follow_up_.push_back(engine::CopyEnded{command.copy, engine::CopyOutcome::kFailed, {}});
+  submit(command.copy, std::move(copy));
 }
 
 // Memory for it is taken and its plans are made by a thread that may take its time.
@@ -148,32 +146,77 @@ void EngineThread::execute(engine::MakePacked& command) {
   const auto failed = [copy = command.copy](Reason reason, std::string message) {
     return engine::Packed{copy, reason, std::move(message), nullptr, {}};
   };
-  auto work = [this, failed, copy = command.copy, send = command.send] {
+  auto work = [this, failed, id = command.copy, send = command.send] {
     auto packing = prepare_packed(*send);
     if (!packing) {
       ops::log_warning("packed copy not made", {ops::field("error", packing.error())});
       post(failed(Reason::kGatherFailed, packing.error().to_string()));
       return;
     }
-    copy::Job job;
-    job.bytes = packing->source->bytes;
-    job.pools = packing->source->layout->pools;
-    job.pools.insert(job.pools.end(), packing->layout->pools.begin(), packing->layout->pools.end());
-    job.copy = [from = &packing->source->plan->form(), from_bases = pool_bases(*packing->source),
-                to = &packing->destination->plan->form(),
-                to_bases = pool_bases(*packing->destination)](uint64_t begin, uint64_t end) {
-      return kernels::transfer(*from, from_bases, *to, to_bases, begin, end - begin);
-    };
-    job.done = [this, failed, copy, packed = *packing](copy::Outcome outcome) {
-      const bool ok = outcome == copy::Outcome::kOk;
+    Copy copy;
+    copy.kind = CopyKind::kTransfer;
+    copy.plan = packing->source;
+    copy.other = packing->destination;
+    copy.bytes = packing->source->bytes;
+    copy.done = [this, failed, id, packed = *packing](bool ok) {
       parts_.metrics->copy_ended(ops::CopyKind::kPack, packed.source->bytes, 0, !ok);
-      post(ok ? engine::Packed{copy, Reason::kNone, {}, packed.layout, packed.blocks}
+      post(ok ? engine::Packed{id, Reason::kNone, {}, packed.layout, packed.blocks}
               : failed(Reason::kGatherFailed, {}));
     };
-    if (!parts_.copies->submit(std::move(job))) post(failed(Reason::kGatherFailed, {}));
+    if (const Status taken = copier_.submit(std::move(copy)); !taken) {
+      copy_refused(taken.error());
+      post(failed(Reason::kGatherFailed, taken.error().to_string()));
+    }
   };
   if (!parts_.packer->post(std::move(work)))
     follow_up_.push_back(failed(Reason::kInternal, "too many packed copies wait to be made"));
+}
+
+// ---- ready conditions
+// ----------------------------------------------------------------------------
+
+void EngineThread::execute(engine::WatchCondition& command) {
+  if (command.ready.kind != engine::ReadyCondition::Kind::kCudaEvent) {
+    conditions_[command.condition] = {command.worker, command.ready.word, command.ready.value};
+    return;
+  }
+  const auto told = [this, id = command.condition](gpu::EventState state) {
+    if (state == gpu::EventState::kReached)
+      post(engine::ConditionMet{id});
+    else
+      post(engine::ConditionFailed{id});
+  };
+  const auto layout = std::dynamic_pointer_cast<const RegisteredLayout>(command.layout);
+  const gpu::Device* const device = layout == nullptr ? nullptr : layout->device();
+  gpu::CopyQueue* const queue = parts_.queues == nullptr ? nullptr
+                                : device != nullptr      ? parts_.queues->of(*device)
+                                                         : parts_.queues->any();
+  Status watched = fail(Code::kUnavailable, "NO_GPU", "this daemon uses no GPU");
+  if (queue != nullptr)
+    watched = queue->watch_event(command.condition.value, command.ready.event, told);
+  if (watched) {
+    events_[command.condition] = {command.worker, queue};
+    return;
+  }
+  copy_refused(watched.error());
+  follow_up_.push_back(engine::ConditionFailed{command.condition});
+}
+
+void EngineThread::execute(engine::UnwatchCondition& command) {
+  conditions_.erase(command.condition);
+  const auto event = events_.find(command.condition);
+  if (event == events_.end()) return;
+  event->second.queue->unwatch_event(command.condition.value);
+  events_.erase(event);
+}
+
+void EngineThread::forget_conditions(WorkerId worker) {
+  std::erase_if(conditions_, [&](const auto& entry) { return entry.second.worker == worker; });
+  std::erase_if(events_, [&](const auto& entry) {
+    if (entry.second.worker != worker) return false;
+    entry.second.queue->unwatch_event(entry.first.value);
+    return true;
+  });
 }
 
 }  // namespace kvferry::node

@@ -3,18 +3,20 @@
 #include <utility>
 
 #include "daemon/mapping/packed.h"
+#include "daemon/memory/host_pool.h"
 
 namespace kvferry::node {
 namespace {
 
-std::shared_ptr<const CompiledPlan> compiled(std::shared_ptr<const RegisteredLayout> layout,
-                                             mapping::Plan plan) {
+Result<std::shared_ptr<const CompiledPlan>> compiled(std::shared_ptr<const RegisteredLayout> layout,
+                                                     mapping::Plan plan) {
   auto out = std::make_shared<CompiledPlan>();
   out->layout = std::move(layout);
   out->bytes = plan.bytes();
   out->runs = plan.run_count();
   out->plan = std::make_shared<const mapping::Plan>(std::move(plan));
-  return out;
+  KVFERRY_RETURN_IF_ERROR(out->make_device_forms());
+  return std::shared_ptr<const CompiledPlan>(std::move(out));
 }
 
 }  // namespace
@@ -36,8 +38,12 @@ Result<PackedPlan> prepare_packed(const engine::SendOp& send) {
   PackedPlan out;
   out.layout = layout;
   out.blocks = std::move(shape->blocks);
-  out.source = compiled(pages, std::move(copy->source));
-  out.destination = compiled(std::move(layout), std::move(copy->destination));
+  auto source = compiled(pages, std::move(copy->source));
+  KVFERRY_RETURN_IF_ERROR(source);
+  auto destination = compiled(std::move(layout), std::move(copy->destination));
+  KVFERRY_RETURN_IF_ERROR(destination);
+  out.source = std::move(*source);
+  out.destination = std::move(*destination);
   return out;
 }
 

@@ -69,8 +69,23 @@ bool RegisteredLayout::shares_pages(const LayoutHandle& other) const {
   if (there == nullptr) return true;
   return std::any_of(pools.begin(), pools.end(), [&](const auto& pool) {
     return std::any_of(there->pools.begin(), there->pools.end(),
-                       [&](const auto& another) { return pool->same_file(*another); });
+                       [&](const auto& another) { return pool->same_memory(*another); });
   });
+}
+
+Status CompiledPlan::make_device_forms() {
+  const gpu::Device* const device = layout->device();
+  if (device == nullptr) return {};
+  std::vector<uint64_t> bases;
+  for (const auto& pool : layout->pools) bases.push_back(reinterpret_cast<uintptr_t>(pool->base()));
+  auto made = DeviceForms::make(*plan, bases);
+  KVFERRY_RETURN_IF_ERROR(made);
+  (void)forms.put(*device, std::move(*made));
+  if (tail == nullptr) return {};
+  auto tail_made = DeviceForms::make(*tail, bases);
+  KVFERRY_RETURN_IF_ERROR(tail_made);
+  (void)tail_forms.put(*device, std::move(*tail_made));
+  return {};
 }
 
 bool RegisteredLayout::serves(uint32_t group, const LayoutHandle& other,

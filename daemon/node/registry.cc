@@ -12,45 +12,12 @@
 namespace kvferry::node {
 namespace {
 
-constexpr std::size_t kMaxPools = 4096;  // of a worker
 constexpr std::size_t kMaxLayouts = 64;  // of a worker
 constexpr std::size_t kMaxGenerations = 1 << 20;
+constexpr std::size_t kMaxPoolTasks = 1 << 14;
 
 std::string full_name(const rpc::Session& session, const std::string& instance) {
   return session.facts().tenant + "/" + instance;
-}
-
-tl::unexpected<Error> differs(std::string field) {
-  return fail(Code::kAlreadyExists, "REGISTERED_OTHERWISE", "registered before with another value",
-              std::move(field));
-}
-
-bool same_pool(const rpc::PoolRequest& a, const rpc::PoolRequest& b) {
-  return a.name == b.name && a.bytes == b.bytes && a.offset_bytes == b.offset_bytes;
-}
-
-// What was said of the descriptor over the lifeline must be what is said of the pool now. Errors
-// name `entry`, or its size.
-Result<std::shared_ptr<memory::HostPool>> import_pool(rpc::PoolDescriptor descriptor,
-                                                      const rpc::PoolRequest& pool,
-                                                      const memory::HostPoolLimits& limits,
-                                                      const std::string& entry) {
-  if (descriptor.kind != lifeline::PoolKind::kHostShm)
-    return invalid(entry + ".kind", "POOL_KIND_DIFFERS", "another kind was sent over the lifeline");
-  if (descriptor.bytes != pool.bytes)
-    return invalid(entry + ".bytes", "POOL_SIZE_DIFFERS",
-                   std::to_string(descriptor.bytes) + " bytes were told over the lifeline");
-  auto memory = memory::HostPool::import(std::move(descriptor.fd), pool.bytes, limits, entry);
-  if (memory) return memory;
-  Error error = std::move(memory).error();
-  if (error.reason == "POOL_SIZE_INVALID" || error.reason == "POOL_TOO_SMALL" ||
-      error.reason == "POOL_LIMIT")
-    error.field += ".bytes";
-  return tl::unexpected<Error>(std::move(error));
-}
-
-tl::unexpected<Error> gone() {
-  return fail(Code::kUnavailable, "WORKER_GONE", "the worker's lifeline has closed");
 }
 
 tl::unexpected<Error> unknown_layout() {
@@ -60,12 +27,26 @@ tl::unexpected<Error> unknown_layout() {
 
 }  // namespace
 
+tl::unexpected<Error> worker_gone() {
+  return fail(Code::kUnavailable, "WORKER_GONE", "the worker's lifeline has closed");
+}
+
+tl::unexpected<Error> registered_otherwise(std::string field) {
+  return fail(Code::kAlreadyExists, "REGISTERED_OTHERWISE", "registered before with another value",
+              std::move(field));
+}
+
 Registry::Registry(EngineThread& engine, Directory& directory, ops::Metrics& metrics,
-                   std::string transports)
+                   RegistryConfig config)
     : engine_(engine),
       directory_(directory),
       metrics_(metrics),
-      transports_(std::move(transports)) {}
+      config_(std::move(config)),
+      pool_tasks_("kvf-pools", 1, kMaxPoolTasks) {}
+
+void Registry::stop() {
+  pool_tasks_.stop();
+}
 
 // ---- attachments -------------------------------------------------------------------------------
 
@@ -153,7 +134,8 @@ std::vector<rpc::WorkerInfo> Registry::workers() const {
     info.pid = facts.pid;
     info.age = now - worker.since;
     for (const auto& [name, pool] : worker.pools)
-      info.pools.push_back({name, "host_shm", pool.request.bytes});
+      info.pools.push_back(
+          {name, std::string(rpc::name_of(pool.request.kind)), pool.request.bytes});
     for (const auto& [key, layout] : worker.layouts) {
       rpc::LayoutInfo& row = info.layouts.emplace_back();
       row.instance = key.first;
@@ -166,93 +148,6 @@ std::vector<rpc::WorkerInfo> Registry::workers() const {
     out.push_back(std::move(info));
   }
   return out;
-}
-
-// ---- pools -------------------------------------------------------------------------------------
-
-Result<bool> Registry::register_pools(rpc::Session& session, std::vector<rpc::PoolRequest> pools) {
-  MutexLock lock(mutex_);
-  const auto it = workers_.find(session.id());
-  if (it == workers_.end()) return gone();
-  Worker& worker = it->second;
-  const auto field = [](std::size_t i, std::string_view name) {
-    return "pools[" + std::to_string(i) + "]." + std::string(name);
-  };
-  std::size_t known = 0;
-  for (std::size_t i = 0; i < pools.size(); ++i) {
-    const auto old = worker.pools.find(pools[i].name);
-    if (old == worker.pools.end()) continue;
-    if (!same_pool(old->second.request, pools[i])) return differs(field(i, "bytes"));
-    ++known;
-  }
-  if (known == pools.size()) return true;
-  if (known > 0) return differs("pools");
-  if (worker.pools.size() + pools.size() > kMaxPools)
-    return fail(Code::kResourceExhausted, "TOO_MANY_POOLS", "4096 a worker", "pools");
-
-  // All or none: what was imported before an error goes with `fresh`. The claimed descriptors are
-  // used up by the attempt.
-  std::vector<Pool> fresh;
-  uint64_t bytes = worker.pool_bytes;
-  for (std::size_t i = 0; i < pools.size(); ++i) {
-    Result<rpc::PoolDescriptor> descriptor = session.take_pool_fd(pools[i].name);
-    if (!descriptor) {
-      for (std::size_t n = 0; n < fresh.size(); ++n) session.release_descriptor();
-      Error error = descriptor.error();
-      error.field = field(i, "name");
-      return tl::unexpected(std::move(error));
-    }
-    memory::HostPoolLimits limits;
-    limits.max_bytes =
-        session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
-    Result<std::shared_ptr<memory::HostPool>> memory =
-        import_pool(std::move(*descriptor), pools[i], limits, "pools[" + std::to_string(i) + "]");
-    if (!memory) {
-      for (std::size_t n = 0; n < fresh.size() + 1; ++n) session.release_descriptor();
-      return tl::unexpected(memory.error());
-    }
-    bytes += pools[i].bytes;
-    fresh.push_back({std::move(*memory), pools[i]});
-  }
-  for (Pool& pool : fresh) {
-    const std::string name = pool.request.name;
-    worker.pools.emplace(name, std::move(pool));
-  }
-  worker.pool_bytes = bytes;
-  export_gauges();
-  return false;
-}
-
-void Registry::unregister_pools(rpc::Session& session, std::vector<std::string> names,
-                                rpc::Done<bool> done) {
-  const std::set<std::string_view> named(names.begin(), names.end());
-  std::vector<std::shared_ptr<const RegisteredLayout>> users;
-  bool existed = false;
-  // A session that ended meanwhile has no pools any more.
-  {
-    MutexLock lock(mutex_);
-    Worker none;
-    const auto it = workers_.find(session.id());
-    Worker& worker = it == workers_.end() ? none : it->second;
-    for (auto layout = worker.layouts.begin(); layout != worker.layouts.end();) {
-      const auto& used = layout->second.registered->layout.pools;
-      const bool uses = std::any_of(used.begin(), used.end(), [&](const mapping::PoolSpan& span) {
-        return named.contains(span.name);
-      });
-      if (uses) users.push_back(layout->second.registered);
-      layout = uses ? worker.layouts.erase(layout) : std::next(layout);
-    }
-    for (const std::string& name : names) {
-      const auto pool = worker.pools.find(name);
-      if (pool == worker.pools.end()) continue;
-      existed = true;
-      worker.pool_bytes -= pool->second.request.bytes;
-      worker.pools.erase(pool);
-      session.release_descriptor();
-    }
-    export_gauges();
-  }
-  release_layouts(std::move(users), [done, existed] { done(existed); });
 }
 
 // ---- layouts -----------------------------------------------------------------------------------
@@ -285,6 +180,20 @@ Digest16 reuse_space_of(const rpc::Session& session, const rpc::LayoutRequest& r
 
 }  // namespace
 
+Status Registry::check_usable(const Pool& pool, const RegisteredLayout& layout,
+                              const std::string& field) {
+  if (pool.challenge)
+    return fail(Code::kFailedPrecondition, "POOL_NOT_PROVEN",
+                "its challenge has not been answered by ProvePools", field + ".name");
+  if (pool.memory->failed())
+    return fail(Code::kFailedPrecondition, "POOL_FAILED", "its memory could not be reached before",
+                field + ".name");
+  if (!layout.pools.empty() && layout.pools.front()->device() != pool.memory->device())
+    return invalid(field + ".name", "POOLS_OF_SEVERAL_DEVICES",
+                   "all pools of a layout are on one device, or all on the host");
+  return {};
+}
+
 Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
     Worker& worker, const rpc::LayoutRequest& request) {
   const auto prefixed = [](Error error) {
@@ -302,6 +211,7 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
       return invalid(field + ".bytes", "POOL_TOO_SMALL",
                      std::to_string(pool->second.request.bytes) + " bytes are registered");
     }
+    KVFERRY_RETURN_IF_ERROR(check_usable(pool->second, *registered, field));
     registered->pools.push_back(pool->second.memory);
   }
   if (Status valid = mapping::validate_layout(request.layout); !valid)
@@ -328,7 +238,7 @@ Result<rpc::LayoutRegistration> Registry::register_layout(
     return invalid("instance", "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
   MutexLock lock(mutex_);
   const auto it = workers_.find(session->id());
-  if (it == workers_.end()) return gone();
+  if (it == workers_.end()) return worker_gone();
   Worker& worker = it->second;
   const std::string instance = full_name(*session, request.instance);
   const LayoutKey key{instance, request.layout.topology.rank};
@@ -337,11 +247,14 @@ Result<rpc::LayoutRegistration> Registry::register_layout(
     rpc::LayoutRegistration answer = old->second.answer;
     answer.existing = true;
     if (!request.incarnation.is_zero() && request.incarnation != answer.incarnation)
-      return differs("incarnation");
-    if (request.instance_key != old->second.request.instance_key) return differs("instance_key");
-    if (request.reuse_key != old->second.request.reuse_key) return differs("reuse_key");
-    if (request.hash_scheme != old->second.request.hash_scheme) return differs("reuse_hash_scheme");
-    if (request.layout != old->second.request.layout) return differs("layout");
+      return registered_otherwise("incarnation");
+    if (request.instance_key != old->second.request.instance_key)
+      return registered_otherwise("instance_key");
+    if (request.reuse_key != old->second.request.reuse_key)
+      return registered_otherwise("reuse_key");
+    if (request.hash_scheme != old->second.request.hash_scheme)
+      return registered_otherwise("reuse_hash_scheme");
+    if (request.layout != old->second.request.layout) return registered_otherwise("layout");
     return answer;
   }
   for (const auto& [id, other] : workers_) {
@@ -418,7 +331,7 @@ Result<rpc::LayoutView> Registry::find_layout(const rpc::Session& session,
                                               const std::string& instance, uint32_t rank) {
   MutexLock lock(mutex_);
   const auto it = workers_.find(session.id());
-  if (it == workers_.end()) return gone();
+  if (it == workers_.end()) return worker_gone();
   const auto found = it->second.layouts.find({full_name(session, instance), rank});
   if (found == it->second.layouts.end()) return unknown_layout();
   return rpc::LayoutView{found->second.registered, &found->second.registered->layout};
@@ -484,23 +397,23 @@ Result<rpc::TicketOutcome> Registry::get_ticket(rpc::Session& session,
 void Registry::resolve(rpc::Session& /*session*/, const std::string& ticket,
                        std::shared_ptr<const engine::LayoutHandle> layout, Time deadline,
                        rpc::Done<rpc::ResolveOutcome> done) {
-  directory_.probe(ticket, std::dynamic_pointer_cast<const RegisteredLayout>(std::move(layout)),
-                   deadline,
-                   [done = std::move(done), rails = transports_](Result<ProbeOutcome> probed) {
-                     if (!probed) {
-                       done(tl::unexpected(probed.error()));
-                       return;
-                     }
-                     rpc::ResolveOutcome outcome;
-                     outcome.reachable = probed->reachable;
-                     outcome.compatible = probed->compatible;
-                     outcome.problem = std::move(probed->problem);
-                     if (probed->reachable) outcome.transport = probed->local ? "local" : rails;
-                     outcome.instance = probed->instance.substr(probed->instance.find('/') + 1);
-                     outcome.incarnation = probed->incarnation;
-                     outcome.rank_count = probed->rank_count;
-                     done(std::move(outcome));
-                   });
+  directory_.probe(
+      ticket, std::dynamic_pointer_cast<const RegisteredLayout>(std::move(layout)), deadline,
+      [done = std::move(done), rails = config_.transports](Result<ProbeOutcome> probed) {
+        if (!probed) {
+          done(tl::unexpected(probed.error()));
+          return;
+        }
+        rpc::ResolveOutcome outcome;
+        outcome.reachable = probed->reachable;
+        outcome.compatible = probed->compatible;
+        outcome.problem = std::move(probed->problem);
+        if (probed->reachable) outcome.transport = probed->local ? "local" : rails;
+        outcome.instance = probed->instance.substr(probed->instance.find('/') + 1);
+        outcome.incarnation = probed->incarnation;
+        outcome.rank_count = probed->rank_count;
+        done(std::move(outcome));
+      });
 }
 
 Result<rpc::TicketFacts> Registry::parse_ticket(const rpc::Session& session,

@@ -32,7 +32,7 @@ inline constexpr uint64_t kGiB = 1024 * kMiB;
 enum class LogLevel : uint8_t { kTrace, kDebug, kInfo, kWarning, kError };
 enum class LogFormat : uint8_t { kText, kJson };
 enum class PeerMode : uint8_t { kPlain, kMtls };
-// Only kAuto and kSharedHost are served by this build; the others are refused at load.
+// The last two are not served by this build and refused at load.
 enum class ArenaKind : uint8_t { kAuto, kSharedHost, kPinnedHost, kDeviceVmm, kFabricVmm };
 enum class CheckKind : uint8_t { kNone, kXxh3 };
 
@@ -172,8 +172,20 @@ struct SharesConfig {
   bool operator==(const SharesConfig&) const = default;
 };
 
+// kAuto: used if there is one; kOn: its absence is an error.
+enum class GpuUse : uint8_t { kAuto, kOn, kOff };
+
+struct GpuConfig {
+  GpuUse enabled = GpuUse::kAuto;
+  std::string driver = "libcuda.so.1";
+  uint32_t streams = 4;  // of each device
+  bool operator==(const GpuConfig&) const = default;
+};
+
 struct PoolsConfig {
-  std::vector<std::string> kinds{"host_shm"};
+  // "auto" alone: all that this machine and the number of tenants allow. Others must be there.
+  std::vector<std::string> kinds{"auto"};
+  bool automatic() const { return kinds.size() == 1 && kinds.front() == "auto"; }
   bool operator==(const PoolsConfig&) const = default;
 };
 
@@ -195,6 +207,7 @@ struct Config {
   std::map<std::string, std::string> ucx;  // without the UCX_ prefix; forbidden keys never get here
   EngineConfig engine;
   CopyConfig copy;
+  GpuConfig gpu;
   ChecksConfig checks;
   DrainConfig drain;
   SharesConfig shares;
@@ -223,6 +236,9 @@ struct LoadedConfig {
   std::vector<ConfigProblem> warnings;  // allowed but unsafe choices
   bool ok() const { return problems.empty(); }
 };
+
+// Whether the sockets are of more than one tenant.
+bool several_tenants(const Config& config);
 
 // Reads and checks everything, collecting all problems, in order of the file. Blocks on the local
 // files that the configuration names (secrets are checked to be there and private).

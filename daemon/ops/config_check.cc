@@ -262,11 +262,31 @@ class Checker {
       problem("checks.kind", "is less than checks.min_check asks of peers");
     if (config_.shares != SharesConfig{})
       warning("shares", "not enforced by this version: room is given in turn");
-    if (config_.pools.kinds.empty()) problem("pools.kinds", "must name at least one kind");
-    for (const std::string& kind : config_.pools.kinds)
-      if (kind != "host_shm")
-        problem("pools.kinds",
-                toml_quote(kind) + " is not served by this release (served: host_shm)");
+    check_gpu();
+  }
+
+  void check_gpu() {
+    if (config_.arena.kind == ArenaKind::kPinnedHost && config_.gpu.enabled == GpuUse::kOff)
+      problem("arena.kind", "pinned_host needs a GPU, and gpu.enabled is \"off\"");
+    if (config_.arena.kind == ArenaKind::kSharedHost && config_.gpu.enabled == GpuUse::kOn)
+      problem("arena.kind", "GPUs copy to and from pinned_host memory only");
+    if (config_.gpu.driver.empty()) problem("gpu.driver", "must name a library");
+    const PoolsConfig& pools = config_.pools;
+    if (pools.kinds.empty()) problem("pools.kinds", "must name at least one kind");
+    if (pools.automatic()) return;
+    for (const std::string& kind : pools.kinds) {
+      const bool value = kind == "cuda_ipc" || kind == "cuda_fabric";
+      if (kind == "auto")
+        problem("pools.kinds", "\"auto\" stands alone");
+      else if (kind != "host_shm" && kind != "cuda_vmm_fd" && !value)
+        problem("pools.kinds", toml_quote(kind) +
+                                   " is none of: auto, host_shm, cuda_vmm_fd, cuda_ipc, "
+                                   "cuda_fabric");
+      else if (kind != "host_shm" && config_.gpu.enabled == GpuUse::kOff)
+        problem("pools.kinds", toml_quote(kind) + " needs a GPU, and gpu.enabled is \"off\"");
+      else if (value && several_tenants(config_))
+        problem("pools.kinds", toml_quote(kind) + " is for a single tenant");
+    }
   }
 
   LoadedConfig& loaded_;
@@ -277,6 +297,12 @@ class Checker {
 };
 
 }  // namespace
+
+bool several_tenants(const Config& config) {
+  return std::any_of(config.sockets.begin(), config.sockets.end(), [&](const SocketConfig& socket) {
+    return socket.tenant != config.sockets.front().tenant;
+  });
+}
 
 void check_config(LoadedConfig& loaded, const Places& places, const std::string& file) {
   Checker(loaded, places, file).run();

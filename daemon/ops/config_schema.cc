@@ -64,19 +64,35 @@ Section peer_section(PeerListenConfig& peer) {
 }
 
 Section arena_section(ArenaConfig& arena) {
-  return {"arena",
-          "Bounce memory: all that peers can ever write into.",
-          {{"bytes", "All of it is taken at start and nothing is added later.",
-            size_binding(arena.bytes, 1 * kMiB, 1024 * kGiB)},
-           {"segment_bytes",
-            "The arena is registered with the network in pieces of this size. A power of two that\n"
-            "divides the arena.",
-            size_binding(arena.segment_bytes, 64 * kKiB, 1024 * kGiB)},
-           {"kind",
-            "auto or shared_host. A kind that this machine lacks is an error, never a fallback.",
-            choice_binding<ArenaKind>(
-                arena.kind, {{"auto", ArenaKind::kAuto}, {"shared_host", ArenaKind::kSharedHost}},
-                {"pinned_host", "device_vmm", "fabric_vmm"})}}};
+  return {
+      "arena",
+      "Bounce memory: all that peers can ever write into.",
+      {{"bytes", "All of it is taken at start and nothing is added later.",
+        size_binding(arena.bytes, 1 * kMiB, 1024 * kGiB)},
+       {"segment_bytes",
+        "The arena is registered with the network in pieces of this size. A power of two that\n"
+        "divides the arena.",
+        size_binding(arena.segment_bytes, 64 * kKiB, 1024 * kGiB)},
+       {"kind",
+        "auto, shared_host, or pinned_host, which GPUs can copy to and from. A kind that this\n"
+        "machine lacks is an error, never a fallback; auto is pinned_host where there is a GPU.",
+        choice_binding<ArenaKind>(arena.kind,
+                                  {{"auto", ArenaKind::kAuto},
+                                   {"shared_host", ArenaKind::kSharedHost},
+                                   {"pinned_host", ArenaKind::kPinnedHost}},
+                                  {"device_vmm", "fabric_vmm"})}}};
+}
+
+Section gpu_section(GpuConfig& gpu) {
+  return {
+      "gpu",
+      "Workers' memory on GPUs.",
+      {{"enabled", "auto: if there is one. on: a machine without is an error. off.",
+        choice_binding<GpuUse>(
+            gpu.enabled, {{"auto", GpuUse::kAuto}, {"on", GpuUse::kOn}, {"off", GpuUse::kOff}})},
+       {"driver", "The CUDA driver's library, by name or path.", text_binding(gpu.driver)},
+       {"streams", "Copies that a device may carry out side by side.",
+        count_binding<uint32_t>(gpu.streams, 1, 32)}}};
 }
 
 Section rails_section(RailsConfig& rails) {
@@ -200,6 +216,7 @@ std::vector<Section> config_schema(Config& config) {
                  "Gather and scatter in host memory.",
                  {{"threads", "0: one a core, at most 8.",
                    count_binding<uint32_t>(config.copy.threads, 0, 256)}}});
+  out.push_back(gpu_section(config.gpu));
   out.push_back(checks_section(config.checks));
   out.push_back({"drain",
                  "Stopping.",
@@ -213,7 +230,14 @@ std::vector<Section> config_schema(Config& config) {
         {"peer_share", "", fraction_binding(config.shares.peer_share)}}});
   out.push_back({"pools",
                  "What memory workers may share with the daemon.",
-                 {{"kinds", "host_shm.", texts_binding(config.pools.kinds)}}});
+                 {{"kinds",
+                   "\"auto\": all that this machine can. Else a list of host_shm, cuda_vmm_fd, "
+                   "cuda_ipc and\n"
+                   "cuda_fabric, each of which it then must be able to. Handles of the last two "
+                   "are values that\n"
+                   "anybody may repeat who has read one: they are refused where there are several "
+                   "tenants.",
+                   texts_binding(config.pools.kinds)}}});
   out.push_back({"watchdog",
                  "Noticing threads that stopped.",
                  {{"limit", "A thread silent for so long makes the daemon unhealthy.",

@@ -28,6 +28,15 @@ std::vector<uint64_t> duration_bounds() {
   return out;
 }
 
+// 5 us to 1 s.
+std::vector<uint64_t> launch_bounds() {
+  std::vector<uint64_t> out;
+  for (const uint64_t us : {5ULL, 10ULL, 20ULL, 50ULL, 100ULL, 200ULL, 500ULL, 1'000ULL, 2'000ULL,
+                            5'000ULL, 10'000ULL, 50'000ULL, 200'000ULL, 1'000'000ULL})
+    out.push_back(us * 1000);
+  return out;
+}
+
 // 64 KiB to 64 GiB in powers of four.
 std::vector<uint64_t> size_bounds() {
   std::vector<uint64_t> out;
@@ -51,6 +60,7 @@ constexpr Words<kStages> kStageWords{"wait", "gather", "wire", "scatter"};
 constexpr Words<kDropCauses> kDropWords{
     "malformed", "bad_tag", "unknown_link", "old_epoch", "out_of_order", "unknown_pull",
     "duplicate", "late",    "protocol",     "proof",     "limit",        "queue_full"};
+constexpr Words<kGpuCopyKinds> kGpuCopyWords{"gather", "scatter", "transfer", "clear"};
 constexpr Words<kLaneStates> kLaneWords{"up", "down"};
 
 using Labels = std::vector<ClientMetric::Label>;
@@ -134,6 +144,7 @@ class Metrics::Collector {
     add_transfers();
     add_data_path();
     add_arenas();
+    add_gpus();
     add_rails_and_links();
     add_workers_and_calls();
     add_daemon();
@@ -231,6 +242,41 @@ class Metrics::Collector {
     counter("kvferry_quarantines_total", "Regions put into quarantine.", m_.quarantines.value());
     add_packed();
     add_reuse();
+  }
+
+  void add_gpus() {
+    Family info("kvferry_gpu_info", "The GPUs that copies may use.", MetricType::Gauge);
+    Family up("kvferry_gpu_up", "1 until the GPU fails.", MetricType::Gauge);
+    Family copies("kvferry_gpu_copies_total", "Copies by a GPU that ended.", MetricType::Counter);
+    Family bytes("kvferry_gpu_copy_bytes_total", "Bytes copied by a GPU.", MetricType::Counter);
+    Family failed("kvferry_gpu_copy_errors_total", "Copies by a GPU that failed.",
+                  MetricType::Counter);
+    Family refused("kvferry_gpu_copies_refused_total", "Copies that a GPU did not take.",
+                   MetricType::Counter);
+    Family plans("kvferry_gpu_plan_bytes_total", "Plans brought to a GPU.", MetricType::Counter);
+    Family waiting("kvferry_gpu_copies_outstanding", "Copies taken and not yet ended.",
+                   MetricType::Gauge);
+    Family times("kvferry_gpu_launch_to_done_seconds", "From a copy's launch to its seen end.",
+                 MetricType::Histogram);
+    for (std::size_t i = 0; i < m_.gpus_.size(); ++i) {
+      const GpuMetrics& gpu = *m_.gpus_[i];
+      const GpuLabels& labels = m_.gpu_labels_[i];
+      const ClientMetric::Label device{"device", labels.device};
+      info.add({device, {"uuid", labels.uuid}, {"name", labels.name}}, 1);
+      up.add({device}, static_cast<double>(gpu.up.value()));
+      for (std::size_t kind = 0; kind < kGpuCopyKinds; ++kind) {
+        copies.add({device, {"kind", kGpuCopyWords[kind]}}, as_double(gpu.copies[kind].value()));
+        bytes.add({device, {"kind", kGpuCopyWords[kind]}}, as_double(gpu.bytes[kind].value()));
+      }
+      failed.add({device}, as_double(gpu.failed.value()));
+      refused.add({device}, as_double(gpu.refused.value()));
+      plans.add({device}, as_double(gpu.plan_bytes.value()));
+      waiting.add({device}, static_cast<double>(gpu.outstanding.value()));
+      times.add({device}, *gpu.launch_to_done);
+    }
+    for (Family* family :
+         {&info, &up, &copies, &bytes, &failed, &refused, &plans, &waiting, &times})
+      if (!m_.gpus_.empty()) out_.push_back(family->done());
   }
 
   void add_packed() {
@@ -359,15 +405,21 @@ class Metrics::Collector {
   std::vector<MetricFamily> out_;
 };
 
-Metrics::Metrics(BuildLabels build, std::vector<ArenaLabels> arenas, std::vector<RailLabels> rails)
+Metrics::Metrics(BuildLabels build, std::vector<ArenaLabels> arenas, std::vector<RailLabels> rails,
+                 std::vector<GpuLabels> gpus)
     : build_(std::move(build)),
       arena_labels_(std::move(arenas)),
       rail_labels_(std::move(rails)),
+      gpu_labels_(std::move(gpus)),
       ucx_(build_.ucx) {
   for (std::size_t i = 0; i < arena_labels_.size(); ++i)
     arenas_.push_back(std::make_unique<ArenaMetrics>());
   for (std::size_t i = 0; i < rail_labels_.size(); ++i)
     rails_.push_back(std::make_unique<RailMetrics>());
+  for (std::size_t i = 0; i < gpu_labels_.size(); ++i) {
+    gpus_.push_back(std::make_unique<GpuMetrics>());
+    gpus_.back()->launch_to_done = std::make_unique<Histogram>(launch_bounds(), kNanosecond);
+  }
   for (auto& histogram : durations_)
     histogram = std::make_unique<Histogram>(duration_bounds(), kNanosecond);
   for (auto& histogram : stages_)

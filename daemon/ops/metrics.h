@@ -148,11 +148,16 @@ inline constexpr std::size_t kLaneStates = 2;
 // What is fixed at start: one set of series for each entry.
 struct ArenaLabels {
   std::string device;  // "host", "gpu0"
-  std::string kind;    // "shared_host"
+  std::string kind;    // "shared_host", "pinned_host"
 };
 struct RailLabels {
   std::string transport;  // "tcp"
   std::string device;     // "eth0"
+};
+struct GpuLabels {
+  std::string device;  // "gpu0"
+  std::string uuid;
+  std::string name;
 };
 struct BuildLabels {
   std::string version;
@@ -174,9 +179,25 @@ struct RailMetrics {
   Counter downs;
 };
 
+// What one GPU does; the queue counts, the engine's thread stores its totals.
+enum class GpuCopyKind : uint8_t { kGather, kScatter, kTransfer, kClear };
+inline constexpr std::size_t kGpuCopyKinds = 4;
+
+struct GpuMetrics {
+  Gauge up;
+  std::array<Counter, kGpuCopyKinds> copies;
+  std::array<Counter, kGpuCopyKinds> bytes;
+  Counter failed;
+  Counter refused;
+  Counter plan_bytes;  // brought to the device
+  Gauge outstanding;
+  std::unique_ptr<Histogram> launch_to_done;
+};
+
 class Metrics {
  public:
-  Metrics(BuildLabels build, std::vector<ArenaLabels> arenas, std::vector<RailLabels> rails);
+  Metrics(BuildLabels build, std::vector<ArenaLabels> arenas, std::vector<RailLabels> rails,
+          std::vector<GpuLabels> gpus = {});
   ~Metrics();
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
@@ -198,6 +219,8 @@ class Metrics {
 
   ArenaMetrics& arena(std::size_t index) { return *arenas_.at(index); }
   RailMetrics& rail(std::size_t index) { return *rails_.at(index); }
+  GpuMetrics& gpu(std::size_t index) { return *gpus_.at(index); }
+  std::size_t gpu_count() const { return gpus_.size(); }
   std::size_t arena_count() const { return arenas_.size(); }
   std::size_t rail_count() const { return rails_.size(); }
 
@@ -261,6 +284,8 @@ class Metrics {
   std::vector<RailLabels> rail_labels_;
   std::vector<std::unique_ptr<ArenaMetrics>> arenas_;
   std::vector<std::unique_ptr<RailMetrics>> rails_;
+  std::vector<GpuLabels> gpu_labels_;
+  std::vector<std::unique_ptr<GpuMetrics>> gpus_;
 
   std::array<Counter, kTransferRoles> opened_;
   std::array<std::array<Counter, kTransferOutcomes>, kTransferRoles> ended_;

@@ -22,8 +22,16 @@ namespace kvferry::rpc {
 
 struct MemoryChoice {
   std::string device;  // "host", "gpu0"
-  std::string kind;    // "shared_host"
+  std::string kind;    // "shared_host", "pinned_host"
   std::string reason;  // why this kind
+};
+
+struct GpuInfo {
+  std::string device;  // "gpu0"
+  std::string uuid;
+  std::string name;
+  bool up = true;
+  std::string detail;  // why it is down
 };
 
 struct StatusInfo {
@@ -36,6 +44,7 @@ struct StatusInfo {
   uint32_t protocol_min = 0;
   uint32_t protocol_max = 0;
   std::vector<MemoryChoice> arenas;
+  std::vector<GpuInfo> gpus;
   bool healthy = true;
   bool ready = true;
   bool draining = false;

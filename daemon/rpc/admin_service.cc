@@ -58,6 +58,14 @@ void fill(const StatusInfo& from, pb::StatusResponse& to) {
     out.set_kind(choice.kind);
     out.set_reason(choice.reason);
   }
+  for (const GpuInfo& gpu : from.gpus) {
+    auto& out = *to.add_gpus();
+    out.set_device(gpu.device);
+    out.set_uuid(gpu.uuid);
+    out.set_name(gpu.name);
+    out.set_up(gpu.up);
+    out.set_detail(gpu.detail);
+  }
   to.set_healthy(from.healthy);
   to.set_ready(from.ready);
   to.set_draining(from.draining);

@@ -37,44 +37,64 @@ std::string_view name_of(GoneReason reason) {
 Session::Session(Facts facts, Token token, std::unique_ptr<ControlPage> page)
     : facts_(std::move(facts)), token_(token), page_(std::move(page)) {}
 
-Result<PoolDescriptor> Session::take_pool_fd(std::string_view name) {
+Result<PoolDescriptors> Session::take_pool(std::string_view name) {
   MutexLock lock(mutex_);
   const auto it = waiting_.find(name);
   if (it == waiting_.end())
     return fail(Code::kNotFound, "POOL_NOT_SENT",
                 "no descriptor has been sent over the lifeline under this name", "name");
-  PoolDescriptor out = std::move(it->second);
+  PoolDescriptors out = std::move(it->second);
   waiting_.erase(it);
-  ++claimed_;
+  waiting_parts_ -= out.parts.size();
+  claimed_ += out.parts.size();
   return out;
 }
 
-void Session::release_descriptor() {
+void Session::release_descriptors(std::size_t count) {
   MutexLock lock(mutex_);
-  if (claimed_ > 0) --claimed_;
+  claimed_ -= std::min(count, claimed_);
 }
 
 uint32_t Session::descriptors() const {
   MutexLock lock(mutex_);
-  return claimed_ + static_cast<uint32_t>(waiting_.size());
+  return static_cast<uint32_t>(claimed_ + waiting_parts_);
 }
 
-Status Session::add_pool_fd(const std::string& name, PoolDescriptor descriptor) {
+Status Session::add_pool_part(const std::string& name, lifeline::PoolKind kind, uint32_t part,
+                              PoolDescriptors::Part descriptor) {
+  PoolDescriptors replaced;  // closed after the lock is given back
   MutexLock lock(mutex_);
-  const bool replaces = waiting_.contains(name);
-  if (!replaces && claimed_ + waiting_.size() >= facts_.max_descriptors)
+  const auto old = waiting_.find(name);
+  const std::size_t waits = old == waiting_.end() ? 0 : old->second.parts.size();
+  if (part != 0) {
+    if (kind != lifeline::PoolKind::kCudaVmmFd || part >= lifeline::kMaxPoolParts)
+      return fail(Code::kInvalidArgument, "POOL_PART_INVALID",
+                  "only CUDA VMM memory comes in parts, in " +
+                      std::to_string(lifeline::kMaxPoolParts) + " at most");
+    if (part != waits || old->second.kind != kind)
+      return fail(Code::kInvalidArgument, "POOL_PART_INVALID",
+                  "part " + std::to_string(part) + " follows the one before it, of the same kind");
+  }
+  if (claimed_ + waiting_parts_ - (part == 0 ? waits : 0) >= facts_.max_descriptors)
     return fail(Code::kResourceExhausted, "DESCRIPTOR_LIMIT",
                 "a worker may hold " + std::to_string(facts_.max_descriptors) + " descriptors");
-  waiting_[name] = std::move(descriptor);
+  PoolDescriptors& pool = waiting_[name];
+  if (part == 0) {
+    waiting_parts_ -= pool.parts.size();
+    replaced = std::exchange(pool, PoolDescriptors{kind, {}});
+  }
+  pool.parts.push_back(std::move(descriptor));
+  ++waiting_parts_;
   return {};
 }
 
 void Session::end() {
   alive_.store(false, std::memory_order_release);
   page_->worker_gone();
-  std::map<std::string, PoolDescriptor, std::less<>> closing;
+  std::map<std::string, PoolDescriptors, std::less<>> closing;
   MutexLock lock(mutex_);
   closing.swap(waiting_);
+  waiting_parts_ = 0;
 }
 
 Lifeline::Lifeline(LifelineConfig config) : config_(std::move(config)) {}

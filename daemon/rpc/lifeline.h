@@ -54,11 +54,14 @@ struct LifelineConfig {
   uint32_t max_unattached = 64;  // connections of a socket that have not said their name
 };
 
-// A descriptor that a worker sent and nobody has claimed yet.
-struct PoolDescriptor {
+// The descriptors of a pool that a worker sent and nobody has claimed yet. Never empty.
+struct PoolDescriptors {
+  struct Part {
+    uint64_t bytes = 0;  // as the worker says; to be checked against the file
+    UniqueFd fd;
+  };
   lifeline::PoolKind kind = lifeline::PoolKind::kHostShm;
-  uint64_t bytes = 0;  // as the worker says; to be checked against the file
-  UniqueFd fd;
+  std::vector<Part> parts;  // one, but of kCudaVmmFd
 };
 
 // One attached worker. Facts never change; kept alive by whoever still uses it after its end.
@@ -85,18 +88,19 @@ class Session {
   ControlPage& page() const { return *page_; }
   bool alive() const { return alive_.load(std::memory_order_acquire); }
 
-  // Claims the descriptor sent under this name: each only once. It goes on counting against the
-  // worker's limit until release_descriptor(). NOT_FOUND POOL_NOT_SENT.
-  Result<PoolDescriptor> take_pool_fd(std::string_view name) KVFERRY_EXCLUDES(mutex_);
-  // A claimed descriptor has been closed.
-  void release_descriptor() KVFERRY_EXCLUDES(mutex_);
+  // Claims what was sent under this name: each only once. It goes on counting against the worker's
+  // limit until release_descriptors(). NOT_FOUND POOL_NOT_SENT.
+  Result<PoolDescriptors> take_pool(std::string_view name) KVFERRY_EXCLUDES(mutex_);
+  // So many claimed descriptors have been closed.
+  void release_descriptors(std::size_t count) KVFERRY_EXCLUDES(mutex_);
   uint32_t descriptors() const KVFERRY_EXCLUDES(mutex_);
 
  private:
   friend class Lifeline;
-  // RESOURCE_EXHAUSTED DESCRIPTOR_LIMIT. A descriptor of the same name that still waits is
-  // replaced.
-  Status add_pool_fd(const std::string& name, PoolDescriptor descriptor) KVFERRY_EXCLUDES(mutex_);
+  // Part 0 replaces what still waits under the name. RESOURCE_EXHAUSTED DESCRIPTOR_LIMIT,
+  // INVALID_ARGUMENT POOL_PART_INVALID.
+  Status add_pool_part(const std::string& name, lifeline::PoolKind kind, uint32_t part,
+                       PoolDescriptors::Part descriptor) KVFERRY_EXCLUDES(mutex_);
   void end() KVFERRY_EXCLUDES(mutex_);
 
   const Facts facts_;
@@ -104,8 +108,9 @@ class Session {
   const std::unique_ptr<ControlPage> page_;
   std::atomic<bool> alive_{true};
   mutable Mutex mutex_;
-  std::map<std::string, PoolDescriptor, std::less<>> waiting_ KVFERRY_GUARDED_BY(mutex_);
-  uint32_t claimed_ KVFERRY_GUARDED_BY(mutex_) = 0;
+  std::map<std::string, PoolDescriptors, std::less<>> waiting_ KVFERRY_GUARDED_BY(mutex_);
+  std::size_t waiting_parts_ KVFERRY_GUARDED_BY(mutex_) = 0;
+  std::size_t claimed_ KVFERRY_GUARDED_BY(mutex_) = 0;
 };
 
 enum class GoneReason : uint8_t {

@@ -462,7 +462,8 @@ bool Lifeline::Loop::on_pools(uint64_t key, const lifeline::PoolsMessage& messag
     else if (entry.kind != lifeline::PoolKind::kHostShm &&
              entry.kind != lifeline::PoolKind::kCudaVmmFd)
       refuse(i, {Code::kInvalidArgument, "POOL_KIND_INVALID", "not a kind of descriptor", {}});
-    else if (auto added = session.add_pool_fd(name, {entry.kind, entry.bytes, std::move(fds[i])});
+    else if (auto added = session.add_pool_part(name, entry.kind, entry.part,
+                                                {entry.bytes, std::move(fds[i])});
              !added)
       refuse(i, added.error());
   }

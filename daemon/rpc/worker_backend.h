@@ -3,11 +3,13 @@
 // nothing here blocks, callbacks come once, from any thread, possibly before the call returns.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "daemon/base/ids.h"
@@ -24,10 +26,35 @@ namespace kvferry::rpc {
 template <typename T>
 using Done = std::function<void(Result<T>)>;
 
+// The numbers are those of v1::PoolKind.
+enum class PoolKind : uint8_t { kHostShm = 1, kCudaVmmFd = 2, kCudaIpc = 3, kCudaFabric = 4 };
+std::string_view name_of(PoolKind kind);  // "host_shm", "cuda_vmm_fd", ...
+// Its handle is a value, not a descriptor: whoever has read it can repeat it.
+constexpr bool is_value(PoolKind kind) {
+  return kind == PoolKind::kCudaIpc || kind == PoolKind::kCudaFabric;
+}
+
 struct PoolRequest {
   std::string name;
+  PoolKind kind = PoolKind::kHostShm;
   uint64_t bytes = 0;
   uint64_t offset_bytes = 0;
+  std::array<uint8_t, 64> handle{};  // of value kinds
+  std::vector<uint8_t> device_uuid;  // 16 bytes; host pools: empty
+  // Value kinds: where the worker wants its challenge.
+  std::optional<uint64_t> proof_offset_bytes;
+  bool operator==(const PoolRequest&) const = default;
+};
+
+// What the worker writes into the pool, to show that the memory is its own.
+struct PoolChallenge {
+  std::string pool;
+  uint64_t offset_bytes = 0;
+  std::array<uint8_t, 16> nonce{};
+};
+struct PoolsOutcome {
+  bool existing = false;  // the same pools were registered before
+  std::vector<PoolChallenge> challenges;
 };
 
 struct LayoutRequest {
@@ -88,8 +115,15 @@ class WorkerBackend {
   // The live session of this token; null if there is none.
   virtual std::shared_ptr<Session> find_session(std::string_view token) = 0;
 
-  // All or nothing. True: the same pools were registered before.
-  virtual Result<bool> register_pools(Session& session, std::vector<PoolRequest> pools) = 0;
+  // Whether this daemon takes pools of a kind. The error has no field. UNIMPLEMENTED
+  // FEATURE_NOT_SERVED, PERMISSION_DENIED POOL_KIND_NOT_ALLOWED.
+  virtual Status check_pool_kind(PoolKind kind) const = 0;
+  // All or nothing.
+  virtual void register_pools(const std::shared_ptr<Session>& session,
+                              std::vector<PoolRequest> pools, Done<PoolsOutcome> done) = 0;
+  // The challenges of these pools have been answered in memory. True: all are proven now.
+  virtual void prove_pools(const std::shared_ptr<Session>& session, std::vector<std::string> names,
+                           Done<bool> done) = 0;
   virtual Result<LayoutRegistration> register_layout(const std::shared_ptr<Session>& session,
                                                      LayoutRequest request) = 0;
   // `done` says whether there was something; called when nothing touches its memory any more.

@@ -100,7 +100,15 @@ Result<engine::ReadyCondition> ready_of(const v1::ReadyCondition& ready, const O
       out.value = ready.timeline().value();
       break;
     case v1::ReadyCondition::kCudaIpcEvent:
-      return not_served("ready.cuda_ipc_event", "CUDA events");
+      if (!limits.cuda_events) return not_served("ready.cuda_ipc_event", "CUDA events");
+      if (ready.cuda_ipc_event().handle().size() != out.event.size()) {
+        return invalid("ready.cuda_ipc_event.handle", "HANDLE_SIZE",
+                       "a cudaIpcEventHandle_t has " + std::to_string(out.event.size()) + " bytes");
+      }
+      out.kind = engine::ReadyCondition::Kind::kCudaEvent;
+      std::copy(ready.cuda_ipc_event().handle().begin(), ready.cuda_ipc_event().handle().end(),
+                out.event.begin());
+      break;
   }
   return out;
 }

@@ -24,6 +24,7 @@ struct OpLimits {
   uint32_t max_receivers = 64;
   uint32_t timeline_words = 1024;
   uint32_t done_words = 1024;
+  bool cuda_events = false;  // a GPU is there to look at them
 };
 
 inline constexpr std::size_t kMaxAuxBytes = 64 * 1024;

@@ -12,6 +12,7 @@
 
 #include "daemon/rpc/grpc_status.h"
 #include "daemon/rpc/layout_proto.h"
+#include "daemon/rpc/pool_messages.h"
 #include "daemon/rpc/submit_stream.h"
 #include "daemon/rpc/unix_socket.h"
 #include "daemon/rpc/watch_stream.h"
@@ -21,9 +22,7 @@ namespace kvferry::rpc {
 namespace {
 
 constexpr char kTokenMetadata[] = "kvferry-token-bin";
-constexpr int kMaxPoolsPerCall = 64;
 constexpr int kMaxCards = 4096;
-constexpr int kMaxPoolNames = 4096;  // as many as a worker may have
 
 using Context = grpc::CallbackServerContext;
 using SessionPtr = std::shared_ptr<Session>;
@@ -35,19 +34,6 @@ Status take16(const std::string& text, const char* field, FixedBytes<Tag, 16>& o
     return invalid(field, "WRONG_SIZE", std::to_string(text.size()) + " bytes, not 16");
   std::memcpy(out.bytes.data(), text.data(), 16);
   if (out.is_zero()) return invalid(field, "ALL_ZERO", "empty means none; zeros mean nothing");
-  return {};
-}
-
-tl::unexpected<Error> bad_name(std::string field) {
-  return invalid(std::move(field), "NAME_INVALID", "[A-Za-z0-9][A-Za-z0-9._:+-]{0,62}");
-}
-
-Status check_pool_names(const v1::UnregisterRequest::Pools& pools) {
-  if (pools.names_size() == 0) return invalid("pools.names", "EMPTY", "names no pool");
-  if (pools.names_size() > kMaxPoolNames)
-    return invalid("pools.names", "POOL_COUNT", "a worker has at most 4096 pools");
-  for (int i = 0; i < pools.names_size(); ++i)
-    if (!valid_name(pools.names(i))) return bad_name("pools.names[" + std::to_string(i) + "]");
   return {};
 }
 
@@ -84,12 +70,27 @@ class Service final : public v1::WorkerService::CallbackService {
 
   grpc::ServerUnaryReactor* RegisterPools(Context* context, const v1::RegisterPoolsRequest* request,
                                           v1::RegisterPoolsResponse* response) override {
-    return unary(context, [&](const SessionPtr& session) -> Status {
-      auto pools = pools_of(*request);
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      auto pools =
+          pools_of(*request, [&](PoolKind kind) { return backend_.check_pool_kind(kind); });
       KVFERRY_RETURN_IF_ERROR(pools);
-      auto existing = backend_.register_pools(*session, std::move(*pools));
-      KVFERRY_RETURN_IF_ERROR(existing);
-      response->set_existing(*existing);
+      backend_.register_pools(
+          session, std::move(*pools), [response, finish](Result<PoolsOutcome> outcome) {
+            if (outcome) to_proto(*outcome, *response);
+            finish(outcome ? Status{} : Status(tl::unexpected(outcome.error())));
+          });
+      return {};
+    });
+  }
+
+  grpc::ServerUnaryReactor* ProvePools(Context* context, const v1::ProvePoolsRequest* request,
+                                       v1::ProvePoolsResponse*) override {
+    return deferred(context, [&](const SessionPtr& session, auto finish) -> Status {
+      KVFERRY_RETURN_IF_ERROR(check_pool_names(request->pools(), "pools", kMaxPoolsPerCall));
+      backend_.prove_pools(session, {request->pools().begin(), request->pools().end()},
+                           [finish](Result<bool> proven) {
+                             finish(proven ? Status{} : Status(tl::unexpected(proven.error())));
+                           });
       return {};
     });
   }
@@ -139,7 +140,8 @@ class Service final : public v1::WorkerService::CallbackService {
                                      request->layout().rank(), std::move(done));
           return {};
         case v1::UnregisterRequest::kPools:
-          KVFERRY_RETURN_IF_ERROR(check_pool_names(request->pools()));
+          KVFERRY_RETURN_IF_ERROR(
+              check_pool_names(request->pools().names(), "pools.names", kMaxPoolNames));
           backend_.unregister_pools(
               *session, {request->pools().names().begin(), request->pools().names().end()},
               std::move(done));
@@ -366,14 +368,6 @@ class Service final : public v1::WorkerService::CallbackService {
   KVFERRY_TWIN(CommitReuse, commit_reuse)
 #undef KVFERRY_TWIN
 
-#define KVFERRY_NOT_SERVED(Name, feature)                                                         \
-  grpc::ServerUnaryReactor* Name(Context* context, const v1::Name##Request*, v1::Name##Response*) \
-      override {                                                                                  \
-    return unary(context, [](const SessionPtr&) -> Status { return not_served({}, feature); });   \
-  }
-  KVFERRY_NOT_SERVED(ProvePools, "pools by handle (ProvePools)")
-#undef KVFERRY_NOT_SERVED
-
   grpc::ServerWriteReactor<v1::WatchResponse>* Watch(Context* context,
                                                      const v1::WatchRequest*) override {
     const SessionPtr session = session_of(*context);
@@ -452,38 +446,6 @@ class Service final : public v1::WorkerService::CallbackService {
       });
       return {};
     });
-  }
-
-  static Result<std::vector<PoolRequest>> pools_of(const v1::RegisterPoolsRequest& request) {
-    if (request.pools_size() == 0 || request.pools_size() > kMaxPoolsPerCall)
-      return invalid("pools", "POOL_COUNT", std::to_string(request.pools_size()) + ", not 1 to 64");
-    std::vector<PoolRequest> pools;
-    for (int i = 0; i < request.pools_size(); ++i) {
-      const v1::PoolSpec& spec = request.pools(i);
-      const std::string field = "pools[" + std::to_string(i) + "].";
-      if (!valid_name(spec.name())) return bad_name(field + "name");
-      for (const PoolRequest& other : pools)
-        if (other.name == spec.name()) return invalid(field + "name", "NAME_TWICE", spec.name());
-      switch (spec.kind()) {
-        case v1::POOL_KIND_HOST_SHM:
-          break;
-        case v1::POOL_KIND_CUDA_VMM_FD:
-        case v1::POOL_KIND_CUDA_IPC:
-        case v1::POOL_KIND_CUDA_FABRIC:
-          return not_served(field + "kind", "GPU pools");
-        default:
-          return invalid(field + "kind", "UNKNOWN_VALUE", "no such kind of pool");
-      }
-      if (spec.bytes() == 0) return invalid(field + "bytes", "POOL_SIZE_INVALID", "0 bytes");
-      if (spec.offset_bytes() != 0)
-        return not_served(field + "offset_bytes", "pools that begin inside a file");
-      if (!spec.handle().empty())
-        return invalid(field + "handle", "UNEXPECTED", "host pools come as descriptors");
-      if (!spec.device_uuid().empty())
-        return invalid(field + "device_uuid", "UNEXPECTED", "host pools have no device");
-      pools.push_back({spec.name(), spec.bytes(), spec.offset_bytes()});
-    }
-    return pools;
   }
 
   Result<LayoutView> layout_of(const Session& session, const v1::LayoutRef& ref, bool given) {

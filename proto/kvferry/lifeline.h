@@ -72,11 +72,16 @@ struct AttachReply {
   char grpc_path[128] = {};  // Unix socket of the gRPC service
 };
 
+// A pool is one descriptor; one of kind kCudaVmmFd may be several, in the order in which they lie
+// in its address range. `part` counts them from 0: part 0 replaces all that waits under the name,
+// part n follows part n - 1, in the same message or a later one.
+inline constexpr uint32_t kMaxPoolParts = 4096;
+
 struct PoolEntry {
   char name[kNameBytes] = {};
   PoolKind kind = PoolKind::kHostShm;
-  uint32_t reserved = 0;
-  uint64_t bytes = 0;
+  uint32_t part = 0;
+  uint64_t bytes = 0;  // of this part
 };
 
 // `count` descriptors travel with it, in the order of the entries.

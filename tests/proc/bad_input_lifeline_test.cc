@@ -387,10 +387,27 @@ TEST_CASE("A descriptor that cannot be a pool's is refused and the attachment st
     REQUIRE(attached.code == 0);
     auto unknown_kind = pools_message(2);
     unknown_kind.pools[1].kind = static_cast<lifeline::PoolKind>(9);
+    auto host_parts = pools_message(1, "parts");
+    host_parts.pools[0].part = 1;
+    auto late_part = pools_message(1, "parts");
+    late_part.pools[0].kind = lifeline::PoolKind::kCudaVmmFd;
+    late_part.pools[0].part = 1;
+    auto gap = pools_message(2, "parts");
+    for (auto& pool : gap.pools) {
+      std::memcpy(pool.name, "gap", 4);
+      pool.kind = lifeline::PoolKind::kCudaVmmFd;
+    }
+    gap.pools[1].part = 2;
+    auto parts = gap;
+    parts.pools[1].part = 1;
     const std::vector<std::tuple<lifeline::PoolsMessage, uint32_t, std::string>> rows = {
         {pools_message(1, ""), 0, "NAME_INVALID"},
         {pools_message(1, "a/b"), 0, "NAME_INVALID"},
         {unknown_kind, 1, "POOL_KIND_INVALID"},
+        {host_parts, 0, "POOL_PART_INVALID"},
+        {late_part, 0, "POOL_PART_INVALID"},
+        {gap, 1, "POOL_PART_INVALID"},
+        {parts, 0, ""},
         {pools_message(16), 0, ""},
     };
     for (const auto& [message, index, reason] : rows) {

@@ -126,8 +126,6 @@ class Calls {
                const std::string& reason, const std::string& field, const client::Error& error);
 
   void exempt(const std::string& method, const std::vector<Exempt>& fields);
-  // Not served: whatever it says is refused, by a message that names `feature`.
-  void not_served(const std::string& method, const std::string& feature);
   // All calls of the service were tried, and every field of each request.
   void check_complete() const;
 
@@ -138,7 +136,6 @@ class Calls {
   Subject& subject_;
   std::string state_;                     // that calls leave as it is
   std::map<std::string, Paths> covered_;  // by method
-  std::set<std::string> not_served_;
   std::set<std::string> operations_;  // that went over the stream
 };
 

@@ -58,6 +58,8 @@ Rows<v1::RegisterPoolsRequest> pool_rows() {
        "pools[0].handle"},
       {"a device", first([](auto& p) { p.set_device_uuid(std::string(16, 'u')); }), kInvalid,
        "UNEXPECTED", "pools[0].device_uuid"},
+      {"a place for a proof", first([](auto& p) { p.set_proof_offset_bytes(0); }), kInvalid,
+       "UNEXPECTED", "pools[0].proof_offset_bytes"},
   };
   for (const std::string& name : kBadNames)
     rows.push_back({"the name '" + name + "'", first([=](auto& p) { p.set_name(name); }), kInvalid,
@@ -497,8 +499,28 @@ void try_handles(Calls& calls) {
                handle_rows<v1::GetAuxRequest>(Code::kNotFound, "AUX_UNKNOWN"));
 }
 
-void try_what_is_not_served(Calls& calls) {
-  calls.not_served("ProvePools", "ProvePools");
+void try_proofs(Subject& subject, Calls& calls) {
+  v1::ProvePoolsRequest prove;
+  prove.add_pools(kPool);
+  Rows<v1::ProvePoolsRequest> rows = {
+      {"no pool", [](auto& r) { r.clear_pools(); }, kInvalid, "EMPTY", "pools"},
+      {"65 pools",
+       [](auto& r) {
+         while (r.pools_size() < 65) r.add_pools(kPool);
+       },
+       kInvalid, "POOL_COUNT", "pools"},
+      {"a pool that is not registered", [](auto& r) { r.add_pools("unsent"); }, Code::kNotFound,
+       "POOL_UNKNOWN", "pools[1]"},
+  };
+  for (const std::string& name : kBadNames)
+    rows.push_back({"the pool '" + name + "'", [=](auto& r) { r.set_pools(0, name); }, kInvalid,
+                    "NAME_INVALID", "pools[0]"});
+  calls.refuse("ProvePools", &Stub::ProvePools, prove, rows);
+  // A descriptor needs no proof.
+  subject.good(&Stub::ProvePools, prove);
+}
+
+void try_what_says_nothing(Calls& calls) {
   calls.exempt("Watch", {{"", "says nothing; watch_test is about it"}});
 }
 
@@ -534,7 +556,8 @@ TEST_CASE("A wrong call is refused by the name of its field and changes nothing"
   try_the_stream_itself(calls);
   try_reuse(calls);
   try_handles(calls);
-  try_what_is_not_served(calls);
+  try_proofs(subject, calls);
+  try_what_says_nothing(calls);
   calls.check_complete();
   try_good_calls(subject);
 }

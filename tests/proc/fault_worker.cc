@@ -17,7 +17,8 @@ using std::chrono::milliseconds;
 
 WorkerProcess::WorkerProcess(const std::string& binary_directory, bool sends,
                              const std::string& socket, const std::string& instance,
-                             const std::string& topology, const bench::Shape& shape) {
+                             const std::string& topology, const bench::Shape& shape,
+                             const std::vector<std::string>& more) {
   int to[2];
   int from[2];
   if (::pipe2(to, O_CLOEXEC) != 0) return;
@@ -35,6 +36,7 @@ WorkerProcess::WorkerProcess(const std::string& binary_directory, bool sends,
                                     std::to_string(shape.kv_heads),
                                     std::to_string(shape.head_bytes),
                                     std::to_string(shape.tokens)};
+  words.insert(words.end(), more.begin(), more.end());
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);

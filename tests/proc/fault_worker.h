@@ -27,10 +27,11 @@ struct TransferEnd {
 
 class WorkerProcess {
  public:
-  // Starts it; wait_until_ready() tells whether it has attached and registered.
+  // `more`: words after the shape. Starts it; wait_until_ready() tells whether it has attached and
+  // registered.
   WorkerProcess(const std::string& binary_directory, bool sends, const std::string& socket,
-                const std::string& instance, const std::string& topology,
-                const bench::Shape& shape);
+                const std::string& instance, const std::string& topology, const bench::Shape& shape,
+                const std::vector<std::string>& more = {});
   // SIGKILL, and waits for the end.
   ~WorkerProcess();
   WorkerProcess(const WorkerProcess&) = delete;

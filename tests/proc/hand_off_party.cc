@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 namespace kvferry::testing {
 namespace {
 
@@ -36,22 +38,57 @@ Status Party::attach(uint32_t rank) {
   attach.reconnect = options_.reconnect;
   auto client = client::Client::attach(attach);
   if (!client) return client.error();
-  auto pool = (*client)->alloc_pool("kv", memory->pool_bytes);
-  if (!pool) return pool.error();
-  bench::fill_untouched(memory->pool_bytes, pool->data);
-  if (options_.sends) bench::fill_cells(*memory, shape.tokens, kPattern, pool->data);
+  Rank fresh{{}, {}, std::move(*client), std::move(*memory), {}};
+  if (Status made = make_pool(fresh, rank); !made) return made;
+  bench::fill_untouched(fresh.memory.pool_bytes, fresh.pool.data);
+  if (options_.sends) bench::fill_cells(fresh.memory, shape.tokens, kPattern, fresh.pool.data);
+  if (fresh.device != nullptr)
+    if (Status there = fresh.device->upload(fresh.pool.data); !there) return there;
   client::LayoutRegistration registration;
   registration.instance = options_.instance;
   registration.incarnation = options_.incarnation;
   registration.instance_key = options_.instance_key;
   if (options_.zero_tail)
-    for (client::Group& group : memory->layout.groups) group.tail = client::Tail::kZero;
-  registration.layout = memory->layout;
-  auto layout = (*client)->register_layout(registration);
+    for (client::Group& group : fresh.memory.layout.groups) group.tail = client::Tail::kZero;
+  registration.layout = fresh.memory.layout;
+  auto layout = fresh.client->register_layout(registration);
   if (!layout) return layout.error();
   cards_.push_back(layout->card);
-  ranks_.push_back({std::move(*client), std::move(*memory), *pool});
+  ranks_.push_back(std::move(fresh));
   return {};
+}
+
+Status Party::make_pool(Rank& rank, uint32_t number) {
+  const uint64_t bytes = rank.memory.pool_bytes;
+  if (options_.memory == MemoryKind::kHost) {
+    auto pool = rank.client->alloc_pool("kv", bytes);
+    if (!pool) return pool.error();
+    rank.pool = *pool;
+    return {};
+  }
+  auto device = DeviceMemory::make(*rank.client, "kv", options_.memory, bytes,
+                                   static_cast<int>(number) % options_.devices);
+  if (!device) return device.error();
+  rank.device = std::move(*device);
+  rank.mirror.resize(bytes);
+  rank.pool.data = rank.mirror.data();
+  rank.pool.bytes = bytes;
+  return {};
+}
+
+const std::byte* Party::bytes_of(const Rank& rank) {
+  if (rank.device != nullptr) {
+    // What could not be read is wrong at the first look.
+    if (!rank.device->download(rank.pool.data))
+      std::fill_n(rank.pool.data, rank.pool.bytes, std::byte{0x5a});
+  }
+  return rank.pool.data;
+}
+
+Result<client::ReadyCondition> Party::ready_by_event(uint32_t rank) {
+  auto handle = ranks_[rank].device->record_event(*ranks_[rank].client);
+  if (!handle) return handle.error();
+  return client::ReadyCondition::cuda_event(*handle);
 }
 
 std::vector<int32_t> Party::blocks(uint32_t rank, uint32_t request,
@@ -143,7 +180,7 @@ Status Party::close(const std::string& id) {
 std::string Party::verify(uint64_t tokens) const {
   if (tokens == 0) tokens = options_.shape.tokens * options_.requests;
   for (const Rank& rank : ranks_) {
-    const bench::Verdict verdict = bench::verify(rank.memory, tokens, kPattern, rank.pool.data);
+    const bench::Verdict verdict = bench::verify(rank.memory, tokens, kPattern, bytes_of(rank));
     if (!verdict.ok()) {
       return "rank " + std::to_string(rank.memory.layout.rank) + ": " +
              std::to_string(verdict.wrong_bytes) + " wrong bytes of " +
@@ -157,6 +194,7 @@ std::string Party::verify_tail(uint64_t tokens) const {
   const uint64_t per_block = options_.shape.tokens_per_block;
   if (tokens % per_block == 0) return {};
   for (const Rank& rank : ranks_) {
+    const std::byte* const pool = bytes_of(rank);
     const auto block = static_cast<uint64_t>(rank.memory.block_ids[tokens / per_block]);
     for (const client::Plane& plane : rank.memory.layout.groups[0].planes) {
       for (uint64_t unit = 0; unit < plane.unit_count; ++unit) {
@@ -164,7 +202,7 @@ std::string Party::verify_tail(uint64_t tokens) const {
           const uint64_t at = plane.offset + block * plane.block_stride + unit * plane.unit_stride +
                               token * plane.token_stride;
           for (uint64_t i = 0; i < plane.cell_bytes; ++i) {
-            if (rank.pool.data[at + i] == std::byte{0}) continue;
+            if (pool[at + i] == std::byte{0}) continue;
             return "rank " + std::to_string(rank.memory.layout.rank) + ", layer " +
                    std::to_string(plane.layer) + ", " + plane.role + ": token " +
                    std::to_string(token) + " of the last block is not cleared";
@@ -177,7 +215,10 @@ std::string Party::verify_tail(uint64_t tokens) const {
 }
 
 void Party::clean() {
-  for (Rank& rank : ranks_) bench::fill_untouched(rank.memory.pool_bytes, rank.pool.data);
+  for (Rank& rank : ranks_) {
+    bench::fill_untouched(rank.memory.pool_bytes, rank.pool.data);
+    if (rank.device != nullptr) (void)rank.device->upload(rank.pool.data);
+  }
 }
 
 }  // namespace kvferry::testing

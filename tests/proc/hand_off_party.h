@@ -14,6 +14,7 @@
 
 #include "client/bench/shapes.h"
 #include "kvferry/client.h"
+#include "tests/proc/device_memory.h"
 
 namespace kvferry::testing {
 
@@ -37,6 +38,8 @@ class Party {
     uint32_t requests = 1;  // that fit the pools; above 1, whole blocks only
     uint64_t seed = 1;      // of block ids; the pattern is the same for all
     bool reconnect = false;
+    MemoryKind memory = MemoryKind::kHost;
+    int devices = 1;         // memory on GPUs: rank r is on device r % devices
     bool zero_tail = false;  // its groups clear what lies past the prompt's end
   };
   // Attaches, fills the pools, registers the layouts. The errors are the client's.
@@ -83,6 +86,8 @@ class Party {
   // Receivers with zero_tail: the cells past `tokens` in the last block of the first request must
   // be zeros. As above.
   std::string verify_tail(uint64_t tokens) const;
+  // Memory on GPUs: the condition that a new event of the rank's stream has been reached.
+  Result<client::ReadyCondition> ready_by_event(uint32_t rank);
   // Receivers: as if nothing had come.
   void clean();
 
@@ -99,10 +104,16 @@ class Party {
 
  private:
   struct Rank {
+    // On a GPU: `pool` is what is copied there, or was copied from there, in host memory.
+    std::unique_ptr<DeviceMemory> device;
+    std::vector<std::byte> mirror;
     std::unique_ptr<client::Client> client;
     bench::RankMemory memory;
     client::PoolMemory pool;
   };
+  // The bytes of a rank's pool as they are now.
+  static const std::byte* bytes_of(const Rank& rank);
+  Status make_pool(Rank& rank, uint32_t number);
   explicit Party(Options options) : options_(std::move(options)) {}
   Status attach(uint32_t rank);
 

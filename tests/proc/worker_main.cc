@@ -3,10 +3,11 @@
 // its parent.
 //
 //   kvferry-test-worker send|receive SOCKET INSTANCE TOPOLOGY LAYERS HEADS HEAD_BYTES TOKENS
+//       [host|vmm|cuda [DEVICES]]
 //
 //   ticket                       TICKET <text>
 //   send ID SECRET TOKENS        OK
-//   receive ID SECRET TICKET TOKENS   OK
+//   receive ID SECRET TICKET TOKENS [event]   OK; event: of one rank, ready by a CUDA event
 //   wait ID MS                   STATE <monotonic ns> <state>:<reason>:<released reason> ..., one a
 //   rank verify TOKENS                VERIFIED, or WRONG <where> clean                        OK
 //   close ID                     OK
@@ -96,7 +97,13 @@ std::string answer(Party& party, const std::string& line) {
     }
     std::string ticket;
     Party::Receive what;
-    words >> ticket >> what.num_tokens;
+    std::string ready;
+    words >> ticket >> what.num_tokens >> ready;
+    if (ready == "event") {
+      auto condition = party.ready_by_event(0);
+      if (!condition) return "ERROR " + condition.error().to_string();
+      what.ready = *condition;
+    }
     return said(party.receive(key, ticket, what));
   }
   if (command == "wait") return wait_for_end(party, words);
@@ -119,7 +126,7 @@ std::string answer(Party& party, const std::string& line) {
   return "ERROR unknown command " + command;
 }
 
-int run(char** argv) {
+int run(int argc, char** argv) {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   Party::Options options;
   options.sends = std::string(argv[1]) == "send";
@@ -135,6 +142,11 @@ int run(char** argv) {
   options.shape.tokens = std::stoull(argv[8]);
   options.seed = options.sends ? 1 : 2;
   options.reconnect = true;
+  const std::string memory = argc > 9 ? argv[9] : "host";
+  options.memory = memory == "vmm"    ? MemoryKind::kVmm
+                   : memory == "cuda" ? MemoryKind::kCuda
+                                      : MemoryKind::kHost;
+  if (argc > 10) options.devices = std::stoi(argv[10]);
   auto party = Party::make(options);
   if (!party) {
     std::cout << "ERROR " << party.error().to_string() << std::endl;
@@ -150,9 +162,9 @@ int run(char** argv) {
 }  // namespace kvferry::testing
 
 int main(int argc, char** argv) {
-  if (argc != 9) {
+  if (argc < 9 || argc > 11) {
     std::fprintf(stderr, "see worker_main.cc for how this is called\n");
     return 64;
   }
-  return kvferry::testing::run(argv);
+  return kvferry::testing::run(argc, argv);
 }

@@ -192,6 +192,7 @@ std::string describe(const Event& event) {
             return text("CopyEnded ", e.copy.value, " outcome ", static_cast<int>(e.outcome));
           },
           [](const ConditionMet& e) { return text("ConditionMet ", e.condition.value); },
+          [](const ConditionFailed& e) { return text("ConditionFailed ", e.condition.value); },
           [](const LinkUp& e) {
             return text("LinkUp ", e.link.value, " ", e.node, e.initiator ? " initiator" : "",
                         " lanes ", e.lanes, " chunk ", e.chunk_bytes);

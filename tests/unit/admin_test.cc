@@ -39,6 +39,8 @@ class FakeBackend : public AdminBackend {
     info.node = "node-a";
     info.uptime = milliseconds(61'500);
     info.arenas = {{"host", "shared_host", "no GPU here"}};
+    info.gpus = {{"gpu0", "GPU-1", "A fast one", true, ""},
+                 {"gpu1", "GPU-2", "Another", false, "an ECC error"}};
     info.rails_up = 1;
     info.rails_total = 2;
     threads_.emplace_back([done = std::move(done), info] { done(info); });
@@ -50,7 +52,7 @@ class FakeBackend : public AdminBackend {
     worker.tenant = "default";
     worker.role = "rank";
     worker.pid = 42;
-    worker.pools = {{"kv", "host_shm", 3ULL << 30}};
+    worker.pools = {{"kv", "host_shm", 3ULL << 30}, {"gpu", "cuda_ipc", 1ULL << 30}};
     worker.layouts = {{"llama", 1, 2, 1, 64}};
     done(std::vector<WorkerInfo>{worker});
   }
@@ -227,6 +229,9 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(status["node_id"] == "node-a");
   CHECK(status["uptime_seconds"] == 61.5);
   CHECK(status["arenas"][0]["kind"] == "shared_host");
+  CHECK(status["gpus"][0]["up"] == true);
+  CHECK(status["gpus"][1]["detail"] == "an ECC error");
+  CHECK(ctl("status").first.find("gpu1: Another, GPU-2, down: an ECC error") != std::string::npos);
 
   CHECK(nlohmann::json::parse(ctl("--json workers").first)["workers"][0]["pools"][0]["bytes"] ==
         3ULL << 30);
@@ -238,7 +243,7 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
 
   CHECK(ctl("status").first.find("node         node-a\n") != std::string::npos);
   CHECK(ctl("workers").first.find("prefill-0") != std::string::npos);
-  CHECK(ctl("workers").first.find("1, 3.0 GiB") != std::string::npos);
+  CHECK(ctl("workers").first.find("1 cuda_ipc + 1 host_shm, 4.0 GiB") != std::string::npos);
   CHECK(ctl("transfers").first.find("PEER_LOST") != std::string::npos);
   CHECK(ctl("rails").first.find("UCX_TLS=tcp") != std::string::npos);
   CHECK(ctl("arenas").first.find("25%") != std::string::npos);

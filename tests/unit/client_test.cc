@@ -50,7 +50,7 @@ class FakeService final : public pb::WorkerService::Service {
     if (!session) return {grpc::StatusCode::UNAUTHENTICATED, "token"};
     std::lock_guard<std::mutex> lock(mutex);
     for (const pb::PoolSpec& pool : request->pools()) {
-      auto descriptor = session->take_pool_fd(pool.name());
+      auto descriptor = session->take_pool(pool.name());
       if (!descriptor) return refuse(*context, descriptor.error());
       pools[pool.name()] = pool.bytes();
     }

@@ -167,7 +167,7 @@ TEST_CASE("each wrong value is refused with its key") {
     std::string set;
     std::string words;
   };
-  const std::array<Row, 34> rows{{
+  const std::array<Row, 42> rows{{
       {"node.id=white space", "must be a name"},
       {"log.format=xml", "is none of"},
       {"admin.socket=admin.sock", "must be an absolute path"},
@@ -188,6 +188,7 @@ TEST_CASE("each wrong value is refused with its key") {
       {"arena.bytes=3000000", "must be a multiple of arena.segment_bytes"},
       {"arena.segment_bytes=3MiB", "must be a power of two"},
       {"arena.kind=fabric_vmm", "is not served by this release"},
+      {"arena.kind=device_vmm", "is not served by this release"},
       {"rails.devices=", "must name at least one device"},
       {"rails.transports=rc_verbs", "is not served by this release"},
       {"rails.port_range=200-100", "ends before it begins"},
@@ -201,7 +202,15 @@ TEST_CASE("each wrong value is refused with its key") {
       {"checks.kind=gmac", "is not served by this release"},
       {"shares.worker_share=0", "above 0"},
       {"shares.peer_share=1.01", "at most 1"},
-      {"pools.kinds=host_shm,cuda_ipc", "is not served by this release"},
+      {"gpu.enabled=yes", "is none of"},
+      {"gpu.driver=", "must name a library"},
+      {"gpu.streams=0", "must be between"},
+      {"gpu.streams=33", "must be between"},
+      {"pools.kinds=", "must name at least one kind"},
+      {"pools.kinds=auto,host_shm", "stands alone"},
+      {"pools.kinds=host_shm,cuda", "is none of"},
+      {"pools.kinds=host_shm,CUDA_IPC", "is none of"},
+      {"pools.kinds=cuda_fabric,gpu", "is none of"},
   }};
   for (const Row& row : rows) {
     const LoadedConfig loaded = load_config({"", {row.set}, {}});
@@ -223,6 +232,40 @@ TEST_CASE("keys that do not exist, or not there, are refused from every source")
   CHECK(
       has_problem(load_text(scratch, "config_version = 1\nsocket = 3\n"), "socket", "[[socket]]"));
   CHECK(has_problem(load_text(scratch, "config_version = 1\nlog = 3\n"), "log", "must be a table"));
+}
+
+TEST_CASE("kinds of pools go with the GPU's use and with the tenants") {
+  const auto with = [](const std::string& kinds, const std::string& gpu) {
+    return load_config({"", {"pools.kinds=" + kinds, "gpu.enabled=" + gpu}, {}});
+  };
+  CHECK(with("host_shm,cuda_vmm_fd,cuda_ipc,cuda_fabric", "auto").ok());
+  CHECK(with("auto", "off").ok());
+  CHECK(with("host_shm", "off").ok());
+  CHECK(has_problem(with("host_shm,cuda_vmm_fd", "off"), "pools.kinds", "needs a GPU"));
+
+  const Scratch scratch;
+  const auto tenants = [&](const std::string& second, const std::string& kinds) {
+    return load_text(scratch,
+                     "config_version = 1\n[[socket]]\npath = \"/tmp/a.sock\"\n[[socket]]\n"
+                     "path = \"/tmp/b.sock\"\ntenant = \"" +
+                         second + "\"\n[pools]\nkinds = " + kinds + "\n");
+  };
+  CHECK(tenants("default", "[\"cuda_ipc\"]").ok());
+  CHECK(tenants("other", "[\"auto\"]").ok());
+  CHECK(tenants("other", "[\"host_shm\", \"cuda_vmm_fd\"]").ok());
+  CHECK(has_problem(tenants("other", "[\"cuda_ipc\"]"), "pools.kinds", "single tenant"));
+  CHECK(has_problem(tenants("other", "[\"cuda_fabric\"]"), "pools.kinds", "single tenant"));
+  CHECK_FALSE(several_tenants(tenants("default", "[\"auto\"]").config));
+  CHECK(several_tenants(tenants("other", "[\"auto\"]").config));
+}
+
+TEST_CASE("the arena's kind and the use of GPUs go together") {
+  CHECK(load_config({"", {"arena.kind=pinned_host"}, {}}).ok());
+  CHECK(has_problem(load_config({"", {"arena.kind=pinned_host", "gpu.enabled=off"}, {}}),
+                    "arena.kind", "pinned_host needs a GPU"));
+  CHECK(load_config({"", {"arena.kind=shared_host"}, {}}).ok());
+  CHECK(has_problem(load_config({"", {"arena.kind=shared_host", "gpu.enabled=on"}, {}}),
+                    "arena.kind", "pinned_host memory only"));
 }
 
 TEST_CASE("an arena that cannot hold what is staged and one that lands is refused") {

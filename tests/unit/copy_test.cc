@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "daemon/copy/copy_pool.h"
+#include "daemon/memory/host_pool.h"
 #include "daemon/memory/shared_memory.h"
 
 namespace kvferry::copy {

@@ -288,6 +288,17 @@ TEST_CASE("a destination that does not get ready fails the transfer, bounded by 
   CHECK(r.seen<UnwatchCondition>().size() == 1);
 }
 
+TEST_CASE("a destination whose event cannot be watched fails the transfer at once") {
+  Lone r;
+  ReadyCondition ready;
+  ready.kind = ReadyCondition::Kind::kCudaEvent;
+  (void)r.pull("a", 640, ready);
+  r.post(ConditionFailed{r.seen<WatchCondition>().at(0).condition});
+  CHECK(r.status().state == TransferState::kFailed);
+  CHECK(r.status().reason == Reason::kNotReady);
+  CHECK(r.seen<UnwatchCondition>().empty());
+}
+
 TEST_CASE("a wrong proof in a SLICE is counted and binds nothing") {
   Lone r;
   const MsgPull pull = r.pull("a", 640);

@@ -221,6 +221,28 @@ TEST_CASE("a slice is announced when its source is ready, in order") {
   CHECK(s.told<MsgSlice>()[0].ordinal == 0);
 }
 
+TEST_CASE("a source whose event cannot be watched fails its transfer at once") {
+  Lone s;
+  SendOp op;
+  op.op = {{1}, 1};
+  op.client_handle = 3;
+  op.key = key_of("a");
+  op.layout = s.layout;
+  op.offer = {{0, {{0, 10}}}};
+  op.ready.kind = ReadyCondition::Kind::kCudaEvent;
+  op.last = true;
+  s.post(op);
+  const WatchCondition watch = s.seen<WatchCondition>().at(0);
+  CHECK(watch.layout == s.layout);
+  s.post(ConditionFailed{watch.condition});
+  CHECK(s.status("a").state == TransferState::kFailed);
+  CHECK(s.status("a").reason == Reason::kNotReady);
+  CHECK(s.status("a").released);
+  s.post(ConditionFailed{watch.condition});  // told twice: nothing more
+  s.post(ConditionMet{watch.condition});
+  CHECK(s.seen<UnwatchCondition>().empty());
+}
+
 TEST_CASE("several receivers: places, refusals, one failure of two") {
   Lone s;
   s.send("a", 0, {0, 6}, true, 2);

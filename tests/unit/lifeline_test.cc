@@ -208,17 +208,17 @@ TEST_CASE("descriptors wait under their name until they are claimed, once") {
   REQUIRE(worker->send_pools(pools, soon()));
   const std::shared_ptr<Session> session = recorder.attached[0];
   CHECK(session->descriptors() == 18);
-  auto claimed = session->take_pool_fd("pool17");
+  auto claimed = session->take_pool("pool17");
   REQUIRE(claimed);
-  CHECK(claimed->bytes == 4096);
+  CHECK(claimed->parts.at(0).bytes == 4096);
   struct stat ours {
   }, theirs{};
   REQUIRE(::fstat(pools[17].fd, &ours) == 0);
-  REQUIRE(::fstat(claimed->fd.get(), &theirs) == 0);
+  REQUIRE(::fstat(claimed->parts.at(0).fd.get(), &theirs) == 0);
   CHECK(ours.st_ino == theirs.st_ino);
-  CHECK((::fcntl(claimed->fd.get(), F_GETFD) & FD_CLOEXEC) != 0);
-  CHECK(session->take_pool_fd("pool17").error().reason == "POOL_NOT_SENT");
-  CHECK(session->take_pool_fd("absent").error().reason == "POOL_NOT_SENT");
+  CHECK((::fcntl(claimed->parts.at(0).fd.get(), F_GETFD) & FD_CLOEXEC) != 0);
+  CHECK(session->take_pool("pool17").error().reason == "POOL_NOT_SENT");
+  CHECK(session->take_pool("absent").error().reason == "POOL_NOT_SENT");
   // Claimed ones count until they are given back: 20 are allowed.
   const client::PoolToSend more[] = {{"a", lifeline::PoolKind::kHostShm, 4096, pools[0].fd},
                                      {"b", lifeline::PoolKind::kHostShm, 4096, pools[0].fd},
@@ -227,11 +227,85 @@ TEST_CASE("descriptors wait under their name until they are claimed, once") {
   REQUIRE_FALSE(refused);
   CHECK(refused.error().reason == "DESCRIPTOR_LIMIT");
   CHECK(refused.error().field == "pools[2]");
-  session->release_descriptor();
+  session->release_descriptors(1);
   CHECK(worker->send_pools(std::span(more).subspan(2), soon()));
   const client::PoolToSend bad{"no/slash", lifeline::PoolKind::kHostShm, 4096, pools[0].fd};
   CHECK(worker->send_pools({&bad, 1}, soon()).error().reason == "NAME_INVALID");
   for (const auto& pool : pools) ::close(pool.fd);
+}
+
+TEST_CASE("a pool of several descriptors keeps their order, and part 0 begins anew") {
+  TemporaryDirectory directory;
+  Recorder recorder;
+  const LifelineConfig config = lifeline_config(directory);
+  auto lifeline = start(config, recorder);
+  const int fd = raw_connection(config.sockets[0].path);
+  lifeline::AttachRequest request;
+  std::memcpy(request.name, "raw", 3);
+  REQUIRE(::send(fd, &request, sizeof request, MSG_NOSIGNAL) > 0);
+  lifeline::AttachReply attached;
+  REQUIRE(::recv(fd, &attached, sizeof attached, 0) == static_cast<ssize_t>(sizeof attached));
+  const std::shared_ptr<Session> session = recorder.attached[0];
+  const int memory = memfd(4096);
+
+  // Sends parts [first, last) of "kv"; the index of the one refused, and why.
+  const auto send_parts = [&](uint32_t first, uint32_t last, uint64_t bytes,
+                              lifeline::PoolKind kind) -> std::pair<uint32_t, std::string> {
+    lifeline::PoolsMessage pools;
+    pools.count = last - first;
+    alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * 16)] = {};
+    iovec data{&pools, sizeof pools};
+    msghdr message{};
+    message.msg_iov = &data;
+    message.msg_iovlen = 1;
+    message.msg_control = control;
+    message.msg_controllen = CMSG_SPACE(sizeof(int) * pools.count);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int) * pools.count);
+    for (uint32_t i = 0; i < pools.count; ++i) {
+      std::memcpy(pools.pools[i].name, "kv", 3);
+      pools.pools[i].kind = kind;
+      pools.pools[i].part = first + i;
+      pools.pools[i].bytes = bytes + first + i;
+      std::memcpy(CMSG_DATA(header) + i * sizeof(int), &memory, sizeof memory);
+    }
+    REQUIRE(::sendmsg(fd, &message, MSG_NOSIGNAL) > 0);
+    lifeline::PoolsReply reply;
+    REQUIRE(::recv(fd, &reply, sizeof reply, 0) == static_cast<ssize_t>(sizeof reply));
+    return {reply.index, reply.reason};
+  };
+  const auto vmm = lifeline::PoolKind::kCudaVmmFd;
+  const std::pair<uint32_t, std::string> taken{0, ""};
+  CHECK(send_parts(1, 2, 0, vmm).second == "POOL_PART_INVALID");  // part 0 is missing
+  CHECK(send_parts(0, 3, 100, vmm) == taken);
+  CHECK(send_parts(0, 4, 200, vmm) == taken);
+  CHECK(send_parts(4, 6, 200, vmm) == taken);
+  CHECK(session->descriptors() == 6);
+  CHECK(send_parts(5, 6, 200, vmm).second == "POOL_PART_INVALID");  // is there
+  CHECK(send_parts(7, 8, 200, vmm).second == "POOL_PART_INVALID");
+  CHECK(send_parts(6, 7, 200, lifeline::PoolKind::kHostShm).second == "POOL_PART_INVALID");
+  CHECK(session->descriptors() == 6);
+  // 20 are allowed; what came before the refusal waits.
+  CHECK(send_parts(6, 22, 200, vmm) == std::make_pair(14U, std::string("DESCRIPTOR_LIMIT")));
+  CHECK(session->descriptors() == 20);
+
+  auto claimed = session->take_pool("kv");
+  REQUIRE(claimed);
+  CHECK(claimed->kind == vmm);
+  REQUIRE(claimed->parts.size() == 20);
+  for (std::size_t i = 0; i < claimed->parts.size(); ++i) CHECK(claimed->parts[i].bytes == 200 + i);
+  CHECK(session->descriptors() == 20);
+  session->release_descriptors(20);
+  CHECK(session->descriptors() == 0);
+  // Of host memory there is only part 0, which replaces what waits, too.
+  CHECK(send_parts(0, 2, 300, vmm) == taken);
+  CHECK(send_parts(0, 1, 400, lifeline::PoolKind::kHostShm) == taken);
+  CHECK(session->descriptors() == 1);
+  CHECK(session->take_pool("kv")->parts.at(0).bytes == 400);
+  ::close(memory);
+  ::close(fd);
 }
 
 TEST_CASE("a controller has no pools") {

@@ -102,7 +102,8 @@ TEST_CASE("every series exists at zero before anything has happened") {
 }
 
 TEST_CASE("no two series are the same and every family keeps the naming rules") {
-  const Metrics metrics(build(), {{"host", "a"}, {"gpu0", "b"}}, {{"tcp", "lo"}, {"tcp", "eth0"}});
+  const Metrics metrics(build(), {{"host", "a"}, {"gpu0", "b"}}, {{"tcp", "lo"}, {"tcp", "eth0"}},
+                        {{"gpu0", "GPU-1", "x"}, {"gpu1", "GPU-2", "x"}});
   std::istringstream in(metrics.text());
   std::set<std::string> seen;
   std::set<std::string> counters;

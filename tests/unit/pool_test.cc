@@ -181,9 +181,9 @@ TEST_CASE("pools of one file are told, whatever part of it they are") {
   const auto one = import(file.get(), 2 * kPage);
   const auto again = import(file.get(), kPage);
   const UniqueFd another = worker_memory(2 * kPage, F_SEAL_SHRINK);
-  CHECK(one->same_file(*again));
-  CHECK(again->same_file(*one));
-  CHECK_FALSE(one->same_file(*import(another.get(), 2 * kPage)));
+  CHECK(one->same_memory(*again));
+  CHECK(again->same_memory(*one));
+  CHECK_FALSE(one->same_memory(*import(another.get(), 2 * kPage)));
 }
 
 TEST_CASE("a pool may be smaller than its file and need not end on a page") {

@@ -7,6 +7,7 @@
 
 #include <catch2/catch.hpp>
 
+#include "daemon/memory/host_pool.h"
 #include "tests/unit/mapping_support.h"
 
 namespace kvferry::node {

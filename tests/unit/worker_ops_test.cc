@@ -6,6 +6,7 @@
 
 #include "daemon/mapping/validate.h"
 #include "daemon/rpc/layout_proto.h"
+#include "daemon/rpc/pool_messages.h"
 #include "tests/proc/bad_input_fields.h"
 #include "tests/proc/bad_input_rows.h"
 
@@ -197,6 +198,23 @@ TEST_CASE("Handles and tickets that are none are refused by their name") {
   }
 }
 
+TEST_CASE("A CUDA event is a ready condition where there is a GPU, by a handle of 64 bytes") {
+  const Registered registered;
+  OpLimits limits;
+  v1::SendRequest send = good_send();
+  send.mutable_ready()->mutable_cuda_ipc_event()->set_handle(std::string(64, 'e'));
+  CHECK(to_send(send, registered.view(), limits).error().reason == "FEATURE_NOT_SERVED");
+  limits.cuda_events = true;
+  const auto op = to_send(send, registered.view(), limits);
+  REQUIRE(op);
+  CHECK(op->ready.kind == engine::ReadyCondition::Kind::kCudaEvent);
+  CHECK(op->ready.event.back() == 'e');
+  send.mutable_ready()->mutable_cuda_ipc_event()->set_handle(std::string(63, 'e'));
+  const auto shorter = to_send(send, registered.view(), limits);
+  REQUIRE_FALSE(shorter);
+  CHECK(shorter.error().field == "ready.cuda_ipc_event.handle");
+}
+
 TEST_CASE("Values at the edge of what is allowed are accepted") {
   const Registered registered;
   v1::SendRequest send = good_send();
@@ -335,4 +353,30 @@ TEST_CASE("The engine's and the mapping's names of fields are told as the messag
   for (const char* right : {"groups[0].block_ids[17]", "client_handle", "layout.pools[0].bytes",
                             "groups[0].planes[0].offset_bytes"})
     CHECK(spelled(right) == right);
+}
+
+TEST_CASE("a worker may say where in a pool its proof is to be") {
+  v1::RegisterPoolsRequest request;
+  v1::PoolSpec& spec = *request.add_pools();
+  spec.set_name("kv");
+  spec.set_kind(v1::POOL_KIND_CUDA_IPC);
+  spec.set_bytes(4096);
+  spec.set_handle(std::string(64, 'h'));
+  spec.set_device_uuid(std::string(16, 'u'));
+  const auto convert = [&] { return pools_of(request, [](PoolKind) { return Status{}; }); };
+  CHECK_FALSE(convert()->at(0).proof_offset_bytes);
+  for (const uint64_t offset : {uint64_t{0}, uint64_t{4080}}) {
+    spec.set_proof_offset_bytes(offset);
+    CHECK(convert()->at(0).proof_offset_bytes == offset);
+  }
+  for (const uint64_t offset : {uint64_t{4081}, ~uint64_t{0}}) {
+    spec.set_proof_offset_bytes(offset);
+    CHECK(convert().error().reason == "OUT_OF_RANGE");
+    CHECK(convert().error().field == "pools[0].proof_offset_bytes");
+  }
+  // Nobody challenges what comes as a descriptor.
+  spec.set_proof_offset_bytes(0);
+  spec.set_kind(v1::POOL_KIND_CUDA_VMM_FD);
+  spec.clear_handle();
+  CHECK(convert().error().reason == "UNEXPECTED");
 }

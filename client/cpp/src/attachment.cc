@@ -130,6 +130,32 @@ void GuardedFd::reset() {
   fd_.reset();
 }
 
+WordsFile::WordsFile(std::span<std::byte> mapped, uint32_t timeline_words, uint32_t done_words)
+    : bytes_(mapped),
+      timeline_words_(timeline_words),
+      done_words_(done_words),
+      fork_generation_(fork_generation()) {}
+
+WordsFile::~WordsFile() {
+  if (fork_generation_ != fork_generation()) return;  // never mapped in a child
+  ::munmap(bytes_.data(), bytes_.size());
+}
+
+uint64_t* WordsFile::timeline_word(uint32_t word) const {
+  if (word >= timeline_words_) return nullptr;
+  return reinterpret_cast<uint64_t*>(bytes_.data()) + word;
+}
+
+uint64_t* WordsFile::done_word(uint32_t word) const {
+  if (word >= done_words_) return nullptr;
+  return reinterpret_cast<uint64_t*>(bytes_.data()) + timeline_words_ + word;
+}
+
+void WordsFile::release_waiters() const {
+  for (uint32_t word = 0; word < done_words_; ++word)
+    control_page::store<uint64_t>(done_word(word), ~uint64_t{0});
+}
+
 Result<std::shared_ptr<Attachment>> Attachment::connect(const AttachOptions& options) {
   const Deadline deadline = std::chrono::steady_clock::now() + options.attach_timeout;
   sockaddr_un address{};
@@ -188,12 +214,15 @@ Status Attachment::open(const lifeline::AttachReply& reply, std::vector<UniqueFd
   void* words =
       ::mmap(nullptr, reply.words_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, words_fd_.get(), 0);
   if (words == MAP_FAILED) return malformed("the words file cannot be mapped");
-  words_ = {static_cast<std::byte*>(words), reply.words_bytes};
+  const std::span<std::byte> mapped(static_cast<std::byte*>(words), reply.words_bytes);
   // A child must not look at the page of its parent's attachment.
   ::madvise(status, reply.status_bytes, MADV_DONTFORK);
   ::madvise(words, reply.words_bytes, MADV_DONTFORK);
-  if (!reader_.open(status_)) return malformed("the status file is not well formed");
-  if ((uint64_t{reader_.timeline_words()} + reader_.done_words()) * 8 > words_.size())
+  const bool well_formed = reader_.open(status_);
+  words_ = std::make_shared<WordsFile>(mapped, well_formed ? reader_.timeline_words() : 0,
+                                       well_formed ? reader_.done_words() : 0);
+  if (!well_formed) return malformed("the status file is not well formed");
+  if ((uint64_t{reader_.timeline_words()} + reader_.done_words()) * 8 > mapped.size())
     return malformed("the words file is too short");
   return {};
 }
@@ -201,7 +230,6 @@ Status Attachment::open(const lifeline::AttachReply& reply, std::vector<UniqueFd
 Attachment::~Attachment() {
   if (fork_generation_ != 0 && fork_generation_ != fork_generation()) return;  // never mapped here
   if (!status_.empty()) ::munmap(const_cast<std::byte*>(status_.data()), status_.size());
-  if (!words_.empty()) ::munmap(words_.data(), words_.size());
 }
 
 std::string Attachment::token() const {
@@ -216,16 +244,6 @@ Bytes16 Attachment::boot_id() const {
   Bytes16 out;
   std::memcpy(out.data(), facts_.boot_id, out.size());
   return out;
-}
-
-uint64_t* Attachment::timeline_word(uint32_t word) const {
-  if (word >= reader_.timeline_words()) return nullptr;
-  return reinterpret_cast<uint64_t*>(words_.data()) + word;
-}
-
-uint64_t* Attachment::done_word(uint32_t word) const {
-  if (word >= reader_.done_words()) return nullptr;
-  return reinterpret_cast<uint64_t*>(words_.data()) + reader_.timeline_words() + word;
 }
 
 bool Attachment::daemon_exited() const {
@@ -268,6 +286,7 @@ Status Attachment::send_some(std::span<const PoolToSend> pools, Deadline deadlin
     put_text(message.pools[i].name, pools[i].name);
     message.pools[i].kind = pools[i].kind;
     message.pools[i].bytes = pools[i].bytes;
+    message.pools[i].part = pools[i].part;
     fds[i] = pools[i].fd;
   }
   if (!send_message(lifeline_.get(), &message, sizeof message, std::span(fds, pools.size()))) {

@@ -36,11 +36,37 @@ class GuardedFd {
   UniqueFd fd_;
 };
 
+// The mapped words of a control page. It may outlive its attachment: streams of a GPU may still
+// write to words of a daemon that is gone.
+class WordsFile {
+ public:
+  WordsFile(std::span<std::byte> mapped, uint32_t timeline_words, uint32_t done_words);
+  ~WordsFile();
+  WordsFile(const WordsFile&) = delete;
+  WordsFile& operator=(const WordsFile&) = delete;
+
+  std::span<std::byte> bytes() const { return bytes_; }
+  uint32_t timeline_words() const { return timeline_words_; }
+  uint32_t done_words() const { return done_words_; }
+  // Null for one out of range.
+  uint64_t* timeline_word(uint32_t word) const;
+  uint64_t* done_word(uint32_t word) const;
+  // The daemon's process has ended: what waits for one of its words goes on.
+  void release_waiters() const;
+
+ private:
+  const std::span<std::byte> bytes_;
+  const uint32_t timeline_words_;
+  const uint32_t done_words_;
+  const uint64_t fork_generation_;
+};
+
 struct PoolToSend {
   std::string name;
   lifeline::PoolKind kind = lifeline::PoolKind::kHostShm;
   uint64_t bytes = 0;
   int fd = -1;
+  uint32_t part = 0;  // of kCudaVmmFd: several make up one pool
 };
 
 class Attachment {
@@ -59,8 +85,9 @@ class Attachment {
   Bytes16 boot_id() const;
   const control_page::StatusReader& page() const { return reader_; }
   // Timeline words, then done words; null for one out of range.
-  uint64_t* timeline_word(uint32_t word) const;
-  uint64_t* done_word(uint32_t word) const;
+  uint64_t* timeline_word(uint32_t word) const { return words_->timeline_word(word); }
+  uint64_t* done_word(uint32_t word) const { return words_->done_word(word); }
+  const std::shared_ptr<const WordsFile>& words() const { return words_; }
 
   int lifeline_fd() const { return lifeline_.get(); }
   int daemon_pidfd() const { return daemon_.get(); }
@@ -85,7 +112,7 @@ class Attachment {
   GuardedFd status_fd_;
   GuardedFd words_fd_;
   std::span<const std::byte> status_;
-  std::span<std::byte> words_;
+  std::shared_ptr<const WordsFile> words_;
   control_page::StatusReader reader_;
   uint64_t fork_generation_ = 0;
   Mutex send_mutex_;  // one question and its answer at a time

@@ -38,6 +38,21 @@ Status Client::unregister_pools(std::span<const std::string> names) {
   return impl_->unregister_pools(names);
 }
 
+Status Client::export_pool(std::string_view name, const void* device_pointer, uint64_t bytes,
+                           const DevicePoolOptions& options) {
+  return impl_->export_device_pool(name, reinterpret_cast<uint64_t>(device_pointer), bytes,
+                                   options);
+}
+
+Result<DevicePoolMemory> Client::alloc_device_pool(std::string_view name, uint64_t bytes,
+                                                   int device) {
+  return impl_->alloc_device_pool(name, bytes, device);
+}
+
+Status Client::restore_pools() {
+  return impl_->restore_pools();
+}
+
 Result<RegisteredLayout> Client::register_layout(const LayoutRegistration& registration) {
   return impl_->register_layout(registration);
 }
@@ -249,6 +264,29 @@ void Client::free_done_word(uint32_t word) {
 }
 uint64_t Client::done_value(uint32_t word) const {
   return impl_->done_value(word);
+}
+
+Status Client::register_words_with_device(int device) {
+  return impl_->register_words_with_device(device);
+}
+uint64_t Client::device_word_address(uint32_t word) const {
+  const auto words = impl_->device_words();
+  return words ? words->timeline_address(word) : 0;
+}
+uint64_t Client::device_done_address(uint32_t word) const {
+  const auto words = impl_->device_words();
+  return words ? words->done_address(word) : 0;
+}
+Status Client::signal_on_stream(void* stream, uint32_t word, uint64_t value) {
+  const auto words = impl_->device_words();
+  return words ? words->write(stream, word, value) : Impl::words_not_registered();
+}
+Status Client::wait_on_stream(void* stream, uint32_t done_word, uint64_t value) {
+  const auto words = impl_->device_words();
+  return words ? words->wait(stream, done_word, value) : Impl::words_not_registered();
+}
+Result<std::string> Client::export_event(const void* event) {
+  return impl_->export_event(event);
 }
 
 bool Client::attached() const {

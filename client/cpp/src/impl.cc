@@ -247,7 +247,8 @@ Status Client::Impl::register_pools(std::span<const PoolFile> pools) {
   if (auto status = send_pools(*connection, pools); !status) return status;
   MutexLock lock(mutex_);
   for (std::size_t i = 0; i < pools.size(); ++i)
-    pools_.try_emplace(pools[i].name, Pool{std::move(kept[i]), pools[i].bytes, nullptr});
+    pools_.try_emplace(pools[i].name,
+                       Pool{std::move(kept[i]), pools[i].bytes, nullptr, {}, nullptr, false});
   return {};
 }
 
@@ -256,11 +257,13 @@ Status Client::Impl::unregister_pools(std::span<const std::string> names) {
   for (const std::string& name : names) request.mutable_pools()->add_names(name);
   auto response = call(&pb::WorkerService::Stub::Unregister, request);
   if (!response) return response.error();
+  std::vector<Pool> gone;  // memory of a GPU is freed after the lock
   MutexLock lock(mutex_);
   for (const std::string& name : names) {
     const auto it = pools_.find(name);
     if (it == pools_.end()) continue;
     if (it->second.data != nullptr) ::munmap(it->second.data, it->second.bytes);
+    gone.push_back(std::move(it->second));
     pools_.erase(it);
     // The daemon takes the layouts that use a pool back with it.
     std::erase_if(layouts_, [&](const auto& entry) {
@@ -283,7 +286,9 @@ Result<RegisteredLayout> Client::Impl::register_layout(const LayoutRegistration&
   out.complete = response->complete();
   out.existing = response->existing();
   MutexLock lock(mutex_);
-  layouts_[{registration.instance, registration.layout.rank}] = std::move(request);
+  const LayoutKey key{registration.instance, registration.layout.rank};
+  layouts_[key] = std::move(request);
+  layouts_left_out_.erase(key);
   return out;
 }
 
@@ -385,10 +390,17 @@ void Client::Impl::use(std::shared_ptr<Connection> connection) {
   {
     MutexLock lock(mutex_);
     boot_id_ = attachment->boot_id();
-    // Conditions of new transfers go on counting where the words stood.
-    for (uint32_t word = 0; word < timeline_values_.size(); ++word)
-      if (uint64_t* at = attachment->timeline_word(word))
-        control_page::store<uint64_t>(at, timeline_values_[word]);
+    // Conditions of new transfers go on counting where the words stood, whoever set them: this
+    // client, or a stream of a GPU.
+    const std::size_t words = std::max(timeline_used_.size(), timeline_values_.size());
+    for (uint32_t word = 0; word < words; ++word) {
+      const uint64_t* before = last_words_ ? last_words_->timeline_word(word) : nullptr;
+      uint64_t value = word < timeline_values_.size() ? timeline_values_[word] : 0;
+      if (before != nullptr && word < timeline_used_.size() && timeline_used_[word])
+        value = std::max(value, control_page::load<uint64_t>(before));
+      if (uint64_t* at = attachment->timeline_word(word)) control_page::store<uint64_t>(at, value);
+    }
+    last_words_.reset();
     connection_ = connection;
   }
   submitter_.set_connection(std::move(connection));
@@ -398,6 +410,7 @@ void Client::Impl::on_lost(const std::shared_ptr<Connection>& connection) {
   {
     MutexLock lock(mutex_);
     connection_.reset();
+    last_words_ = connection->attachment->words();
   }
   submitter_.set_connection(nullptr);
   ::epoll_ctl(events_.get(), EPOLL_CTL_DEL, connection->attachment->doorbell_fd(), nullptr);
@@ -427,6 +440,7 @@ void Client::Impl::watch_once(const std::shared_ptr<Connection>& connection, int
       left.push_back(ghosts_[i]);
       continue;
     }
+    ghosts_[i]->attachment->words()->release_waiters();
     transfers_.exited(ghosts_[i]->attachment.get());
     notify();
   }
@@ -437,7 +451,7 @@ std::shared_ptr<Connection> Client::Impl::reattach(std::optional<Error>& problem
   auto attachment = Attachment::connect(options_);
   if (!attachment) return nullptr;
   auto connection = std::make_shared<Connection>(std::move(*attachment));
-  if (auto registered = register_again(*connection); !registered) {
+  if (auto registered = register_again(*connection, problem); !registered) {
     // A daemon that goes away meanwhile is tried again; one that refuses is reported.
     if (registered.error().code == Code::kUnavailable) return nullptr;
     problem = registered.error();
@@ -445,17 +459,18 @@ std::shared_ptr<Connection> Client::Impl::reattach(std::optional<Error>& problem
   return connection;
 }
 
-Status Client::Impl::register_again(const Connection& connection) {
+Status Client::Impl::register_again(const Connection& connection, std::optional<Error>& problem) {
   std::vector<UniqueFd> held;
   std::vector<PoolFile> pools;
-  std::vector<pb::RegisterLayoutRequest> layouts;
+  std::optional<int> words_device;
   {
     MutexLock lock(mutex_);
     for (const auto& [name, pool] : pools_) {
+      if (pool.device) continue;
       held.emplace_back(::fcntl(pool.fd.get(), F_DUPFD_CLOEXEC, 3));
       pools.push_back({name, held.back().get(), pool.bytes});
     }
-    for (const auto& [key, request] : layouts_) layouts.push_back(request);
+    words_device = words_device_;
   }
   std::span<const PoolFile> rest(pools);
   while (!rest.empty()) {
@@ -463,12 +478,11 @@ Status Client::Impl::register_again(const Connection& connection) {
     if (auto status = send_pools(connection, rest.first(count)); !status) return status;
     rest = rest.subspan(count);
   }
-  for (const pb::RegisterLayoutRequest& request : layouts) {
-    auto response =
-        connection.call(&pb::WorkerService::Stub::RegisterLayout, request, options_.call_timeout);
-    if (!response) return response.error();
-  }
-  return {};
+  if (auto status = register_devices_again(connection, problem); !status) return status;
+  if (words_device)
+    if (auto status = register_words(connection.attachment, *words_device); !status && !problem)
+      problem = status.error();
+  return register_layouts_again(connection, problem);
 }
 
 void Client::Impl::watch() {

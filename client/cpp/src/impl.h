@@ -6,13 +6,18 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "client/cpp/src/connection.h"
+#include "client/cpp/src/device_export.h"
+#include "client/cpp/src/device_memory.h"
+#include "client/cpp/src/device_words.h"
 #include "client/cpp/src/fork_guard.h"
+#include "client/cpp/src/gpu.h"
 #include "client/cpp/src/submitter.h"
 #include "client/cpp/src/transfers.h"
 #include "daemon/base/mutex.h"
@@ -33,6 +38,22 @@ class Client::Impl {
   Result<PoolMemory> alloc_pool(std::string_view name, uint64_t bytes);
   Status register_pools(std::span<const PoolFile> pools);
   Status unregister_pools(std::span<const std::string> names);
+  // impl_devices.cc
+  Status export_device_pool(std::string_view name, uint64_t pointer, uint64_t bytes,
+                            const DevicePoolOptions& options);
+  Result<DevicePoolMemory> alloc_device_pool(std::string_view name, uint64_t bytes, int device);
+  Status restore_pools();
+  Status register_words_with_device(int device);
+  Result<std::string> export_event(const void* event);
+  // Of the present attachment; null without one, or where they are not registered.
+  std::shared_ptr<const DeviceWords> device_words() const KVFERRY_EXCLUDES(mutex_);
+  static Error words_not_registered() {
+    return {Code::kFailedPrecondition,
+            "WORDS_NOT_REGISTERED",
+            "register_words_with_device has not been called, or there is no attachment",
+            {},
+            {}};
+  }
   Result<RegisteredLayout> register_layout(const LayoutRegistration& registration);
   Status unregister_layout(const LayoutRef& layout);
 
@@ -95,12 +116,22 @@ class Client::Impl {
   Transfers& transfers() { return transfers_; }
 
  private:
+  // A pool on a GPU, by where it is: what else the daemon is told is asked of the driver each time.
+  struct DevicePool {
+    uint64_t pointer = 0;
+    uint64_t bytes = 0;
+    std::optional<uint64_t> scratch_offset;
+  };
   // A registered pool: what is needed to register it again.
   struct Pool {
     GuardedFd fd;
     uint64_t bytes = 0;
-    std::byte* data = nullptr;  // mapped by alloc_pool
+    std::byte* data = nullptr;             // mapped by alloc_pool
+    std::optional<DevicePool> device;      // then without fd
+    std::shared_ptr<DeviceMemory> memory;  // of alloc_device_pool
+    bool left_out = false;                 // by the last registration after a restart
   };
+  using LayoutKey = std::pair<std::string, uint32_t>;
 
   void on_result(TransferHandle handle, const pb::OperationResult& result);
   void notify();         // wakes whoever waits for events
@@ -108,7 +139,23 @@ class Client::Impl {
   bool block(Deadline deadline);
 
   Status send_pools(const Connection& connection, std::span<const PoolFile> pools);
-  Status register_again(const Connection& connection);
+  // What could not be registered again is left out and told by `problem`; an error is the daemon's
+  // that has gone again.
+  Status register_again(const Connection& connection, std::optional<Error>& problem);
+  Status register_devices_again(const Connection& connection, std::optional<Error>& problem);
+  Status register_layouts_again(const Connection& connection, std::optional<Error>& problem);
+  Result<std::shared_ptr<Gpus>> gpus();
+  // In use: a proof may only be written where the pool says.
+  enum class Pages : uint8_t { kUnused, kInUse };
+  Status register_device(const Connection& connection, const std::string& name,
+                         const DevicePool& pool, Pages pages);
+  Status send_parts(const Connection& connection, const std::string& name,
+                    const DeviceExport& exported, Deadline deadline);
+  Status prove(const Connection& connection, const pb::PoolChallenge& challenge,
+               const DeviceExport& exported, const DevicePool& pool, Deadline deadline);
+  Status add_device_pool(std::string_view name, const DevicePool& pool,
+                         std::shared_ptr<DeviceMemory> memory);
+  Status register_words(const std::shared_ptr<Attachment>& attachment, int device);
   void use(std::shared_ptr<Connection> connection);
   void watch();
   void on_lost(const std::shared_ptr<Connection>& connection);
@@ -130,8 +177,13 @@ class Client::Impl {
   mutable Mutex mutex_;
   std::shared_ptr<Connection> connection_ KVFERRY_GUARDED_BY(mutex_);
   std::map<std::string, Pool, std::less<>> pools_ KVFERRY_GUARDED_BY(mutex_);
-  std::map<std::pair<std::string, uint32_t>, pb::RegisterLayoutRequest> layouts_
-      KVFERRY_GUARDED_BY(mutex_);
+  std::map<LayoutKey, pb::RegisterLayoutRequest> layouts_ KVFERRY_GUARDED_BY(mutex_);
+  std::set<LayoutKey> layouts_left_out_ KVFERRY_GUARDED_BY(mutex_);
+  std::shared_ptr<Gpus> gpus_ KVFERRY_GUARDED_BY(mutex_);  // null until a device function is called
+  std::optional<int> words_device_ KVFERRY_GUARDED_BY(mutex_);
+  // The last is the present one. Earlier ones stay: streams may still write to them.
+  std::vector<std::shared_ptr<const DeviceWords>> device_words_ KVFERRY_GUARDED_BY(mutex_);
+  std::shared_ptr<const WordsFile> last_words_ KVFERRY_GUARDED_BY(mutex_);  // of a lost attachment
   std::vector<bool> timeline_used_ KVFERRY_GUARDED_BY(mutex_);
   std::vector<bool> done_used_ KVFERRY_GUARDED_BY(mutex_);
   std::vector<uint64_t> timeline_values_ KVFERRY_GUARDED_BY(mutex_);  // as signalled here

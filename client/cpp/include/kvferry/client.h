@@ -64,6 +64,37 @@ class KVFERRY_API Client {
   // Memory of alloc_pool is unmapped.
   Status unregister_pools(std::span<const std::string> names);
 
+  // ---- pools on a GPU --------------------------------------------------------------------------
+
+  // These load the CUDA driver when one of them is called first: the library that the environment
+  // variable KVFERRY_CUDA_DRIVER names, or libcuda.so.1. FAILED_PRECONDITION NO_CUDA_DRIVER. They
+  // work in the device's primary context, that of CUDA's runtime, and leave the caller's current
+  // context alone. Errors of the driver have its name as reason: CUDA_OUT_OF_MEMORY.
+
+  // Hands [pointer, pointer + bytes) of a GPU over and registers it. What kind of pool it becomes
+  // follows from how the memory was allocated:
+  //   cudaMalloc                          its CUDA IPC handle, with the pool's place in it
+  //   cuMemMap (PyTorch's expandable      file descriptors of all allocations in the range, where
+  //   segments, sleep modes)              they allow it, else the fabric handle of the one
+  // Other memory is refused with what to do about it: POINTER_NOT_DEVICE, POINTER_MANAGED,
+  // POINTER_STREAM_ORDERED (cudaMallocAsync), POINTER_NOT_EXPORTABLE, POOL_TOO_SMALL, POOL_PARTS.
+  //
+  // IPC and fabric handles come with a proof: the client writes 16 bytes that the daemon drew into
+  // the pool, at scratch_offset or anywhere, and puts back what was there. Without scratch_offset
+  // call this before the pool's pages are in use; see restore_pools for what follows later.
+  // The memory must not be freed or unmapped before unregister_pools has returned.
+  Status export_pool(std::string_view name, const void* device_pointer, uint64_t bytes,
+                     const DevicePoolOptions& options = {});
+  // Memory of the device with this number in this process, cleared, handed over as a file
+  // descriptor and registered. UNIMPLEMENTED VMM_UNSUPPORTED where the device has none of the kind.
+  Result<DevicePoolMemory> alloc_device_pool(std::string_view name, uint64_t bytes, int device);
+  // After a daemon's restart pools are registered again by the client, also those on a GPU whose
+  // memory is asked for anew by the same pointer. A pool whose proof would have to be written into
+  // pages in use is left out, as its bytes might be read or written meanwhile, and so are the
+  // layouts on it: kReattached then has the error POOLS_LEFT_OUT. This registers what was left out;
+  // call it when nothing uses those pools, such as between two steps. Nothing to do is no error.
+  Status restore_pools();
+
   // ---- layouts and instances -------------------------------------------------------------------
 
   Result<RegisteredLayout> register_layout(const LayoutRegistration& registration);
@@ -145,6 +176,28 @@ class KVFERRY_API Client {
   Result<uint32_t> alloc_done_word();
   void free_done_word(uint32_t word);
   uint64_t done_value(uint32_t word) const;
+
+  // ---- timeline on a GPU -----------------------------------------------------------------------
+
+  // Registers the words with CUDA, for streams of one device, also after later restarts. May be
+  // repeated. FAILED_PRECONDITION WORDS_REGISTERED for another device; errors of the driver.
+  // Before the client ends, nothing on the device may use the words any more.
+  Status register_words_with_device(int device = 0);
+  // Where the device finds a word: for cuStreamWriteValue64 on a timeline word, for
+  // cuStreamWaitValue64 on a done word, or for kernels. 0: out of range, not registered or not
+  // attached. Valid until kDaemonRestarted; writes to older addresses do no harm and have no
+  // effect, and waits on older done words end when that daemon's process has ended.
+  uint64_t device_word_address(uint32_t word) const;
+  uint64_t device_done_address(uint32_t word) const;
+  // The same, done: `stream` (a CUstream or cudaStream_t) sets the timeline word when it gets
+  // there, or waits there until the done word has reached the value. FAILED_PRECONDITION
+  // WORDS_NOT_REGISTERED, UNIMPLEMENTED STREAM_WORDS_UNSUPPORTED.
+  Status signal_on_stream(void* stream, uint32_t word, uint64_t value);
+  Status wait_on_stream(void* stream, uint32_t done_word, uint64_t value);
+  // The 64 bytes of an event for ReadyCondition::cuda_event. `event`: a CUevent or cudaEvent_t made
+  // with the flags interprocess and disable-timing, on a device of this process. INVALID_ARGUMENT
+  // EVENT_NOT_SHAREABLE; needs /dev/shm in common with the daemon.
+  Result<std::string> export_event(const void* event);
 
   // ---- state -----------------------------------------------------------------------------------
 

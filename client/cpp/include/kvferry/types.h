@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "kvferry/layout.h"
@@ -44,6 +45,20 @@ struct PoolMemory {
   int fd = -1;  // borrowed
 };
 
+// A pool in memory of a GPU that the client allocated. Lives as long as the client.
+struct DevicePoolMemory {
+  uint64_t address = 0;  // a device pointer
+  uint64_t bytes = 0;
+  int device = 0;
+};
+
+struct DevicePoolOptions {
+  // 16 bytes of the pool, from this offset on, that nobody ever reads or writes: of an engine's
+  // null block, say. Where the daemon wants a proof that the memory is the caller's, it is made
+  // there, and so can be made again while the pool is in use. See Client::export_pool.
+  std::optional<uint64_t> scratch_offset;
+};
+
 // What both sides of a hand-off agree on. Drawn by a scheduler or router, never by the daemon.
 struct TransferKey {
   std::string instance;                // the sender's; receivers may leave it to the ticket
@@ -72,6 +87,11 @@ struct ReadyCondition {
 
   static ReadyCondition timeline(uint32_t word, uint64_t value) {
     return {Kind::kTimeline, word, value, {}};
+  }
+  // `handle`: Client::export_event's, or cuIpcGetEventHandle's 64 bytes. The event must have been
+  // recorded before the operation is called.
+  static ReadyCondition cuda_event(std::string handle) {
+    return {Kind::kCudaIpcEvent, 0, 0, std::move(handle)};
   }
 };
 

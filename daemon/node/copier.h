@@ -1,0 +1,62 @@
+// Carries out copies where their memory is: between host pages and the arena by the copy threads,
+// for pages on a GPU by the queue of that GPU. Two layouts of one daemon may lie on the host and on
+// a GPU, or on two GPUs: then the GPU copies, and what it has not yet seen is shown to it first.
+//
+// Any thread; nothing blocks.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "daemon/base/result.h"
+#include "daemon/copy/copy_pool.h"
+#include "daemon/gpu/queues.h"
+#include "daemon/memory/shared_memory.h"
+#include "daemon/node/registered_layout.h"
+#include "daemon/node/task_pool.h"
+
+namespace kvferry::node {
+
+struct Copy {
+  kernels::CopyKind kind = kernels::CopyKind::kGather;
+  std::shared_ptr<const CompiledPlan> plan;   // clear: its tail, all of it
+  std::shared_ptr<const CompiledPlan> other;  // transfer: where to
+  uint64_t offset = 0;                        // in the stream
+  uint64_t bytes = 0;
+  memory::Region region;  // gather, scatter; at least `bytes`
+  // Called exactly once for a copy that was taken, when nothing touches its memory any more; on one
+  // of several threads, which it must not keep for long.
+  std::function<void(bool ok)> done;
+};
+
+class Copier {
+ public:
+  struct Parts {
+    memory::HostArena* arena = nullptr;
+    copy::CopyPool* copies = nullptr;
+    gpu::Queues* queues = nullptr;  // null: no GPU
+    TaskPool* tasks = nullptr;      // for what takes time before a copy
+  };
+  // All outlive it.
+  explicit Copier(Parts parts) : parts_(parts) {}
+
+  // Errors of the copy threads and queues; FAILED_PRECONDITION NO_PEER_ACCESS between GPUs that do
+  // not reach each other. Then the copy is dropped and done is not called.
+  Status submit(Copy copy);
+  // `work` on a copy thread, for checks over the arena's bytes; then done(work()).
+  Status compute(std::function<bool()> work, std::function<void(bool ok)> done);
+
+ private:
+  Status submit_on_host(Copy copy);
+  Status submit_on(const gpu::Device& device, Copy copy);
+  // A transfer of which one side is on the host.
+  Status submit_mixed(const gpu::Device& device, Copy copy);
+  void carry_out_mixed(const gpu::Device& device, Copy copy);
+  Result<std::shared_ptr<const gpu::HostPins>> pins_of(const RegisteredLayout& layout);
+  Status hand_over(const gpu::Device& device, gpu::DeviceJob job, Copy copy);
+
+  const Parts parts_;
+};
+
+}  // namespace kvferry::node
