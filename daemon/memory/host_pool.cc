@@ -112,6 +112,15 @@ bool HostPool::contains(const void* address) const {
   return at >= begin && at - begin < mapped_bytes_;
 }
 
+bool HostPool::usable(Time now) {
+  if (failed()) return false;
+  if (now.ns < next_look_.load(std::memory_order_relaxed)) return true;
+  next_look_.store((now + kLookEvery).ns, std::memory_order_relaxed);
+  if (still_allocated()) return true;
+  mark_failed();
+  return false;
+}
+
 bool HostPool::still_allocated() const {
   struct stat file {};
   return ::fstat(fd_.get(), &file) == 0 && all_blocks_allocated(file);

@@ -1,7 +1,7 @@
 // A worker's KV memory in host shared memory, imported from a file descriptor. The worker is not
 // trusted: it may hand over any descriptor, and keeps one of its own with which it can punch holes.
 // So the descriptor is checked before it is mapped, and every copy from or to the pool runs under
-// the guard of fault_guard.h; a fault ends the pool.
+// the guard of fault_guard.h; a fault ends the pool, and so does a hole that is seen later.
 //
 // Shared: the registration holds one reference and each copy under way another, so the mapping
 // lasts until the last copy has ended. All functions may be called from any thread.
@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -19,6 +20,7 @@
 
 #include "daemon/base/result.h"
 #include "daemon/base/unique_fd.h"
+#include "daemon/base/units.h"
 
 namespace kvferry::memory {
 
@@ -59,13 +61,18 @@ class HostPool {
     return file_.device == other.file_.device && file_.inode == other.file_.inode;
   }
 
-  // Set when a copy faulted, never cleared: nothing is copied from or to the pool any more.
+  // Set when a copy faulted or a hole was seen, never cleared: nothing is copied from or to the
+  // pool any more.
   bool failed() const { return failed_.load(std::memory_order_acquire); }
   void mark_failed() { failed_.store(true, std::memory_order_release); }
 
   // Whether all blocks are still allocated. A hole punched since the import costs the daemon memory
-  // when it is read, so a registry may end the pool on false. One fstat.
+  // when it is read, and what is read is not what the worker computed. One fstat.
   bool still_allocated() const;
+  // Whether a copy may begin. Looks for holes once in kLookEvery, as a layout may have a pool a
+  // layer and its copies are many; a hole fails the pool.
+  static constexpr Duration kLookEvery = std::chrono::milliseconds(20);
+  bool usable(Time now);
 
  private:
   struct FileId {
@@ -81,6 +88,7 @@ class HostPool {
   const uint64_t bytes_;
   const uint64_t mapped_bytes_;  // rounded up to the file's page size
   std::atomic<bool> failed_{false};
+  std::atomic<int64_t> next_look_{0};
 };
 
 }  // namespace kvferry::memory
