@@ -129,11 +129,11 @@ bool CopyPool::take(Step& step) {
 Outcome CopyPool::perform(const Step& step) {
   if (step.kind == StepKind::kDrop) return Outcome::kOk;
   const Job& job = step.job->job;
+  const Time begin = monotonic_now();
   for (const auto& pool : job.pools)
-    if (pool->failed()) return Outcome::kFailed;
+    if (!pool->usable(begin)) return Outcome::kFailed;
   bool copied = false;
   const void* address = nullptr;
-  const Time begin = monotonic_now();
   const bool touched = memory::run_guarded(
       [&] {
         copied = step.kind == StepKind::kPrepare ? job.prepare() : job.copy(step.begin, step.end);

@@ -127,6 +127,15 @@ bool HostPool::same_memory(const Pool& other) const {
          file_.inode == there->file_.inode;
 }
 
+bool HostPool::usable(Time now) {
+  if (failed()) return false;
+  if (now.ns < next_look_.load(std::memory_order_relaxed)) return true;
+  next_look_.store((now + kLookEvery).ns, std::memory_order_relaxed);
+  if (still_allocated()) return true;
+  mark_failed();
+  return false;
+}
+
 bool HostPool::still_allocated() const {
   if (!fd_) return true;
   struct stat file {};

@@ -1,11 +1,14 @@
 // A worker's KV memory in host shared memory, imported from a file descriptor. The worker is not
 // trusted: it may hand over any descriptor, and keeps one of its own with which it can punch holes.
 // So the descriptor is checked before it is mapped, and every copy from or to the pool runs under
-// the guard of fault_guard.h; a fault ends the pool. All functions may be called from any thread.
+// the guard of fault_guard.h; a fault ends the pool, and so does a hole that is seen later. All
+// functions may be called from any thread.
 #pragma once
 
 #include <sys/types.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,6 +18,7 @@
 
 #include "daemon/base/result.h"
 #include "daemon/base/unique_fd.h"
+#include "daemon/base/units.h"
 #include "daemon/memory/pool.h"
 
 namespace kvferry::memory {
@@ -52,8 +56,12 @@ class HostPool final : public Pool {
   bool same_memory(const Pool& other) const override;
 
   // Whether all blocks are still allocated. A hole punched since the import costs the daemon memory
-  // when it is read, so a registry may end the pool on false. One fstat.
+  // when it is read, and what is read is not what the worker computed. One fstat.
   bool still_allocated() const;
+  // Whether a copy may begin. Looks for holes once in kLookEvery, as a layout may have a pool a
+  // layer and its copies are many; a hole fails the pool.
+  static constexpr Duration kLookEvery = std::chrono::milliseconds(20);
+  bool usable(Time now) override;
 
  private:
   struct FileId {
@@ -66,6 +74,7 @@ class HostPool final : public Pool {
   const UniqueFd fd_;
   const FileId file_;
   const uint64_t mapped_bytes_;  // rounded up to the file's page size
+  std::atomic<int64_t> next_look_{0};
 };
 
 }  // namespace kvferry::memory

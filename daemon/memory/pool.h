@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "daemon/base/units.h"
+
 namespace kvferry::gpu {
 class Device;
 }
@@ -37,6 +39,8 @@ class Pool {
   // the pool any more.
   virtual bool failed() const { return failed_.load(std::memory_order_acquire); }
   void mark_failed() { failed_.store(true, std::memory_order_release); }
+  // Whether a copy may begin now; may look at the memory first.
+  virtual bool usable(Time /*now*/) { return !failed(); }
 
  protected:
   Pool(std::byte* base, uint64_t bytes, const gpu::Device* device)

@@ -142,13 +142,17 @@ Scene::Received Scene::hand_off(FlowWorker& decode, const Prompt& prompt, bool r
   return out;
 }
 
-FlowWorker::Pages Scene::publish(const Prompt& prompt) {
-  const uint64_t before = count("kvferry_reuse_commits_total");
-  const Received received = hand_off(a, prompt, false);
+std::vector<kc::GroupCommit> commit_of(const Prompt& prompt) {
   std::vector<kc::GroupCommit> groups;
   for (const kc::PromptHashes& of : prompt.hashes())
     groups.push_back({of.group, prompt.tokens, of.hashes});
-  require_ok(a.client().commit_reuse(received.transfer, groups));
+  return groups;
+}
+
+FlowWorker::Pages Scene::publish(const Prompt& prompt) {
+  const uint64_t before = count("kvferry_reuse_commits_total");
+  const Received received = hand_off(a, prompt, false);
+  require_ok(a.client().commit_reuse(received.transfer, commit_of(prompt)));
   REQUIRE(comes_true([&] { return count("kvferry_reuse_commits_total") == before + 1; }));
   require_ok(a.client().close(received.transfer));
   return received.pages;
@@ -207,6 +211,39 @@ TEST_CASE("a prefix that a neighbour has committed is copied, and only the rest 
   CHECK(moved.wire == (256 + in_windows) * kTokenBytes);
   s.a.check_free_pages();
   s.b.check_free_pages();
+}
+
+TEST_CASE("a commit before completion is refused, and one that is made twice is one") {
+  Scene s;
+  const Prompt prompt{1, 256, 1, 256};
+  kc::TransferKey key;
+  key.instance = "prefill";
+  key.id = "waits";
+  key.secret = kc::random_bytes16();
+  const auto waiting = s.a.receive(key, s.ticket, s.a.allocate(prompt.tokens), prompt.tokens);
+  require_ok(s.a.client().commit_reuse(waiting, commit_of(prompt)));
+  s.run([&] { return s.a.told(waiting).rejected.has_value(); });
+  CHECK(s.a.told(waiting).rejected->reason == "NOT_COMPLETED");
+  CHECK(s.found(s.b, prompt) == Tokens{0, 0});
+  require_ok(s.a.client().cancel(waiting));
+  s.run([&] { return s.a.told(waiting).dest_released == 1; });
+
+  const auto received = s.hand_off(s.a, prompt, false);
+  require_ok(s.a.client().commit_reuse(received.transfer, commit_of(prompt)));
+  require_ok(s.a.client().commit_reuse(received.transfer, commit_of(prompt)));
+  auto other = commit_of(prompt);
+  other[0].hashes[0] = "another text";
+  require_ok(s.a.client().commit_reuse(received.transfer, other));
+  s.run([&] { return s.a.told(received.transfer).rejected.has_value(); });
+  CHECK(s.a.told(received.transfer).rejected->reason == "COMMITTED_OTHERWISE");
+  CHECK(s.a.told(received.transfer).rejected->field == "groups");
+  REQUIRE(comes_true([&] { return s.count("kvferry_reuse_commits_total") > 0; }));
+  CHECK(s.count("kvferry_reuse_commits_total") == 1);
+  CHECK(s.count("kvferry_reuse_entries") == prompt.blocks() + prompt.window_blocks());
+  CHECK(s.found(s.b, prompt) == Tokens{256, 256});
+  require_ok(withdraw(s.a, received.pages));
+  s.a.give_back(received.pages);
+  s.a.check_free_pages();
 }
 
 TEST_CASE("a pin keeps what was found from being overwritten, for its time or its receive") {

@@ -60,9 +60,13 @@ struct FlowScene {
 
   // Nothing is held any more by anybody: all pages are back and as they were left.
   void require_quiet() {
-    for (const FlowWorker* worker : all()) CHECK_NOTHROW(worker->check_free_pages());
     for (const int side : {0, 1})
       CHECK(comes_true([&] { return arena_in_use(pair->side(side)) == 0; }));
+    // What has been told meanwhile too: a second RELEASED throws.
+    for (FlowWorker* worker : all()) {
+      CHECK_NOTHROW(worker->step());
+      CHECK_NOTHROW(worker->check_free_pages());
+    }
   }
 };
 
@@ -106,11 +110,20 @@ struct FlowRequest {
       FlowWorker& worker = *scene.decode[r];
       decode_pages.push_back(worker.allocate(prompt));
       receives.push_back(worker.receive(key, scene.ticket, decode_pages[r], prompt, cached, more));
-      const uint64_t from = cached.empty() ? 0 : cached[0];
-      worker.on_completed(receives[r], [this, r, from] {
-        right = right && scene.decode[r]->holds(number, decode_pages[r], 0, from, prompt);
-      });
+      worker.on_completed(receives[r], [this, r, cached] { right = right && holds(r, cached); });
     }
+  }
+  // Rank r of the decode engine has all that it needs: of each group what it had not cached and
+  // what the window still sees.
+  bool holds(std::size_t r, const std::vector<uint64_t>& cached) const {
+    const FlowWorker& worker = *scene.decode[r];
+    for (uint32_t g = 0; g < worker.groups().size(); ++g) {
+      uint64_t from = g < cached.size() ? cached[g] : 0;
+      const uint64_t window = worker.groups()[g].window;
+      if (window != 0 && prompt + 1 > window) from = std::max(from, prompt + 1 - window);
+      if (!worker.holds(number, decode_pages[r], g, from, prompt)) return false;
+    }
+    return true;
   }
   bool sent() const {
     for (std::size_t r = 0; r < sends.size(); ++r)

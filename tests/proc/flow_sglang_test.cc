@@ -73,6 +73,42 @@ TEST_CASE("prefill is scheduled when every rank's receiver is ready, and ends wi
   scene.require_quiet();
 }
 
+TEST_CASE("recurrent state goes with the last chunk, its aux and nothing before it") {
+  FlowGroup attention;
+  attention.layers = {0, 2};
+  FlowGroup state;
+  state.layers = {1, 3};
+  state.state = true;
+  constexpr uint32_t kDecodeRanks = 4;
+  FlowScene scene({attention, state}, {}, kDecodeRanks);
+  for (int round = 0; round < 3; ++round) {
+    FlowRequest request(scene, 150);
+    std::vector<KvSender> senders;
+    for (const auto& worker : scene.prefill) senders.emplace_back(*worker, request.key);
+    request.receive({48, 0});
+    scene.run([&] {
+      return std::all_of(senders.begin(), senders.end(),
+                         [](KvSender& sender) { return sender.poll() == Poll::kWaitingForInput; });
+    });
+    for (uint64_t begin = 48; begin < 150; begin += 51) {
+      const uint64_t end = begin + 51;
+      request.compute(begin, end);  // the state of these tokens, over that of the chunk before
+      for (std::size_t r = 0; r < senders.size(); ++r)
+        senders[r].send(request.prefill_pages[r], begin, end, 150, end == 150);
+    }
+    for (const KvSender& sender : senders) request.sends.push_back(sender.handle());
+    scene.run([&] { return request.sent() && request.received(); });
+    request.require_well();
+    // Two layers, keys and values, of all heads: blocks 3 to 9, and one cell of state.
+    const auto status = scene.decode[0]->client().status(request.receives[0]);
+    require_ok(status);
+    CHECK(status->bytes_done ==
+          (7 * kFlowBlock + 1) * 2 * 2 * (kFlowHeads / kDecodeRanks) * kFlowCellBytes);
+    request.close();
+  }
+  scene.require_quiet();
+}
+
 TEST_CASE("an aborted request fails on both sides and its room is never used again") {
   FlowScene scene;
   FlowRequest request(scene, 100);

@@ -97,7 +97,6 @@ TEST_CASE("a request aborted during prefill, after some chunks were sent") {
 
 TEST_CASE("a request aborted by the decode side before it was scheduled: declined") {
   FlowScene scene;
-  FlowRequest request(scene, 128);
   for (const bool before_send : {true, false}) {
     FlowRequest of(scene, 128);
     const auto decline = [&] { require_ok(scene.decode[0]->client().decline(claim_of(of, 0))); };
@@ -108,7 +107,6 @@ TEST_CASE("a request aborted by the decode side before it was scheduled: decline
     for (std::size_t r = 0; r < 2; ++r) require_reason(*scene.prefill[r], of.sends[r], "DECLINED");
     of.close();
   }
-  for (std::size_t r = 0; r < 2; ++r) scene.prefill[r]->give_back(request.prefill_pages[r]);
   scene.require_quiet();
 }
 
@@ -207,45 +205,138 @@ TEST_CASE("a prefill worker that dies before its source is released") {
   scene.run([&] { return scene.prefill[0]->told(request.sends[0]).over(); });
 }
 
-TEST_CASE("preemption: chunks are revoked, computed again in other blocks and sent again") {
-  FlowScene scene;
-  for (const bool receiver_first : {false, true}) {
-    FlowRequest request(scene, 256);
-    if (receiver_first) request.receive();
+namespace {
+
+// A prompt whose first 64 tokens are sent as slice 0 and the next 128 as slice 1: one chunk and two
+// of each rank.
+struct Preemption {
+  FlowScene& scene;
+  FlowRequest request{scene, 256};
+  std::set<uint32_t> dropped[2];
+
+  explicit Preemption(FlowScene& of) : scene(of) {}
+  void send() {
     request.compute(0, 192);
     request.send(0, 64, false);
     request.send(64, 192, false);
-    // The engine takes blocks of tokens 64 ... away. What it may overwrite, Revoke says.
-    std::vector<FlowWorker::Pages> taken(2, FlowWorker::Pages(1));
-    uint64_t resume = 256;
-    std::set<uint32_t> dropped[2];
+  }
+  // The engine takes the blocks of tokens 64 ... away; those of dropped slices are overwritten at
+  // once and their tokens computed anew in other blocks.
+  void preempt() {
     for (std::size_t r = 0; r < 2; ++r) {
-      const auto sends = scene.prefill[r]->client().revoke(request.sends[r], 64);
+      FlowWorker& worker = *scene.prefill[r];
+      const auto sends = worker.client().revoke(request.sends[r], 64);
       require_ok(sends);
       dropped[r] = {sends->begin(), sends->end()};
-      if (dropped[r].contains(1)) resume = std::min<uint64_t>(resume, 64);
-    }
-    for (std::size_t r = 0; r < 2; ++r) {
-      // A rank that had been gathered already keeps what it sent; its blocks stay with it.
       if (!dropped[r].contains(1)) continue;
       auto& ids = request.prefill_pages[r][0];
-      for (std::size_t b = 4; b < ids.size(); ++b) taken[r][0].push_back(ids[b]);
-      scene.prefill[r]->revoked(request.sends[r], taken[r]);
-      const auto fresh = scene.prefill[r]->allocate(256 - 64);
+      worker.revoked(request.sends[r], {{ids.begin() + 4, ids.end()}});
+      const auto fresh = worker.allocate(256 - 64);
       std::copy(fresh[0].begin(), fresh[0].end(), ids.begin() + 4);
-      scene.prefill[r]->hold(request.sends[r], {fresh[0]});
-      scene.prefill[r]->compute(request.number, request.prefill_pages[r], 64, 192);
+      worker.hold(request.sends[r], fresh);
     }
-    for (std::size_t r = 0; r < 2; ++r) {
-      scene.prefill[r]->compute(request.number, request.prefill_pages[r], 192, 256);
-      const bool again = dropped[r].contains(1);
-      scene.prefill[r]->send(request.key, 2, request.prefill_pages[r], again ? 64 : 192, 256, 256,
-                             true);
-    }
-    if (!receiver_first) request.receive();
+  }
+  void send_rest(uint64_t from) {
+    request.compute(from, 256);
+    request.send(from, 256, true);
+  }
+  void finish() {
     scene.run([&] { return request.sent() && request.received(); });
     request.require_well();
     request.close();
+  }
+  // Chunks of the request that lie in the decode side's arena.
+  double landed() const {
+    return metric(scene.pair->side(1), "kvferry_arena_bytes", "state=\"landed\"");
+  }
+  bool gathered(uint64_t slices) const {
+    for (std::size_t r = 0; r < 2; ++r)
+      if (scene.prefill[r]->client().status(request.sends[r])->slices != slices) return false;
+    return true;
+  }
+};
+const std::set<uint32_t> kSliceOne{1};
+constexpr double kChunk = 16 << 10;
+
+}  // namespace
+
+TEST_CASE("preemption while chunks wait at the receiver: what has landed of them is never used") {
+  // A sender has two chunks under way, and the receiver takes none before its pages are ready.
+  FlowScene scene({FlowGroup{}}, {}, 1, {"engine.leg_credits=2", "engine.staged_ahead=0"});
+  const uint32_t word = *scene.decode[0]->client().alloc_word();
+  Preemption of(scene);
+  of.request.receive(
+      {}, [&](kc::ReceiveRequest& call) { call.ready = kc::ReadyCondition::timeline(word, 1); });
+  of.send();
+  // Slice 0 and half of slice 1, of both ranks.
+  REQUIRE(comes_true([&] { return of.landed() == 4 * kChunk; }));
+  REQUIRE(of.gathered(1));
+  of.preempt();
+  for (const auto& dropped : of.dropped) CHECK(dropped == kSliceOne);
+  of.send_rest(64);
+  require_ok(scene.decode[0]->client().signal(word, 1));
+  of.finish();
+  scene.require_quiet();
+}
+
+TEST_CASE("preemption before anybody pulls drops the chunk, after all has been gathered nothing") {
+  FlowScene scene;
+  Preemption early(scene);
+  early.send();
+  early.preempt();
+  for (const auto& dropped : early.dropped) CHECK(dropped == kSliceOne);
+  early.send_rest(64);
+  early.request.receive();
+  early.finish();
+
+  Preemption late(scene);
+  late.request.receive();
+  late.send();
+  scene.run([&] { return late.gathered(2); });
+  late.preempt();
+  for (const auto& dropped : late.dropped) CHECK(dropped.empty());
+  late.send_rest(192);
+  late.finish();
+  scene.require_quiet();
+}
+
+TEST_CASE(
+    "chunks that are sent before the forward pass has written them go when their word says so") {
+  FlowScene scene;
+  for (const bool packed : {false, true}) {
+    CAPTURE(packed);
+    FlowRequest request(scene, 192);
+    std::vector<uint32_t> words;
+    for (const auto& worker : scene.prefill) words.push_back(*worker->client().alloc_word());
+    for (uint64_t chunk = 0; chunk < 3; ++chunk)
+      request.send(64 * chunk, 64 * (chunk + 1), chunk == 2, [&](kc::SendRequest& of) {
+        of.ready = kc::ReadyCondition::timeline(words[of.layout.rank], chunk + 1);
+        of.packed_copy = packed;
+      });
+    request.receive();
+    scene.run([&] {
+      return scene.prefill[0]->told(request.sends[0]).receiver_ready == 1 &&
+             scene.prefill[1]->told(request.sends[1]).receiver_ready == 1;
+    });
+    // Two layers, keys and values, of all heads.
+    constexpr uint64_t kChunkBytes = 64 * 2 * 2 * kFlowHeads * kFlowCellBytes;
+    for (uint64_t chunk = 0; chunk < 3; ++chunk) {
+      for (std::size_t r = 0; r < 2; ++r)
+        CHECK(scene.prefill[r]->told(request.sends[r]).source_released == 0);
+      request.compute(64 * chunk, 64 * (chunk + 1));
+      for (std::size_t r = 0; r < 2; ++r)
+        require_ok(scene.prefill[r]->client().signal(words[r], chunk + 1));
+      const auto arrived = [&] {
+        const auto status = scene.decode[0]->client().status(request.receives[0]);
+        return status ? status->bytes_done : 0;
+      };
+      scene.run([&] { return arrived() >= kChunkBytes * (chunk + 1); });
+      CHECK(arrived() == kChunkBytes * (chunk + 1));
+    }
+    scene.run([&] { return request.sent() && request.received(); });
+    request.require_well();
+    request.close();
+    for (std::size_t r = 0; r < 2; ++r) scene.prefill[r]->client().free_word(words[r]);
   }
   scene.require_quiet();
 }
@@ -350,7 +441,6 @@ TEST_CASE("decode first, and the prefill side never opens the transfer") {
   request.receive({}, [](kc::ReceiveRequest& of) { of.wait = milliseconds(300); });
   scene.run([&] { return request.received(); });
   require_reason(*scene.decode[0], request.receives[0], "DEADLINE");
-  // With another secret it is another transfer, which nobody waits for.
   for (std::size_t r = 0; r < 2; ++r) scene.prefill[r]->give_back(request.prefill_pages[r]);
   request.close();
   scene.require_quiet();

@@ -1,5 +1,7 @@
 #include "tests/proc/flow_worker.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -36,16 +38,15 @@ FlowWorker::FlowWorker(Options options)
   attach.socket = options_.socket;
   attach.name = options_.instance + "-" + std::to_string(options_.rank);
   client_ = must(client::Client::attach(attach), "attach");
-  client::LayoutRegistration registration;
-  registration.instance = options_.instance;
-  registration.layout.rank = options_.rank;
-  registration.layout.rank_count = options_.ranks;
-  registration.layout.fingerprint = "flow";
-  registration.reuse_hash_scheme = options_.hash_scheme;
+  registration_.instance = options_.instance;
+  registration_.layout.rank = options_.rank;
+  registration_.layout.rank_count = options_.ranks;
+  registration_.layout.fingerprint = "flow";
+  registration_.reuse_hash_scheme = options_.hash_scheme;
   for (uint32_t g = 0; g < options_.groups.size(); ++g) {
     const FlowGroup& of = options_.groups[g];
     client::Group group;
-    group.tokens_per_block = kFlowBlock;
+    group.tokens_per_block = block_tokens(g);
     group.sliding_window = of.window;
     group.block_count = options_.blocks;
     group.id_space = g;
@@ -53,32 +54,70 @@ FlowWorker::FlowWorker(Options options)
       for (uint32_t role = 0; role < 2; ++role) {
         client::Plane plane;
         plane.layer = of.layers[i];
-        plane.role = role == 0 ? "key" : "value";
+        if (of.state) {
+          plane.role = role == 0 ? "conv" : "ssm";
+          plane.granularity = client::Granularity::kRequest;
+        } else {
+          plane.role = role == 0 ? "key" : "value";
+          plane.token_stride = options_.cell_bytes;
+        }
         plane.units_total = options_.heads;
         plane.unit_begin = options_.rank * heads_;
         plane.unit_count = heads_;
         plane.cell_bytes = options_.cell_bytes;
         plane.type = "bf16";
         plane.pool = g;
-        plane.token_stride = options_.cell_bytes;
-        plane.unit_stride = kFlowBlock * options_.cell_bytes;
+        plane.unit_stride = block_tokens(g) * options_.cell_bytes;
         plane.offset = (uint64_t{i} * 2 + role) * heads_ * plane.unit_stride;
         plane.block_stride = page_bytes(g);
         group.planes.push_back(std::move(plane));
       }
     }
-    registration.layout.groups.push_back(std::move(group));
-    const std::string name = "kv" + std::to_string(g);
-    const uint64_t bytes = page_bytes(g) * options_.blocks;
-    registration.layout.pools.push_back({name, bytes});
-    pools_.push_back(must(client_->alloc_pool(name, bytes), "alloc_pool"));
-    free_.emplace_back();
+    registration_.layout.groups.push_back(std::move(group));
+    registration_.layout.pools.push_back(
+        {"kv" + std::to_string(g), page_bytes(g) * options_.blocks});
+  }
+  make_pools();
+  register_again();
+}
+
+void FlowWorker::make_pools() {
+  free_.assign(options_.groups.size(), {});
+  for (uint32_t g = 0; g < options_.groups.size(); ++g) {
+    const client::PoolSpan& pool = registration_.layout.pools[g];
+    pools_.push_back(must(client_->alloc_pool(pool.name, pool.bytes), "alloc_pool"));
     for (int32_t id = 1; id < static_cast<int32_t>(options_.blocks); ++id) {
       free_[g].insert(id);
       poison(g, id);
     }
   }
-  registered_ = must(client_->register_layout(registration), "register_layout");
+}
+
+void FlowWorker::unregister(bool with_pools) {
+  std::vector<std::string> names;
+  for (const client::PoolSpan& pool : registration_.layout.pools) names.push_back(pool.name);
+  const client::Status done =
+      with_pools ? client_->unregister_pools(names) : client_->unregister_layout(layout());
+  if (!done) throw std::runtime_error("unregister: " + done.error().to_string());
+  completed_.clear();  // too late to look
+  if (with_pools) {
+    pools_.clear();
+    held_.clear();
+    return;
+  }
+  // Overwritten here and not again at RELEASED, so that a copy that still runs is found out.
+  while (!held_.empty()) release(held_.begin()->first);
+}
+
+void FlowWorker::register_again() {
+  if (pools_.empty()) make_pools();
+  registered_ = must(client_->register_layout(registration_), "register_layout");
+}
+
+void FlowWorker::punch() {
+  for (const client::PoolMemory& pool : pools_)
+    if (::madvise(pool.data, pool.bytes, MADV_REMOVE) != 0)
+      throw std::runtime_error("madvise: " + std::string(std::strerror(errno)));
 }
 
 FlowWorker::~FlowWorker() = default;
@@ -89,8 +128,12 @@ void FlowWorker::die() {
 
 // ---- pages -------------------------------------------------------------------------------------
 
+uint64_t FlowWorker::block_tokens(uint32_t group) const {
+  return options_.groups[group].state ? 1 : kFlowBlock;
+}
 uint64_t FlowWorker::page_bytes(uint32_t group) const {
-  return options_.groups[group].layers.size() * 2 * heads_ * kFlowBlock * options_.cell_bytes;
+  return options_.groups[group].layers.size() * 2 * heads_ * block_tokens(group) *
+         options_.cell_bytes;
 }
 std::byte* FlowWorker::page(uint32_t group, int32_t id) const {
   return pools_[group].data + static_cast<uint64_t>(id) * page_bytes(group);
@@ -101,9 +144,10 @@ void FlowWorker::poison(uint32_t group, int32_t id) {
 
 FlowWorker::Pages FlowWorker::allocate(uint64_t tokens) {
   Pages pages;
-  for (std::set<int32_t>& free : free_) {
+  for (uint32_t g = 0; g < free_.size(); ++g) {
+    std::set<int32_t>& free = free_[g];
     auto& ids = pages.emplace_back();
-    const uint64_t count = (tokens + kFlowBlock - 1) / kFlowBlock;
+    const uint64_t count = options_.groups[g].state ? 1 : (tokens + kFlowBlock - 1) / kFlowBlock;
     if (free.size() < count) throw std::runtime_error("the engine's pool is empty");
     for (uint64_t i = 0; i < count; ++i) {
       // From both ends in turn: blocks that follow each other lie apart.
@@ -134,15 +178,19 @@ template <typename Fn>
 void FlowWorker::for_each_cell(const Pages& pages, uint32_t group, uint64_t begin, uint64_t end,
                                Fn&& fn) const {
   const auto& layers = options_.groups[group].layers;
-  for (uint64_t position = begin; position < end; ++position) {
-    const int32_t id = pages[group][position / kFlowBlock];
+  const uint64_t block = block_tokens(group);
+  const bool state = options_.groups[group].state;
+  // A state is of the tokens before `end`.
+  for (uint64_t position = state ? end : begin; position < (state ? end + 1 : end); ++position) {
+    const uint64_t entry = state ? 0 : position / block;
+    const int32_t id = pages[group][entry];
     if (id <= 0) continue;
     for (uint32_t i = 0; i < layers.size(); ++i)
       for (uint32_t role = 0; role < 2; ++role)
         for (uint32_t head = 0; head < heads_; ++head)
           fn(page(group, id) +
-                 ((uint64_t{i} * 2 + role) * heads_ + head) * kFlowBlock * options_.cell_bytes +
-                 position % kFlowBlock * options_.cell_bytes,
+                 ((uint64_t{i} * 2 + role) * heads_ + head) * block * options_.cell_bytes +
+                 position % block * options_.cell_bytes,
              layers[i], role, options_.rank * heads_ + head, position);
   }
 }
@@ -210,6 +258,7 @@ client::TransferHandle FlowWorker::send(const client::TransferKey& key, uint32_t
   std::vector<std::vector<int32_t>> ids = pages;
   std::vector<client::GroupBlocks> groups;
   for (uint32_t g = 0; g < ids.size(); ++g) {
+    if (options_.groups[g].state && !last) continue;
     std::replace(ids[g].begin(), ids[g].end(), 0, client::kHole);  // the engine's null block
     groups.push_back({g, 0, ids[g], {}, 0});
   }

@@ -26,6 +26,8 @@ inline constexpr uint64_t kFlowCellBytes = 32;  // of one head and token, likewi
 struct FlowGroup {
   std::vector<uint32_t> layers{0, 1};
   uint64_t window = 0;
+  // Recurrent: one page a request, which each pass overwrites and only the last slice sends.
+  bool state = false;
 };
 
 class FlowWorker {
@@ -47,8 +49,16 @@ class FlowWorker {
   client::Client& client() { return *client_; }
   client::LayoutRef layout() const { return {options_.instance, options_.rank}; }
   const client::RegisteredLayout& registered() const { return registered_; }
+  const std::vector<FlowGroup>& groups() const { return options_.groups; }
   // Detaches at once, as a process that dies.
   void die();
+  // Takes its layout back, or its pools and the layout with them. All pages are free when it
+  // returns, whatever held them before.
+  void unregister(bool with_pools);
+  // The same layout again, with new pools if they were taken back.
+  void register_again();
+  // Takes the memory of its pools away from under the daemon; it reads as zeros here.
+  void punch();
 
   // ---- pages: ids by group
   using Pages = std::vector<std::vector<int32_t>>;
@@ -110,6 +120,8 @@ class FlowWorker {
   uint32_t reattached() const { return reattached_; }
 
  private:
+  void make_pools();
+  uint64_t block_tokens(uint32_t group) const;
   std::byte* page(uint32_t group, int32_t id) const;
   uint64_t page_bytes(uint32_t group) const;
   void poison(uint32_t group, int32_t id);
@@ -121,6 +133,7 @@ class FlowWorker {
   Options options_;
   uint32_t heads_ = 0;
   std::unique_ptr<client::Client> client_;
+  client::LayoutRegistration registration_;
   client::RegisteredLayout registered_;
   std::vector<client::PoolMemory> pools_;
   std::vector<std::set<int32_t>> free_;

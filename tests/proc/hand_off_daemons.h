@@ -71,6 +71,17 @@ inline double arena_in_use(const bench::DaemonProcess& daemon) {
   return all > 0 ? all - metric(daemon, "kvferry_arena_bytes", "state=\"free\"") : -1;
 }
 
+// A request of 4 MiB, in 32 blocks.
+inline bench::Shape small_shape() {
+  bench::Shape shape;
+  shape.name = "test";
+  shape.layers = 4;
+  shape.kv_heads = 4;
+  shape.head_bytes = 256;
+  shape.tokens = 512;
+  return shape;
+}
+
 template <typename T>
 void require_ok(const client::Result<T>& result) {
   if (!result) FAIL(result.error().to_string());

@@ -12,16 +12,6 @@ namespace {
 using client::Code;
 using client::TransferState;
 
-bench::Shape small_shape() {
-  bench::Shape shape;
-  shape.name = "test";
-  shape.layers = 4;
-  shape.kv_heads = 4;
-  shape.head_bytes = 256;
-  shape.tokens = 512;
-  return shape;
-}
-
 // Two daemons, a sender of two ranks and a receiver of one.
 struct Scene {
   std::unique_ptr<DaemonPair> pair;

@@ -12,16 +12,6 @@ using client::TransferState;
 constexpr uint64_t kChunk = 64 * 1024;
 constexpr uint64_t kFrames = 32ULL * 1024 * 1024 / kChunk;
 
-bench::Shape small_shape() {
-  bench::Shape shape;
-  shape.name = "test";
-  shape.layers = 4;
-  shape.kv_heads = 4;
-  shape.head_bytes = 256;
-  shape.tokens = 512;
-  return shape;
-}
-
 struct Scene {
   std::unique_ptr<DaemonPair> pair =
       start_pair({"engine.chunk_bytes=64KiB", "engine.staged_ahead=2"});

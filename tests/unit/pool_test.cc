@@ -171,6 +171,23 @@ TEST_CASE("a sealed and allocated memfd becomes a pool that shares its bytes wit
   ::close(worker);
 }
 
+TEST_CASE("a hole punched since the import ends the pool at the next look") {
+  UniqueFd fd = worker_memory(4 * kPage, F_SEAL_SHRINK);
+  const UniqueFd worker(::dup(fd.get()));
+  const auto pool = HostPool::import(std::move(fd), 4 * kPage);
+  REQUIRE(pool);
+  const kvferry::Time now{1'000'000'000};
+  CHECK((*pool)->usable(now));
+  REQUIRE(::fallocate(worker.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, kPage, kPage) == 0);
+  CHECK((*pool)->usable(now + (HostPool::kLookEvery - kvferry::Duration(1))));
+  CHECK_FALSE((*pool)->failed());
+  CHECK_FALSE((*pool)->usable(now + HostPool::kLookEvery));
+  CHECK((*pool)->failed());
+  // For good, whether or not the hole is filled.
+  REQUIRE(::fallocate(worker.get(), 0, 0, 4 * kPage) == 0);
+  CHECK_FALSE((*pool)->usable(now + HostPool::kLookEvery));
+}
+
 TEST_CASE("pools of one file are told, whatever part of it they are") {
   const UniqueFd file = worker_memory(2 * kPage, F_SEAL_SHRINK);
   const auto import = [](int fd, uint64_t bytes) {
