@@ -46,6 +46,7 @@ struct Peer {
   const cuda::Api& api = driver->api();
   cuda::CUcontext context = nullptr;
   cuda::CUstream stream = nullptr;
+  cuda::CUstream gated = nullptr;
   cuda::CUdeviceptr memory = 0;
   cuda::CUdeviceptr small = 0;
   cuda::CUdeviceptr range = 0;
@@ -104,8 +105,9 @@ struct Peer {
     MUST(api.cuMemHostGetDevicePointer(&address, &gate, 0));
     MUST(api.cuEventCreate(&event, kFlags));
     MUST(api.cuIpcGetEventHandle(&exports.event, event));
-    MUST(api.cuStreamWaitValue64(stream, address, 1, cuda::CU_STREAM_WAIT_VALUE_GEQ));
-    MUST(api.cuEventRecord(event, stream));
+    MUST(api.cuStreamCreate(&gated, cuda::CU_STREAM_NON_BLOCKING));
+    MUST(api.cuStreamWaitValue64(gated, address, 1, cuda::CU_STREAM_WAIT_VALUE_GEQ));
+    MUST(api.cuEventRecord(event, gated));
   }
 
   uint8_t obey(PeerCommand command) {
@@ -114,6 +116,7 @@ struct Peer {
         gate = 1;
         break;
       case PeerCommand::kFreeSmall:
+        gate = 1;  // freeing waits for all work
         MUST(api.cuMemFree(small));
         break;
       case PeerCommand::kReadBack:
