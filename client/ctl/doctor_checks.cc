@@ -111,17 +111,18 @@ Finding check_memlock(const System& system, const DoctorOptions& options, bool g
 }
 
 Finding check_huge_pages(const System& system) {
-  const auto info = system.read("/proc/meminfo");
-  const auto total = info ? number_after(*info, "HugePages_Total") : std::nullopt;
-  const auto free = info ? number_after(*info, "HugePages_Free") : std::nullopt;
-  const auto size = info ? number_after(*info, "Hugepagesize") : std::nullopt;
-  if (!total || !free || !size)
+  const std::string info = system.read("/proc/meminfo").value_or("");
+  const auto total = number_after(info, "HugePages_Total");
+  const uint64_t free = number_after(info, "HugePages_Free").value_or(0);
+  const uint64_t size_kib = number_after(info, "Hugepagesize").value_or(0);
+  if (!total || size_kib == 0)
     return note("huge pages", "/proc/meminfo does not tell", "nothing, unless they are configured");
   if (*total == 0)
     return ok("huge pages", "none reserved; only pools in hugetlbfs files need them");
-  const std::string text = std::to_string(*free) + " of " + std::to_string(*total) + " pages of " +
-                           human_bytes(static_cast<double>(*size) * 1024) + " are free";
-  if (*free == 0)
+  const std::string text = std::to_string(free) + " of " + std::to_string(total.value_or(0)) +
+                           " pages of " + human_bytes(static_cast<double>(size_kib) * 1024) +
+                           " are free";
+  if (free == 0)
     return note("huge pages", text, "reserve more (vm.nr_hugepages) if pools are to lie in them");
   return ok("huge pages", text);
 }

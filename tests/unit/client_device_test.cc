@@ -16,6 +16,7 @@
 
 #include "client/cpp/src/attachment.h"
 #include "client/cpp/src/device_export.h"
+#include "client/cpp/src/device_words.h"
 #include "client/cpp/src/gpu.h"
 #include "kvferry/client.h"
 #include "kvferry/v1/worker.grpc.pb.h"
