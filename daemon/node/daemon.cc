@@ -372,7 +372,7 @@ Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
                 {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
                  ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
                  ops::field("arena_bytes", config.arena.bytes),
-                 ops::field("arena", arena_choice(config, gpu).kind)});
+                 ops::field("arena", arena_choice(config, daemon->impl_->gpu).kind)});
   return daemon;
 }
 
