@@ -53,11 +53,10 @@ struct LaunchShape {
   uint32_t blocks = 0;  // 0: nothing to do, and nothing may be launched
   uint32_t threads = 0;
 };
-// `sm_count` of the device, or fewer to leave room for others. Any shape of kBlockThreads threads
-// copies the same bytes; this one is a fast one.
+// `sm_count` of the device, or fewer to leave room for others. With any number of blocks of
+// kBlockThreads threads the kernel copies the same bytes; this shape is a fast one.
 LaunchShape launch_shape(const CopyArgs& args, uint32_t sm_count,
                          FlatMemory flat_in = FlatMemory::kDevice);
-inline constexpr uint32_t kBlockThreads = 128;
 
 const char* kernel_name(CopyKind kind);
 // All that the image has; another name is not found in it.

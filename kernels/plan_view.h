@@ -13,10 +13,12 @@
 
 namespace kvferry::kernels {
 
-// Read by the kernel as 16-byte words, so each is a multiple of that and aligned to it.
+inline constexpr uint32_t kBlockThreads = 128;  // of every launch
 
-// Axes that a bundle nests, as nibbles of PackedBundle::order. As kernels::Axis, but a row whose
-// planes follow it at once is no axis of its own: its planes are counted through.
+// What a kernel reads is in words of 16 bytes, each read where it is needed.
+
+// Axes that a bundle nests, as nibbles of PackedAxes::order. As kernels::Axis, but axes of one step
+// are left out, and rows whose planes follow them at once: the planes are counted through.
 enum PackedAxis : uint32_t { kPackedRow, kPackedPlane, kPackedBlock, kPackedUnit, kPackedToken };
 
 enum PackedFlag : uint32_t {
@@ -24,39 +26,54 @@ enum PackedFlag : uint32_t {
   kPlanesRegular = 2,  // the plane axis may be walked with plane_stride
 };
 
-struct alignas(16) PackedBundle {
+struct alignas(16) PackedRange {
   uint64_t stream_offset;
   uint64_t bytes;
-
-  uint64_t cell_magic;  // see divide_by_cell() in locate.h
-  uint32_t cell_bytes;
-  uint32_t cell_shift;
-
-  uint32_t order;  // nibble 0 is the slowest axis
-  uint32_t axes;   // how many of them
-  uint32_t flags;
-  uint32_t vector_bytes;  // power of two up to 16 that divides every address and cell_bytes
-
-  uint64_t row_stride;
-  uint64_t plane_stride;
-
+};
+struct alignas(16) PackedCell {
+  uint64_t magic;  // see divide_by_cell() in locate.h
+  uint32_t bytes;
+  uint32_t shift;
+};
+struct alignas(16) PackedAxes {
+  uint32_t order;  // nibble i is the axis of level i, the slowest is 0; nibble 7: how many
+  uint32_t plane_count;
+  uint32_t token_count;
+  uint32_t unit_count;
+};
+struct alignas(16) PackedRows {
   uint32_t first_row;
   uint32_t row_count;
   uint32_t row_planes;  // of every row; 0 where rows differ and must be searched
-  uint32_t plane_count;
-
+  uint32_t flags;
+};
+struct alignas(16) PackedStrides {
+  uint64_t row;
+  uint64_t plane;
+};
+struct alignas(16) PackedSegments {
   uint32_t first_strip;
   uint32_t first_segment;
   uint32_t segment_count;
-  uint32_t unit_count;
-
+  uint32_t vector_bytes;  // power of two up to 16 that divides every address and the cell's bytes
+};
+struct alignas(16) PackedBlocks {
   uint32_t first_block;
   uint32_t block_count;
-  uint32_t first_block_tokens;  // a guess at where a token's block stands: the first one is often
-  uint32_t block_tokens;        // partial, and the others but the last are alike
+  // A guess at where a token's block stands: the first block is often partial, and the others but
+  // the last are alike.
+  uint32_t first_tokens;
+  uint32_t tokens;
+};
 
-  uint32_t token_count;
-  uint32_t unused[3];
+struct alignas(16) PackedBundle {
+  PackedRange range;
+  PackedCell cell;
+  PackedAxes axes;
+  PackedRows rows;
+  PackedStrides strides;
+  PackedSegments segments;
+  PackedBlocks blocks;
 };
 
 struct alignas(16) PackedStrip {

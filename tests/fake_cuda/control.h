@@ -40,7 +40,9 @@ class Control {
   Counts live() const;
 
   // The nth call from now on (1 is the next) of `function`, or of any if empty, answers `code` and
-  // does nothing; just once. A code that CUDA calls sticky also ends the caller's current context.
+  // does nothing; just once. What gives something back (cuMemFree, cuStreamDestroy, ...) does that
+  // all the same. A code that CUDA calls sticky ends the caller's current context instead, and
+  // nothing is done.
   // "(device)" counts not calls but the work that streams do: copies, fills, launches.
   // nth 0 takes back what was set. At most one such failure is set at a time.
   void fail(const std::string& function, uint64_t nth, int code) const {
@@ -96,11 +98,12 @@ class Control {
 // of what it starts.
 struct Setup {
   int devices = 1;
+  int version = 13000;        // of CUDA
   uint64_t memory_mb = 1024;  // of each device
   uint64_t seed = 1;
-  uint64_t delay_us = 100;  // longest delay of a piece of work
-  std::string lacks;        // e.g. "fabric,peer"
-  std::string visible;      // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
+  uint64_t delay_us = 100;   // longest delay of a piece of work
+  std::string lacks = {};    // e.g. "fabric,peer"
+  std::string visible = {};  // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
 };
 
 // A fake machine of a test: a new directory for its memory, in /dev/shm where there is one, and the
@@ -172,6 +175,7 @@ inline Machine::Machine(const std::string& library, const Setup& setup) : contro
   directory_ = pattern;
   variables_ = {{"KVFERRY_FAKE_CUDA_DIR", directory_},
                 {"KVFERRY_FAKE_CUDA_DEVICES", std::to_string(setup.devices)},
+                {"KVFERRY_FAKE_CUDA_VERSION", std::to_string(setup.version)},
                 {"KVFERRY_FAKE_CUDA_MEMORY_MB", std::to_string(setup.memory_mb)},
                 {"KVFERRY_FAKE_CUDA_SEED", std::to_string(setup.seed)},
                 {"KVFERRY_FAKE_CUDA_DELAY_US", std::to_string(setup.delay_us)},

@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "tests/fake_cuda/entry.h"
 
@@ -13,6 +15,17 @@ CUresult current_context(Call& c) {
   if (stack.empty() || stack.back() == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
   c.context = c.state.context_of(stack.back());
   return c.context ? CUDA_SUCCESS : CUDA_ERROR_CONTEXT_IS_DESTROYED;
+}
+
+bool gives_back(const std::string& function) {
+  static const auto* const all =
+      new std::set<std::string>{"cuCtxPopCurrent",     "cuDevicePrimaryCtxRelease",
+                                "cuEventDestroy",      "cuIpcCloseMemHandle",
+                                "cuMemAddressFree",    "cuMemFree",
+                                "cuMemRelease",        "cuMemUnmap",
+                                "cuMemHostUnregister", "cuModuleUnload",
+                                "cuStreamDestroy"};
+  return all->contains(function);
 }
 
 namespace {

@@ -30,12 +30,12 @@ void after_fork_in_child() {
   created->forked = true;
   created->thread_started = false;
   created->busy = false;
-  // They may remember a thread that does not exist here.
+  OwnedFd::close_all_in_child();
+  // They remember threads that do not exist here; nobody else has them.
   new (&created->work_came) std::condition_variable;
   new (&created->work_done) std::condition_variable;
-  OwnedFd::close_all_in_child();
-  created->map_mutex.unlock();
-  created->mutex.unlock();
+  new (&created->map_mutex) std::shared_mutex;
+  new (&created->mutex) std::mutex;
 }
 
 void configure(State& all) {
