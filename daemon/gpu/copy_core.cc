@@ -362,7 +362,7 @@ Status CopyQueue::Core::put(const DeviceJob& job, Stream& stream, Launched& laun
       (job.kind == kernels::CopyKind::kTransfer && args.other.bytes != args.plan.bytes))
     return fail(Code::kInternal, "OUTSIDE_PLAN", "the copy does not lie in its plan");
   const kernels::LaunchShape shape =
-      kernels::launch_shape(args, device_->facts().sm_count, job.flat_in);
+      kernels::launch_shape(args, device_->facts().sm_count, job.over_bus);
   std::array<void*, 1> parameters{&args};
   touched = true;
   return device_->check(device_->api().cuLaunchKernel(functions_.at(index_of(job.kind)),
