@@ -16,6 +16,7 @@ namespace {
 
 constexpr Duration kLongestRest = std::chrono::milliseconds(100);
 constexpr Duration kEventRest = std::chrono::microseconds(50);  // while only events are watched
+constexpr Duration kProbe = std::chrono::milliseconds(500);
 constexpr Duration kDownRest = std::chrono::milliseconds(5);
 constexpr Duration kTellOnce = std::chrono::seconds(1);
 // A driver that does not say how far a stream is, so often and for so long, is taken for broken.
@@ -102,6 +103,7 @@ void CopyQueue::Core::turn(Time now) {
   take_fresh();
   bool moved = look_for_ends(now);
   moved = launch_waiting(now) || moved;
+  probe(now);
   if (device_->down())
     watch_->give_up();
   else
@@ -167,6 +169,13 @@ bool CopyQueue::Core::look_for_ends(Time now) {
     }
   }
   return moved;
+}
+
+void CopyQueue::Core::probe(Time now) {
+  if (now < next_probe_ || device_->down()) return;
+  next_probe_ = now + kProbe;
+  const cuda::CUresult state = device_->api().cuStreamQuery(streams_.front().stream);
+  if (state != cuda::CUDA_ERROR_NOT_READY) (void)device_->check(state, "cuStreamQuery");
 }
 
 // True if the stream's first job has ended.
@@ -353,7 +362,7 @@ Status CopyQueue::Core::put(const DeviceJob& job, Stream& stream, Launched& laun
       (job.kind == kernels::CopyKind::kTransfer && args.other.bytes != args.plan.bytes))
     return fail(Code::kInternal, "OUTSIDE_PLAN", "the copy does not lie in its plan");
   const kernels::LaunchShape shape =
-      kernels::launch_shape(args, device_->facts().sm_count, job.flat_in);
+      kernels::launch_shape(args, device_->facts().sm_count, job.over_bus);
   std::array<void*, 1> parameters{&args};
   touched = true;
   return device_->check(device_->api().cuLaunchKernel(functions_.at(index_of(job.kind)),

@@ -69,6 +69,8 @@ class CopyQueue::Core {
   void turn(Time now);
   void take_fresh();
   bool look_for_ends(Time now);
+  // A device that fails while it is idle shall be seen, too.
+  void probe(Time now);
   bool look_at(Stream& stream, Time now);
   bool any_launched() const;
   bool launch_waiting(Time now);
@@ -111,6 +113,7 @@ class CopyQueue::Core {
   bool dead_ = false;  // the context is: nothing of it touches memory any more
   Time last_progress_{};
   Time last_told_{};
+  Time next_probe_{};           // of an idle device
   std::vector<Launched> lost_;  // by abandon()
   bool abandoned_ = false;
 

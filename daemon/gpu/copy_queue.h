@@ -43,7 +43,8 @@ struct DeviceJob {
   uint64_t bytes = 0;
   // Gather: where to; scatter: where from; an address that this device may use (PinnedMemory::on).
   cuda::CUdeviceptr flat = 0;
-  kernels::FlatMemory flat_in = kernels::FlatMemory::kHost;
+  // Whether one side is host memory: then a few SMs saturate the bus.
+  kernels::FlatMemory over_bus = kernels::FlatMemory::kHost;
   // Kept open until done has returned; the job is refused by itself (kFailed) if one has failed.
   std::vector<std::shared_ptr<memory::Pool>> pools;
   // Pools' devices other than the queue's: access to them is opened at the first such job.

@@ -103,6 +103,9 @@ Status Copier::submit_on(const gpu::Device& device, Copy copy) {
   gpu::DeviceJob job;
   job.kind = copy.kind;
   job.plan = form_on(*copy.plan, device, copy.kind == CopyKind::kClear);
+  job.over_bus = copy.kind == CopyKind::kGather || copy.kind == CopyKind::kScatter
+                     ? kernels::FlatMemory::kHost
+                     : kernels::FlatMemory::kDevice;
   job.stream_offset = copy.offset;
   job.bytes = copy.kind == CopyKind::kClear ? copy.plan->tail->bytes() : copy.bytes;
   if (copy.other != nullptr) {
@@ -182,6 +185,7 @@ void Copier::carry_out_mixed(const gpu::Device& device, Copy copy) {
     job.other = form_on(*copy.other, device, false);
     job.stream_offset = copy.offset;
     job.bytes = copy.bytes;
+    job.over_bus = kernels::FlatMemory::kHost;
     job.keep = std::move(*pins);
     return hand_over(device, std::move(job), std::move(copy));
   };

@@ -368,11 +368,11 @@ Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_core());
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_listeners());
-  ops::log_info(
-      "started",
-      {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
-       ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
-       ops::field("arena_bytes", config.arena.bytes), ops::field("arena", "shared_host")});
+  ops::log_info("started",
+                {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
+                 ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
+                 ops::field("arena_bytes", config.arena.bytes),
+                 ops::field("arena", arena_choice(config, daemon->impl_->gpu).kind)});
   return daemon;
 }
 

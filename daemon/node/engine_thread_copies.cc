@@ -63,14 +63,14 @@ void EngineThread::execute(engine::Gather& command) {
   copy.region = command.region;
   const std::byte* const to = parts_.arena->address_of(command.region);
   KVFERRY_CHECK(to != nullptr, "a gather has a region");
-  copy.done = [this, id = command.copy, to, bytes = command.bytes,
-               kind = command.check_kind](bool ok) {
+  copy.done = [this, id = command.copy, to, bytes = command.bytes, kind = command.check_kind,
+               on_host = copy.plan->layout->device() == nullptr](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
-    if (!ok || kind == engine::CheckKind::kNone) {
-      copy_ended(id, outcome_of(ok));
+    if (!ok || on_host || kind == engine::CheckKind::kNone) {
+      copy_ended(id, outcome_of(ok), ok ? check_of(kind, to, bytes) : engine::Check{});
       return;
     }
-    // Not here: this may be the thread that looks after a GPU.
+    // Not on the thread that looks after a GPU.
     auto check = std::make_shared<engine::Check>();
     const Status taken = copier_.compute(
         [check, kind, to, bytes] {

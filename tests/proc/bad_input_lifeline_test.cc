@@ -393,9 +393,9 @@ TEST_CASE("A descriptor that cannot be a pool's is refused and the attachment st
     late_part.pools[0].kind = lifeline::PoolKind::kCudaVmmFd;
     late_part.pools[0].part = 1;
     auto gap = pools_message(2, "parts");
-    for (auto& pool : gap.pools) {
-      std::memcpy(pool.name, "gap", 4);
-      pool.kind = lifeline::PoolKind::kCudaVmmFd;
+    for (auto& entry : gap.pools) {
+      std::memcpy(entry.name, "gap", 4);
+      entry.kind = lifeline::PoolKind::kCudaVmmFd;
     }
     gap.pools[1].part = 2;
     auto parts = gap;

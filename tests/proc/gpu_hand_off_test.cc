@@ -45,6 +45,7 @@ struct GpuScene {
     settings.push_back("engine.chunk_bytes=256KiB");
     pair = start_pair(settings);
   }
+  std::vector<std::string> receiver_more;  // words of the receiver
   // `both_here`: sender and receiver are workers of one daemon.
   void start_workers(const std::string& from, const std::string& from_memory, const std::string& to,
                      const std::string& to_memory, uint64_t tokens = kTokens,
@@ -59,19 +60,20 @@ struct GpuScene {
   void start_worker(int side, const std::string& topology, const std::string& memory,
                     uint64_t tokens, bool both_here = false) {
     workers[side].reset();
+    std::vector<std::string> more{memory, "2"};
+    if (side == 1) more.insert(more.end(), receiver_more.begin(), receiver_more.end());
     workers[side] = std::make_unique<WorkerProcess>(
         binary_directory(), side == 0, pair->side(both_here ? 0 : side).socket(),
-        side == 0 ? "prefill" : "decode", topology, shape_of(tokens),
-        std::vector<std::string>{memory, "2"});
+        side == 0 ? "prefill" : "decode", topology, shape_of(tokens), more);
     const std::string trouble = workers[side]->wait_until_ready();
     INFO(trouble);
     INFO(pair->log_tail());
     REQUIRE(trouble.empty());
   }
-  TransferKey begin(uint64_t tokens, const std::string& ready = {}) {
+  TransferKey begin(uint64_t tokens, const std::string& ready = {}, const std::string& how = {}) {
     const TransferKey key = new_key("prefill");
     const std::string name = key.id + " " + client::to_text(key.secret);
-    REQUIRE(workers[0]->ask("send " + name + " " + std::to_string(tokens)) == "OK");
+    REQUIRE(workers[0]->ask("send " + name + " " + std::to_string(tokens) + " " + how) == "OK");
     REQUIRE(workers[1]->ask("receive " + name + " " + ticket + " " + std::to_string(tokens) + " " +
                             ready) == "OK");
     return key;
@@ -80,8 +82,9 @@ struct GpuScene {
     workers[side]->tell("wait " + key.id + " 30000");
     return workers[side]->next_end();
   }
-  void require_hand_over(uint64_t tokens = kTokens, const std::string& ready = {}) {
-    const TransferKey key = begin(tokens, ready);
+  void require_hand_over(uint64_t tokens = kTokens, const std::string& ready = {},
+                         const std::string& how = {}) {
+    const TransferKey key = begin(tokens, ready, how);
     const TransferEnd received = end(1, key);
     INFO(received.error);
     INFO(pair->log_tail());
@@ -92,6 +95,8 @@ struct GpuScene {
     }
     for (const RankEnd& rank : end(0, key).ranks) REQUIRE(rank.state == "DELIVERED");
     REQUIRE(workers[1]->ask("verify " + std::to_string(tokens)) == "VERIFIED");
+    if (!receiver_more.empty())
+      REQUIRE(workers[1]->ask("tail " + std::to_string(tokens)) == "CLEARED");
     REQUIRE(workers[1]->ask("clean") == "OK");
     for (auto& worker : workers) REQUIRE(worker->ask("close " + key.id) == "OK");
   }
@@ -128,6 +133,17 @@ TEST_CASE("checks, and a destination that is ready by a CUDA event") {
   scene.start_workers("tp2", "vmm", "tp1", "cuda");
   scene.require_hand_over();
   scene.require_hand_over(kTokens, "event");
+}
+
+TEST_CASE("a packed copy of device memory serves receivers, and tails are cleared on a GPU") {
+  GpuScene scene;
+  scene.receiver_more = {"zero"};
+  scene.start_workers("tp2", "vmm", "tp4", "cuda");
+  scene.require_hand_over();
+  scene.require_hand_over(kTokens, {}, "packed");
+  CHECK(metric(scene.pair->side(0), "kvferry_packed_made_total") == 2);
+  CHECK(metric(scene.pair->side(0), "kvferry_gpu_copies_total", "kind=\"transfer\"") == 2);
+  CHECK(metric(scene.pair->side(1), "kvferry_gpu_copies_total", "kind=\"clear\"") > 0);
 }
 
 TEST_CASE("within one daemon the GPU copies from pages to pages, also from and to the host") {

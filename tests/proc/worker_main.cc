@@ -3,13 +3,14 @@
 // its parent.
 //
 //   kvferry-test-worker send|receive SOCKET INSTANCE TOPOLOGY LAYERS HEADS HEAD_BYTES TOKENS
-//       [host|vmm|cuda [DEVICES]]
+//       [host|vmm|cuda [DEVICES [zero]]]
 //
 //   ticket                       TICKET <text>
-//   send ID SECRET TOKENS        OK
+//   send ID SECRET TOKENS [packed]    OK
 //   receive ID SECRET TICKET TOKENS [event]   OK; event: of one rank, ready by a CUDA event
 //   wait ID MS                   STATE <monotonic ns> <state>:<reason>:<released reason> ..., one a
 //   rank verify TOKENS                VERIFIED, or WRONG <where> clean                        OK
+//   tail TOKENS                  CLEARED, or WRONG <where>
 //   close ID                     OK
 //   reattached MS                REATTACHED once the client has registered anew
 // and ERROR <text> to what failed. The first line is READY.
@@ -92,7 +93,9 @@ std::string answer(Party& party, const std::string& line) {
     if (std::string bad = read_key(words, key); !bad.empty()) return bad;
     if (command == "send") {
       Party::Send what;
-      words >> what.num_tokens;
+      std::string how;
+      words >> what.num_tokens >> how;
+      what.packed_copy = how == "packed";
       return said(party.send(key, what));
     }
     std::string ticket;
@@ -112,6 +115,12 @@ std::string answer(Party& party, const std::string& line) {
     words >> tokens;
     const std::string wrong = party.verify(tokens);
     return wrong.empty() ? "VERIFIED" : "WRONG " + wrong;
+  }
+  if (command == "tail") {
+    uint64_t tokens = 0;
+    words >> tokens;
+    const std::string wrong = party.verify_tail(tokens);
+    return wrong.empty() ? "CLEARED" : "WRONG " + wrong;
   }
   if (command == "clean") {
     party.clean();
@@ -146,6 +155,7 @@ int run(int argc, char** argv) {
   options.memory = memory == "vmm"    ? MemoryKind::kVmm
                    : memory == "cuda" ? MemoryKind::kCuda
                                       : MemoryKind::kHost;
+  options.zero_tail = argc > 11 && std::string(argv[11]) == "zero";
   if (argc > 10) options.devices = std::stoi(argv[10]);
   auto party = Party::make(options);
   if (!party) {
@@ -162,7 +172,7 @@ int run(int argc, char** argv) {
 }  // namespace kvferry::testing
 
 int main(int argc, char** argv) {
-  if (argc < 9 || argc > 11) {
+  if (argc < 9 || argc > 12) {
     std::fprintf(stderr, "see worker_main.cc for how this is called\n");
     return 64;
   }

@@ -167,7 +167,7 @@ TEST_CASE("each wrong value is refused with its key") {
     std::string set;
     std::string words;
   };
-  const std::array<Row, 42> rows{{
+  const std::array<Row, 43> rows{{
       {"node.id=white space", "must be a name"},
       {"log.format=xml", "is none of"},
       {"admin.socket=admin.sock", "must be an absolute path"},

@@ -495,6 +495,13 @@ TEST_CASE("a device that fails ends all that is outstanding, each job once, and 
   world.leaves_nothing = false;  // a dead context gives nothing back but by its end
 }
 
+TEST_CASE("a device that fails while it is idle is seen") {
+  World world;
+  world.machine->fault(0, cuda::CUDA_ERROR_ECC_UNCORRECTABLE);
+  CHECK(comes_true([&] { return world.device()->down(); }));
+  world.leaves_nothing = false;
+}
+
 TEST_CASE("an illegal access by a kernel takes the device down") {
   World world;
   Leg leg = make_leg(spec_of("lr|but"), 64);

@@ -225,7 +225,7 @@ TEST_CASE("a source whose event cannot be watched fails its transfer at once") {
   Lone s;
   SendOp op;
   op.op = {{1}, 1};
-  op.client_handle = 3;
+  op.client_handle = std::hash<std::string>{}("a") | 1;
   op.key = key_of("a");
   op.layout = s.layout;
   op.offer = {{0, {{0, 10}}}};

@@ -19,6 +19,19 @@ ops::Config with(std::vector<std::string> kinds, ops::GpuUse use, const std::str
   return config;
 }
 
+memory::HostArena small_arena() {
+  auto arena = memory::HostArena::create("kvferry-test", {1 << 20});
+  REQUIRE(arena);
+  return std::move(*arena);
+}
+
+// With an arena and a watchdog that outlive it.
+Result<Gpu> open_gpu(const ops::Config& config) {
+  static const memory::HostArena arena = small_arena();
+  static ops::Watchdog watchdog;
+  return node::open_gpu(config, arena, watchdog);
+}
+
 constexpr const char* kNone = "/nonexistent/libcuda.so.1";
 constexpr const char* kFake = KVFERRY_FAKE_CUDA_LIBRARY;
 
@@ -50,7 +63,16 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
     REQUIRE(gpu);
     CHECK(gpu->devices->all().size() == 1);
     CHECK(gpu->imports != nullptr);
+    CHECK(gpu->queues != nullptr);
     CHECK(gpu->why_not.empty());
+    CHECK(gpu->labels().at(0).device == "gpu0");
+    CHECK(arena_choice({}, *gpu).kind == "pinned_host");
+    // The devices see the arena.
+    const gpu::Device& device = *gpu->devices->all()[0];
+    CHECK(gpu->queues->arena_address(device, {0, 4096, 4096}) ==
+          gpu->queues->arena_address(device, {0, 0, 4096}) + 4096);
+    CHECK(gpu->queues->arena_address(device, {0, 1 << 20, 1}) == 0);
+    CHECK(gpu->queues->arena_address(device, {1, 0, 1}) == 0);
   }
   const auto off = open_gpu(with({"auto"}, ops::GpuUse::kOff, kFake));
   REQUIRE(off);
@@ -61,6 +83,36 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
   CHECK(none->imports == nullptr);
   CHECK_FALSE(none->why_not.empty());
   CHECK(open_gpu(with({"auto"}, ops::GpuUse::kOn, kNone)).error().reason == "CONFIGURATION_GPU");
+  CHECK(machine->live().total() == 0);
+}
+
+TEST_CASE("The arena's kind follows the GPU, and one that is asked for must be there") {
+  fake_cuda::Machine machine(kFake, without_fabric());
+  ops::Config shared = with({"auto"}, ops::GpuUse::kAuto, kFake);
+  shared.arena.kind = ops::ArenaKind::kSharedHost;
+  const auto without = open_gpu(shared);
+  REQUIRE(without);
+  CHECK(without->queues == nullptr);
+  CHECK(without->why_not.find("shared_host") != std::string::npos);
+  CHECK(arena_choice(shared, *without).kind == "shared_host");
+  ops::Config pinned = with({"auto"}, ops::GpuUse::kAuto, kNone);
+  pinned.arena.kind = ops::ArenaKind::kPinnedHost;
+  CHECK(open_gpu(pinned).error().reason == "CONFIGURATION_ARENA_KIND");
+  pinned.gpu.driver = kFake;
+  CHECK(open_gpu(pinned));
+  // Memory that cannot be pinned, kernels that do not load: no GPU, or an error where one must be.
+  for (const char* const call : {"cuMemHostRegister", "cuModuleLoadData", "cuStreamCreate"}) {
+    CAPTURE(call);
+    ops::Config config = with({"auto"}, ops::GpuUse::kAuto, kFake);
+    machine->fail(call, 1, cuda::CUDA_ERROR_UNKNOWN);
+    const auto unused = open_gpu(config);
+    REQUIRE(unused);
+    CHECK(unused->queues == nullptr);
+    CHECK_FALSE(unused->why_not.empty());
+    config.gpu.enabled = ops::GpuUse::kOn;
+    machine->fail(call, 1, cuda::CUDA_ERROR_UNKNOWN);
+    CHECK(open_gpu(config).error().reason == "CONFIGURATION_GPU");
+  }
   CHECK(machine->live().total() == 0);
 }
 
