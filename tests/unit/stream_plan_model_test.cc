@@ -17,6 +17,7 @@
 #include "kernels/host_copy.h"
 #include "tests/unit/mapping_support.h"
 #include "tests/unit/packed_support.h"
+#include "tests/unit/twin_support.h"
 
 using namespace kvferry;
 using namespace kvferry::mapping;
@@ -560,8 +561,30 @@ std::vector<std::byte*> bases_of(std::vector<std::vector<std::byte>>& memory) {
 
 struct Totals {
   uint64_t legs = 0, cells = 0, bytes = 0, bundles = 0, incomplete = 0;
-  uint64_t optional_moved = 0, only_optional = 0, packed = 0;
+  uint64_t optional_moved = 0, only_optional = 0, packed = 0, by_kernels = 0;
 };
+
+// A chunk's way by the kernels' twin.
+void copy_by_kernels(const kernels::test::TwinSide& from, const kernels::test::TwinSide& to,
+                     Range chunk, bool fused) {
+  using kernels::CopyKind;
+  using kernels::TwinResult;
+  if (fused) {
+    REQUIRE(twin_transfer(from, to, chunk.begin, chunk.size(), 0) == TwinResult::kOk);
+    return;
+  }
+  std::vector<std::byte> buffer(chunk.size());
+  REQUIRE(twin_copy(CopyKind::kGather, from, chunk.begin, chunk.size(), buffer.data(), 0) ==
+          TwinResult::kOk);
+  REQUIRE(twin_copy(CopyKind::kScatter, to, chunk.begin, chunk.size(), buffer.data(), 0) ==
+          TwinResult::kOk);
+}
+
+std::vector<uint64_t> sizes_of(const std::vector<std::vector<std::byte>>& memory) {
+  std::vector<uint64_t> sizes;
+  for (const auto& pool : memory) sizes.push_back(pool.size());
+  return sizes;
+}
 
 void check_run(Run& run, Random& random, Totals& totals) {
   for (const Engine* engine : {&run.senders, &run.receivers})
@@ -657,7 +680,16 @@ void check_run(Run& run, Random& random, Totals& totals) {
         random.shuffle(chunks);
         const auto source_bases = bases_of(run.senders.memory[s]);
         const auto destination_bases = bases_of(run.receivers.memory[g]);
+        const auto source_sizes = sizes_of(run.senders.memory[s]);
+        const auto destination_sizes = sizes_of(run.receivers.memory[g]);
         for (const Range& chunk : chunks) {
+          if (random.one_in(2)) {
+            copy_by_kernels({source->form(), source_bases, source_sizes},
+                            {destination->form(), destination_bases, destination_sizes}, chunk,
+                            random.one_in(3));
+            ++totals.by_kernels;
+            continue;
+          }
           if (random.one_in(3)) {
             REQUIRE(kernels::transfer(source->form(), source_bases, destination->form(),
                                       destination_bases, chunk.begin, chunk.size()));
@@ -704,4 +736,5 @@ TEST_CASE("random transfers put every byte where a cell-by-cell model puts it") 
   CHECK(totals.optional_moved > 1000);
   CHECK(totals.only_optional > 10);
   CHECK(totals.packed > 1000);
+  CHECK(totals.by_kernels > 1000);
 }
