@@ -1,10 +1,11 @@
 #include "client/cpp/src/gpu.h"
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <thread>
 #include <utility>
-#include <vector>
 
 namespace kvferry::client {
 namespace {
@@ -32,7 +33,45 @@ Code code_of(cuda::CUresult result) {
   }
 }
 
-// What the device may still read or write after nobody waits for it any more: never freed.
+// Host memory that the device copies from and to by itself: with other memory a copy to the host
+// waits inside of the driver for as long as it takes. In whole pages of its own, so that nothing
+// else is locked with it.
+class Pinned {
+ public:
+  static Result<std::shared_ptr<Pinned>> make(const Gpu& gpu, std::size_t bytes) {
+    const std::shared_ptr<Pinned> pinned(new Pinned(gpu));
+    void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED)
+      return Error{Code::kResourceExhausted, "OUT_OF_MEMORY", "mmap of some pages", {}, {}};
+    // A child's copy would change what the device has locked.
+    ::madvise(data, bytes, MADV_DONTFORK);
+    pinned->bytes_ = {static_cast<std::byte*>(data), bytes};
+    if (auto registered =
+            gpu.check(gpu.api().cuMemHostRegister(data, bytes, cuda::CU_MEMHOSTREGISTER_PORTABLE),
+                      "cuMemHostRegister");
+        !registered)
+      return registered.error();
+    pinned->registered_ = true;
+    return pinned;
+  }
+  // With the context current.
+  ~Pinned() {
+    // Locked pages that the driver does not let go are not given back either.
+    if (registered_ && gpu_.api().cuMemHostUnregister(bytes_.data()) != cuda::CUDA_SUCCESS) return;
+    if (!bytes_.empty()) ::munmap(bytes_.data(), bytes_.size());
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  std::byte* data() const { return bytes_.data(); }
+
+ private:
+  explicit Pinned(const Gpu& gpu) : gpu_(gpu) {}
+  const Gpu& gpu_;
+  std::span<std::byte> bytes_;
+  bool registered_ = false;
+};
+
+// What the device may still read or write after nobody waits for it any more: never given back.
 void keep_for_good(std::shared_ptr<void> buffer) {
   static_cast<void>(new std::shared_ptr<void>(std::move(buffer)));
 }
@@ -89,29 +128,26 @@ Gpu::Current::~Current() {
 template <typename Submit>
 Status Gpu::run(std::shared_ptr<void> buffer, std::string_view call, Deadline deadline,
                 Submit&& submit) const {
-  const Current current(*this);
-  if (!current) return current.error();
   cuda::CUstream stream = nullptr;
   if (auto made =
           check(api().cuStreamCreate(&stream, cuda::CU_STREAM_NON_BLOCKING), "cuStreamCreate");
       !made)
     return made;
   Status status = check(submit(stream), call);
-  cuda::CUresult state = cuda::CUDA_SUCCESS;
   if (status) {
+    cuda::CUresult state = cuda::CUDA_SUCCESS;
     while ((state = api().cuStreamQuery(stream)) == cuda::CUDA_ERROR_NOT_READY &&
            std::chrono::steady_clock::now() < deadline)
       std::this_thread::sleep_for(kPollInterval);
-    if (state == cuda::CUDA_ERROR_NOT_READY) {
-      keep_for_good(std::move(buffer));
-      status = Error{Code::kDeadlineExceeded,
-                     "GPU_TIMEOUT",
-                     "a copy of a few bytes has not ended in time: the GPU is busy or stuck",
-                     {},
-                     {}};
-    } else {
-      status = check(state, call);
-    }
+    // Whatever is wrong, the copy may not have ended.
+    if (state != cuda::CUDA_SUCCESS) keep_for_good(std::move(buffer));
+    status = state == cuda::CUDA_ERROR_NOT_READY
+                 ? Error{Code::kDeadlineExceeded,
+                         "GPU_TIMEOUT",
+                         "work of a moment has not ended in time: the GPU is busy or stuck",
+                         {},
+                         {}}
+                 : check(state, call);
   }
   // Of a stream with work the driver lets go once the work has ended.
   static_cast<void>(api().cuStreamDestroy(stream));
@@ -119,22 +155,33 @@ Status Gpu::run(std::shared_ptr<void> buffer, std::string_view call, Deadline de
 }
 
 Status Gpu::read(uint64_t address, std::span<std::byte> to, Deadline deadline) const {
-  const auto buffer = std::make_shared<std::vector<std::byte>>(to.size());
-  Status status = run(buffer, "cuMemcpyDtoHAsync", deadline, [&](cuda::CUstream stream) {
-    return api().cuMemcpyDtoHAsync(buffer->data(), address, buffer->size(), stream);
+  const Current current(*this);
+  if (!current) return current.error();
+  auto buffer = Pinned::make(*this, to.size());
+  if (!buffer) return buffer.error();
+  std::byte* const data = (*buffer)->data();
+  Status status = run(*buffer, "cuMemcpyDtoHAsync", deadline, [&](cuda::CUstream stream) {
+    return api().cuMemcpyDtoHAsync(data, address, to.size(), stream);
   });
-  if (status && !to.empty()) std::memcpy(to.data(), buffer->data(), to.size());
+  if (status) std::memcpy(to.data(), data, to.size());
   return status;
 }
 
 Status Gpu::write(uint64_t address, std::span<const std::byte> from, Deadline deadline) const {
-  const auto buffer = std::make_shared<std::vector<std::byte>>(from.begin(), from.end());
-  return run(buffer, "cuMemcpyHtoDAsync", deadline, [&](cuda::CUstream stream) {
-    return api().cuMemcpyHtoDAsync(address, buffer->data(), buffer->size(), stream);
+  const Current current(*this);
+  if (!current) return current.error();
+  auto buffer = Pinned::make(*this, from.size());
+  if (!buffer) return buffer.error();
+  std::byte* const data = (*buffer)->data();
+  std::memcpy(data, from.data(), from.size());
+  return run(*buffer, "cuMemcpyHtoDAsync", deadline, [&](cuda::CUstream stream) {
+    return api().cuMemcpyHtoDAsync(address, data, from.size(), stream);
   });
 }
 
 Status Gpu::clear(uint64_t address, uint64_t bytes, Deadline deadline) const {
+  const Current current(*this);
+  if (!current) return current.error();
   return run(nullptr, "cuMemsetD8Async", deadline, [&](cuda::CUstream stream) {
     return api().cuMemsetD8Async(address, 0, bytes, stream);
   });

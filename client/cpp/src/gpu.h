@@ -62,9 +62,9 @@ class Gpu {
     Status status_;
   };
 
-  // Copies between host and device on a stream of their own, so that they wait for nothing that
-  // others have queued, and wait for the end at most until the deadline: DEADLINE_EXCEEDED
-  // GPU_TIMEOUT.
+  // Copies of one byte or more between host and device, on a stream of their own, so that they wait
+  // for nothing that others have queued, and for the end at most until the deadline:
+  // DEADLINE_EXCEEDED GPU_TIMEOUT. A write that has timed out may still happen.
   Status read(uint64_t address, std::span<std::byte> to, Deadline deadline) const;
   Status write(uint64_t address, std::span<const std::byte> from, Deadline deadline) const;
   Status clear(uint64_t address, uint64_t bytes, Deadline deadline) const;
@@ -73,8 +73,8 @@ class Gpu {
   Gpu(std::shared_ptr<const cuda::Driver> driver, int ordinal)
       : driver_(std::move(driver)), ordinal_(ordinal) {}
 
-  // Runs `submit(stream)` on a stream of its own. `buffer` is kept for good if the work does not
-  // end in time, as the device may still touch it.
+  // Runs `submit(stream)` on a stream of its own, with the context current. `buffer` is kept for
+  // good if the work does not end in time, as the device may still touch it.
   template <typename Submit>
   Status run(std::shared_ptr<void> buffer, std::string_view call, Deadline deadline,
              Submit&& submit) const;
