@@ -115,10 +115,8 @@ std::vector<client::TransferHandle> receive_all(const Case& of, Side& side, cons
     const Rank& rank = side.ranks[i];
     if (rank.layout.topology.dp_group != options.receiver_dp) continue;
     std::vector<client::GroupBlocks> groups;
-    for (uint32_t g = 0; g < rank.blocks.size(); ++g) {
-      const std::size_t m = rank.model[g];
-      groups.push_back({g, 0, rank.blocks[g].ids, {}, m < of.cached.size() ? of.cached[m] : 0});
-    }
+    for (uint32_t g = 0; g < rank.blocks.size(); ++g)
+      groups.push_back({g, 0, rank.blocks[g].ids, {}, cached_of(of, rank, g)});
     client::ReceiveRequest request;
     request.key = key;
     request.layout = side.layout(i);
@@ -215,26 +213,6 @@ void hand_over(const Case& of, const Options& options = {}) {
     }
   };
   REQUIRE_NOTHROW(run());
-}
-
-Case between(const std::string& from, const std::string& to, std::vector<ModelGroup> groups,
-             uint64_t prompt = 45) {
-  Case of;
-  of.name = from + " -> " + to;
-  of.sender = {topology_named(from), groups, prompt, false};
-  of.receiver = {topology_named(to), std::move(groups), prompt, false};
-  return of;
-}
-
-Part part(std::vector<std::string> roles, uint32_t heads, uint64_t cell_bytes,
-          const std::string& memory = "lr|but", Granularity granularity = Granularity::kToken) {
-  Part of;
-  of.roles = std::move(roles);
-  of.heads = heads;
-  of.cell_bytes = cell_bytes;
-  of.memory = memory;
-  of.granularity = granularity;
-  return of;
 }
 
 std::vector<ModelGroup> hybrid(uint64_t window) {
@@ -336,37 +314,86 @@ TEST_CASE("memory forms through daemons") {
   }
 }
 
+TEST_CASE("element types through daemons") {
+  for (const auto& [type, bytes] : std::vector<std::pair<std::string, uint64_t>>{
+           {"bf16", 32}, {"fp8_e4m3", 16}, {"fp32", 64}, {"int8", 6}}) {
+    std::vector<ModelGroup> groups = attention(4, 4);
+    groups.front().parts = {part({"key", "value"}, 4, bytes, type)};
+    Case of = between("tp2", "tp4", groups);
+    of.name += ", " + type;
+    hand_over(of);
+  }
+}
+
 TEST_CASE("scales, indexers and interleaved planes through daemons") {
   std::vector<ModelGroup> groups = attention(4, 4);
-  groups.front().parts = {part({"key", "value"}, 4, 8),
-                          part({"key_scale", "value_scale"}, 4, 24, "lr|bu", Granularity::kBlock)};
+  groups.front().parts = {
+      part({"key", "value"}, 4, 8, "fp4"),
+      part({"key_scale", "value_scale"}, 4, 24, "fp8_e4m3", "lr|bu", Granularity::kBlock)};
   hand_over(between("tp2", "tp4", groups));
-  groups.front().parts = {part({"key", "value"}, 4, 16), part({"key_scale"}, 4, 4, "l|brut")};
+  groups.front().parts = {part({"key", "value"}, 4, 16, "int8"),
+                          part({"key_scale", "value_scale"}, 4, 4, "fp32", "l|brut")};
   hand_over(between("tp4", "tp2pp2", groups));
   std::vector<ModelGroup> sparse = latent(6);
-  sparse.front().parts.push_back(part({"indexer_key"}, 1, 20, "l|btu"));
+  sparse.front().parts.push_back(part({"indexer_key"}, 1, 20, "fp8_e4m3", "l|btu"));
   sparse.front().parts.back().layers = {0, 2, 5};
   hand_over(between("tp4D", "tp8", sparse), {.sender_dp = 2});
   ModelGroup interleaved;
   interleaved.layers = {0, 1, 2, 3};
   interleaved.one_storage = true;
-  interleaved.parts = {part({"key", "value"}, 2, 32), part({"index"}, 1, 16)};
+  interleaved.parts = {part({"key", "value"}, 2, 32, "bf16"), part({"index"}, 1, 16, "bf16")};
   hand_over(between("tp2", "1", {interleaved}));
 }
 
 TEST_CASE("recurrent state through daemons") {
-  ModelGroup state;
-  state.layers = {1, 3};
-  state.parts = {part({"conv_x"}, 4, 12, "lr|bu", Granularity::kRequest),
-                 part({"conv_b", "conv_c"}, 1, 48, "lr|bu", Granularity::kRequest),
-                 part({"ssm"}, 4, 64, "l|bru", Granularity::kRequest)};
+  ModelGroup mamba;  // convolution in sections, and the state
+  mamba.layers = {1, 3};
+  mamba.parts = {part({"conv_x"}, 4, 12, "fp32", "lr|bu", Granularity::kRequest),
+                 part({"conv_b", "conv_c"}, 1, 48, "fp32", "lr|bu", Granularity::kRequest),
+                 part({"ssm"}, 4, 64, "fp32", "l|bru", Granularity::kRequest)};
+  ModelGroup delta;  // sections [Q|K|V] and a state in fp32
+  delta.layers = {1, 3};
+  delta.parts = {part({"conv_q", "conv_k", "conv_v"}, 4, 6, "bf16", "l|bru", Granularity::kRequest),
+                 part({"state"}, 4, 128, "fp32", "lr|bu", Granularity::kRequest)};
   ModelGroup full = attention(4, 4).front();
   full.layers = {0, 2};
-  for (const uint64_t cached : {uint64_t{0}, uint64_t{1}}) {
-    Case of = between("tp2", "tp4", {full, state});
-    of.cached = {16, cached};
-    of.slices = {{{0, 16}, {}}, {{16, 45}, {}}};
-    hand_over(of, {.receiver_first = cached == 1});
+  for (const ModelGroup& state : {mamba, delta}) {
+    for (const auto& [from, to] : std::vector<std::pair<std::string, std::string>>{
+             {"tp4", "tp4"}, {"tp2", "tp4"}, {"tp4", "tp2"}}) {
+      for (const uint64_t cached : {uint64_t{0}, uint64_t{1}}) {
+        Case of = between(from, to, {full, state});
+        of.cached = {16, cached};
+        of.slices = {{{0, 16}, {}}, {{16, 45}, {}}};
+        hand_over(of, {.receiver_first = cached == 1});
+      }
+    }
+  }
+}
+
+TEST_CASE("windows that cut long prompts through daemons") {
+  hand_over(between("tp2", "tp4", windowed(4, {256, 24}), 300));
+  hand_over(between("tp2", "tp4", windowed(4, {1024, 24}), 1100), {.receiver_first = true});
+  Case of = between("tp2", "tp4", windowed(6, {1024, 1024, 1024, 1024, 1024, 0}), 1100);
+  of.cached = {0, 88, 512, 1024, 1100, 640};
+  hand_over(of);
+}
+
+TEST_CASE("a full hit on some ranks only through daemons") {
+  const std::vector<uint64_t> all{60, 60};
+  const std::vector<uint64_t> none{0, 0};
+  for (const bool first : {true, false}) {
+    Case of = between("tp2", "tp4", hybrid(24), 60);
+    of.cached_by_rank = {all, none, none, none};
+    hand_over(of, {.receiver_first = first});
+    of.cached_by_rank = {{60, 0}, {0, 60}, {13, 59}, all};
+    hand_over(of, {.receiver_first = first});
+    of = between("pp2", "tp2", hybrid(24), 60);
+    of.cached_by_rank = {all, none};
+    hand_over(of, {.receiver_first = first});
+    of = between("tp2", "tp4", hybrid(24), 60);
+    of.cached_by_rank = {none, all, all, none};
+    of.slices = {{{0, 32}, {}}, {{32, 60}, {}}};
+    hand_over(of, {.receiver_first = first});
   }
 }
 

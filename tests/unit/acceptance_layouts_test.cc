@@ -1,7 +1,9 @@
 // Any layout to any other, any prompt, window, cached prefix and slicing: every row is a whole
 // hand-off with each byte checked.
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -13,15 +15,6 @@ using mapping::Granularity;
 
 namespace {
 
-Case between(const std::string& from, const std::string& to, std::vector<ModelGroup> groups,
-             uint64_t prompt) {
-  Case of;
-  of.name = from + " -> " + to + ", " + std::to_string(prompt) + " tokens";
-  of.sender = {topology_named(from), groups, prompt, false};
-  of.receiver = {topology_named(to), std::move(groups), prompt, false};
-  return of;
-}
-
 Outcome must(const Case& of) {
   INFO(of.name);
   Outcome outcome;
@@ -29,35 +22,17 @@ Outcome must(const Case& of) {
   return outcome;
 }
 
-Part part(std::vector<std::string> roles, uint32_t heads, uint64_t cell_bytes, std::string type,
-          std::string memory = "lr|but", Granularity granularity = Granularity::kToken) {
-  Part of;
-  of.roles = std::move(roles);
-  of.heads = heads;
-  of.cell_bytes = cell_bytes;
-  of.type = std::move(type);
-  of.memory = std::move(memory);
-  of.granularity = granularity;
-  return of;
-}
-
-// All layers in one group, windows on every other layer in a second.
-std::vector<ModelGroup> windowed(uint32_t layers, const std::vector<uint64_t>& windows,
-                                 uint64_t block = 8) {
-  std::vector<ModelGroup> groups;
-  const auto period = static_cast<uint32_t>(windows.size());
-  for (uint32_t i = 0; i < period; ++i) {
-    ModelGroup group;
-    group.layers = every(layers, period, i);
-    group.parts.front().heads = 4;
-    group.block = block;
-    group.window = windows[i];
-    groups.push_back(group);
-  }
-  return groups;
-}
-
 const std::vector<uint64_t> kPrompts{1, 7, 8, 9, 23, 24, 25, 30, 32, 33, 60, 80};
+
+// What a rank gets of one layer, in blocks of 8: all but the cached blocks and those that no window
+// reaches any more.
+uint64_t moved_tokens(uint64_t prompt, uint64_t cached, uint64_t window) {
+  if (cached >= prompt) return 0;
+  uint64_t first = cached / 8;
+  if (window != 0 && prompt + 1 > window) first = std::max(first, (prompt + 1 - window) / 8);
+  const uint64_t blocks = (prompt + 7) / 8;
+  return first < blocks ? (blocks - first) * 8 : 0;
+}
 
 }  // namespace
 
@@ -156,24 +131,39 @@ TEST_CASE("an id may stand for several kernel blocks") {
 }
 
 TEST_CASE("prompts, windows and cached prefixes of each group") {
-  const std::vector<std::pair<std::string, std::vector<uint64_t>>> models{
-      {"no window", {0}},
-      {"24", {24}},
-      {"256 and 24", {256, 24}},
-      {"1024", {1024}},
-      {"1024 and 24", {1024, 24}},
-      {"16 and full", {16, 0}},
-      {"gemma-like, five of six layers", {40, 40, 40, 40, 40, 0}}};
-  for (const auto& [name, windows] : models) {
-    for (const uint64_t prompt : kPrompts) {
+  struct Row {
+    std::string name;
+    std::vector<uint64_t> windows;
+    std::vector<uint64_t> prompts;
+  };
+  // A window that is longer than all prompts is none: the long ones get prompts that they cut.
+  const std::vector<uint64_t> none;
+  const std::vector<uint64_t> cut_256{300, 1100};
+  const std::vector<uint64_t> cut_1024{1023, 1024, 1100};
+  const std::vector<Row> rows{{"none", {0}, none},
+                              {"24", {24}, none},
+                              {"256 and 24", {256, 24}, cut_256},
+                              {"1024", {1024}, cut_1024},
+                              {"1024 and 24", {1024, 24}, cut_1024},
+                              {"16 and full", {16, 0}, none},
+                              {"1024 in five of six", {1024, 1024, 1024, 1024, 1024, 0}, cut_1024}};
+  for (const Row& row : rows) {
+    std::vector<uint64_t> prompts = kPrompts;
+    prompts.insert(prompts.end(), row.prompts.begin(), row.prompts.end());
+    for (const uint64_t prompt : prompts) {
       for (const uint64_t cached : {uint64_t{0}, prompt / 2, prompt}) {
-        Case of = between("tp2", "tp4", windowed(6, windows), prompt);
-        // Each group its own: the next one has a block more.
-        for (std::size_t g = 0; g < windows.size(); ++g)
+        Case of = between("tp2", "tp4", windowed(6, row.windows), prompt);
+        uint64_t tokens = 0;  // of a layer, over all layers
+        for (std::size_t g = 0; g < row.windows.size(); ++g) {
+          // Each group its own: the next one has a block more.
           of.cached.push_back(std::min<uint64_t>(prompt, cached + 8 * g));
+          tokens += 6 / row.windows.size() * moved_tokens(prompt, of.cached[g], row.windows[g]);
+        }
         of.receiver.groups_reversed = true;
-        of.name += ", windows " + name + ", cached " + std::to_string(cached);
-        must(of);
+        if (prompt >= 1000) of.chunk_bytes = 4000;
+        of.name += ", windows " + row.name + ", cached " + std::to_string(cached);
+        // Keys and values, 4 heads, 16 bytes.
+        CHECK(must(of).bytes == tokens * 2 * 4 * 16);
       }
     }
   }
@@ -265,6 +255,41 @@ TEST_CASE("cached prefixes: none, part, all, and each group its own") {
       CHECK((outcome.bytes == 0) == (cached == std::vector<uint64_t>{60, 60}));
       CHECK(outcome.legs > 0);
     }
+  }
+}
+
+TEST_CASE("cached prefixes of each rank: some have all, others nothing or a part") {
+  const auto groups = windowed(4, {24, 0});
+  const std::vector<uint64_t> all{60, 60};
+  const std::vector<uint64_t> none{0, 0};
+  using Ranks = std::vector<std::vector<uint64_t>>;
+  for (const auto& [from, to, cached] : std::vector<std::tuple<std::string, std::string, Ranks>>{
+           {"tp2", "tp4", {all, none, none, none}},
+           {"pp2", "tp2", {all, none}},
+           {"tp4D", "tp2", {all, none}},
+           {"tp4", "tp2pp2", {none, all, all, none}},
+           {"tp2", "tp4", {{60, 0}, {0, 60}, {13, 59}, all}},
+           {"tp2", "cp2", {none, all}}}) {
+    Case of = between(from, to, groups, 60);
+    const Outcome cold = must(of);
+    of.cached_by_rank = cached;
+    of.name += ", cached by rank";
+    const Outcome warm = must(of);
+    // A rank that has all runs its legs, with no byte; what the others get does not depend on it.
+    CHECK(warm.legs == cold.legs);
+    CHECK(warm.empty_legs == cold.empty_legs);
+    for (uint32_t rank = 0; rank < cached.size(); ++rank) {
+      INFO(of.name << ", rank " << rank);
+      const uint64_t bytes = warm.bytes_of_rank.at(rank);
+      if (cached[rank] == all)
+        CHECK(bytes == 0);
+      else if (cached[rank] == none)
+        CHECK(bytes == cold.bytes_of_rank.at(rank));
+      else
+        CHECK((bytes > 0 && bytes < cold.bytes_of_rank.at(rank)));
+    }
+    of.slices = {{{0, 32}, {}}, {{32, 60}, {}}};
+    must(of);
   }
 }
 

@@ -4,9 +4,9 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "daemon/mapping/tokens.h"
 #include "daemon/mapping/validate.h"
 #include "tests/unit/mapping_support.h"
+#include "tests/unit/token_twins.h"
 
 namespace kvferry::acceptance {
 
@@ -29,6 +29,13 @@ std::vector<std::byte*> Rank::bases() const {
 std::vector<SliceSpec> slices_of(const Case& of) {
   if (!of.slices.empty()) return of.slices;
   return {{{0, of.sender.prompt}, std::nullopt}};
+}
+uint64_t cached_of(const Case& of, const Rank& rank, std::size_t g) {
+  if (!of.cached_by_rank.empty() && of.cached_by_rank.size() != rank.layout.topology.rank_count)
+    wrong("cached lengths of as many ranks as the receiver has");
+  const std::vector<uint64_t>& cached =
+      of.cached_by_rank.empty() ? of.cached : of.cached_by_rank[rank.layout.topology.rank];
+  return rank.model[g] < cached.size() ? cached[rank.model[g]] : 0;
 }
 
 namespace {
@@ -119,8 +126,8 @@ void add_apart(RankLayout& layout, Group& group, const ModelGroup& model,
 
 // Positions of the prompt that the rank stores, as blocks of its list.
 uint64_t entries_of(const Group& group, uint64_t prompt) {
-  const uint64_t local = dealing_of(group).stored_below(prompt);
-  return ceil_div(local, group.tokens_per_block * group.blocks_per_id);
+  const uint64_t entry = group.tokens_per_block * group.blocks_per_id;
+  return test::up(test::stored_of(group, prompt), entry) / entry;
 }
 
 Rank make_rank(const SideSpec& side, const Position& at, std::mt19937_64& random) {
@@ -218,17 +225,13 @@ void put_content(std::byte* at, const Plane& plane, uint64_t unit, uint64_t posi
 // Calls fn(address of the cell, unit, position) for each cell of the plane in the listed blocks.
 template <typename Fn>
 void for_each_cell(const Group& group, const Plane& plane, const GroupBlocks& blocks, Fn&& fn) {
-  const Dealing dealing = dealing_of(group);
   const uint64_t tokens = plane.granularity == Granularity::kToken ? group.tokens_per_block : 1;
   for (uint64_t entry = 0; entry < blocks.ids.size(); ++entry)
     for (uint64_t part = 0; part < group.blocks_per_id; ++part)
       for (uint64_t token = 0; token < tokens; ++token) {
         const uint64_t local =
             (entry * group.blocks_per_id + part) * group.tokens_per_block + token;
-        const uint64_t position =
-            dealing.size == 1 ? local
-                              : local / dealing.interleave * dealing.interleave * dealing.size +
-                                    dealing.index * dealing.interleave + local % dealing.interleave;
+        const uint64_t position = test::position_of(group, local);
         const uint64_t block =
             static_cast<uint64_t>(blocks.ids[entry]) * group.blocks_per_id + part;
         for (uint64_t unit = 0; unit < plane.unit_count; ++unit)
@@ -271,8 +274,8 @@ Holders holders_of(const std::vector<Rank>& ranks, uint32_t dp_group) {
 namespace {
 
 Range rounded(uint64_t begin, uint64_t end, const Group& group) {
-  const uint64_t granule = granule_of(group);
-  return {round_down(begin, granule), round_up(end, granule)};
+  const uint64_t granule = test::granule(group);
+  return {test::down(begin, granule), test::up(end, granule)};
 }
 
 }  // namespace
@@ -285,8 +288,8 @@ std::vector<std::vector<std::byte>> expected_memory(const Case& of, const Rank& 
     const Group& group = rank.layout.groups[g];
     const std::size_t m = rank.model[g];
     const uint64_t prompt = is_state(of.receiver.groups[m]) ? 1 : of.receiver.prompt;
-    const uint64_t cached = m < of.cached.size() ? of.cached[m] : 0;
-    uint64_t begin = round_down(cached, granule_of(group));
+    const uint64_t cached = cached_of(of, rank, g);
+    uint64_t begin = test::down(cached, test::granule(group));
     if (group.sliding_window != 0 && prompt + 1 > group.sliding_window)
       begin = std::max(begin, prompt + 1 - group.sliding_window);
     if (cached >= prompt || begin >= prompt) continue;
@@ -296,11 +299,11 @@ std::vector<std::vector<std::byte>> expected_memory(const Case& of, const Rank& 
       if (held == holders.end()) continue;
       for_each_cell(group, plane, rank.blocks[g], [&](uint64_t at, uint64_t unit, uint64_t p) {
         for (const Held& by : held->second) {
-          if (unit < by.units.begin || unit >= by.units.end || !dealing_of(*by.group).stores(p))
+          if (unit < by.units.begin || unit >= by.units.end || !test::stores(*by.group, p))
             continue;
-          const Range moved = intersect(need, rounded(begin, prompt, *by.group));
+          const Range sender_need = rounded(begin, prompt, *by.group);
           std::byte* cell = memory[plane.pool].data() + at;
-          if (p >= moved.begin && p < moved.end) {
+          if (p >= need.begin && p < need.end && p >= sender_need.begin && p < sender_need.end) {
             put_content(cell, plane, unit, p);
             ++cells;
           }

@@ -63,5 +63,7 @@ std::vector<std::vector<std::byte>> expected_memory(const Case& of, const Rank& 
 void compare(const Rank& rank, const std::vector<std::vector<std::byte>>& expected);
 
 std::vector<SliceSpec> slices_of(const Case& of);
+// What the receiver rank has already of its layout's group g.
+uint64_t cached_of(const Case& of, const Rank& rank, std::size_t g);
 
 }  // namespace kvferry::acceptance

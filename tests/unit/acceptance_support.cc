@@ -52,6 +52,7 @@ void move_slice(const Case& of, const Stream& stream, const Rank& from, const Ra
   const Plan source = good(bind_plan(stream, Side::kSender, from.layout, from.blocks), "source");
   const Plan target = good(bind_plan(stream, Side::kReceiver, to.layout, to.blocks), "target");
   outcome.bytes += stream.bytes;
+  outcome.bytes_of_rank[stream.receiver_rank] += stream.bytes;
   outcome.fragments += fragment_count(source, target);
   const auto from_bases = from.bases();
   const auto to_bases = to.bases();
@@ -115,11 +116,8 @@ Outcome run_case(const Case& of) {
       for (const Rank& to : receivers) {
         clean(to);
         std::vector<GroupReceive> receives;
-        for (uint32_t g = 0; g < to.layout.groups.size(); ++g) {
-          const std::size_t m = to.model[g];
-          receives.push_back(
-              {of.receiver.prompt, m < of.cached.size() ? of.cached[m] : 0, to.blocks[g]});
-        }
+        for (uint32_t g = 0; g < to.layout.groups.size(); ++g)
+          receives.push_back({of.receiver.prompt, cached_of(of, to, g), to.blocks[g]});
         const auto needs = good(compute_needs(to.layout, receives), "needs");
         const uint32_t number = to.layout.topology.rank;
         const auto legs = good(ours->legs_of_receiver(dp_group, number), "legs");
@@ -145,6 +143,27 @@ Outcome run_case(const Case& of) {
   return outcome;
 }
 
+Case between(const std::string& from, const std::string& to, std::vector<ModelGroup> groups,
+             uint64_t prompt) {
+  Case of;
+  of.name = from + " -> " + to + ", " + std::to_string(prompt) + " tokens";
+  of.sender = {topology_named(from), groups, prompt, false};
+  of.receiver = {topology_named(to), std::move(groups), prompt, false};
+  return of;
+}
+
+Part part(std::vector<std::string> roles, uint32_t heads, uint64_t cell_bytes, std::string type,
+          std::string memory, Granularity granularity) {
+  Part of;
+  of.roles = std::move(roles);
+  of.heads = heads;
+  of.cell_bytes = cell_bytes;
+  of.type = std::move(type);
+  of.memory = std::move(memory);
+  of.granularity = granularity;
+  return of;
+}
+
 std::vector<ModelGroup> attention(uint32_t layers, uint32_t heads, const std::string& memory,
                                   uint64_t block) {
   ModelGroup group;
@@ -161,6 +180,21 @@ std::vector<ModelGroup> latent(uint32_t layers, uint64_t block) {
   group.parts.front() = {{"latent"}, 1, 36, "bf16", Granularity::kToken, "l|btu", {}, false};
   group.block = block;
   return {group};
+}
+
+std::vector<ModelGroup> windowed(uint32_t layers, const std::vector<uint64_t>& windows,
+                                 uint64_t block) {
+  std::vector<ModelGroup> groups;
+  const auto period = static_cast<uint32_t>(windows.size());
+  for (uint32_t i = 0; i < period; ++i) {
+    ModelGroup group;
+    group.layers = every(layers, period, i);
+    group.parts.front().heads = 4;
+    group.block = block;
+    group.window = windows[i];
+    groups.push_back(group);
+  }
+  return groups;
 }
 
 std::vector<uint32_t> every(uint32_t layers, uint32_t period, uint32_t first) {

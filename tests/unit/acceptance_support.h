@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -64,7 +65,9 @@ struct Case {
   std::string name;
   SideSpec sender;
   SideSpec receiver;
-  std::vector<uint64_t> cached;   // per group; missing ones are 0
+  std::vector<uint64_t> cached;  // per group; missing ones are 0
+  // The same for each receiver rank by itself, in place of `cached`; empty: all ranks alike.
+  std::vector<std::vector<uint64_t>> cached_by_rank;
   std::vector<SliceSpec> slices;  // empty: one that offers all
   uint64_t chunk_bytes = 96;      // cuts cells
   uint64_t seed = 1;
@@ -73,19 +76,30 @@ struct Case {
 struct Outcome {
   uint64_t legs = 0;
   uint64_t empty_legs = 0;
-  uint64_t bytes = 0;      // moved
-  uint64_t fragments = 0;  // of all slices
-  uint64_t cells = 0;      // checked one by one
+  uint64_t bytes = 0;                          // moved
+  std::map<uint32_t, uint64_t> bytes_of_rank;  // of them, to each receiver rank
+  uint64_t fragments = 0;                      // of all slices
+  uint64_t cells = 0;                          // checked one by one
 };
 
 // Runs the hand-off from each dp group of the sender to all receiver ranks and checks each byte of
 // the receivers' memory. Throws std::runtime_error with what is wrong and where.
 Outcome run_case(const Case& of);
 
+// Both sides have the same groups and the same prompt.
+Case between(const std::string& from, const std::string& to, std::vector<ModelGroup> groups,
+             uint64_t prompt = 45);
+Part part(std::vector<std::string> roles, uint32_t heads, uint64_t cell_bytes, std::string type,
+          std::string memory = "lr|but",
+          mapping::Granularity granularity = mapping::Granularity::kToken);
+
 // Layers 0 ... n-1 in one group of keys and values.
 std::vector<ModelGroup> attention(uint32_t layers, uint32_t heads,
                                   const std::string& memory = "lr|but", uint64_t block = 8);
 std::vector<ModelGroup> latent(uint32_t layers, uint64_t block = 8);
+// As many groups as windows, which take the layers in turns.
+std::vector<ModelGroup> windowed(uint32_t layers, const std::vector<uint64_t>& windows,
+                                 uint64_t block = 8);
 // Every `period`-th layer, from `first` on.
 std::vector<uint32_t> every(uint32_t layers, uint32_t period, uint32_t first);
 

@@ -18,10 +18,7 @@ using Pair = std::pair<std::string, std::string>;
 void run_pairs(const std::vector<ModelGroup>& groups, const std::vector<Pair>& pairs) {
   for (const auto& [from, to] : pairs) {
     for (const uint64_t prompt : {uint64_t{32}, uint64_t{45}}) {
-      Case of;
-      of.name = from + " -> " + to + ", " + std::to_string(prompt) + " tokens";
-      of.sender = {topology_named(from), groups, prompt, false};
-      of.receiver = {topology_named(to), groups, prompt, false};
+      const Case of = between(from, to, groups, prompt);
       Outcome outcome;
       INFO(of.name);
       REQUIRE_NOTHROW(outcome = run_case(of));
@@ -125,10 +122,9 @@ TEST_CASE("layers that only one side has") {
   for (const auto& [from, to] :
        std::vector<Pair>{{"1", "1"}, {"tp2", "pp2"}, {"pp2", "tp4"}, {"tp2pp2", "tp4"}}) {
     for (const bool receiver_has : {false, true}) {
-      Case of;
-      of.name = from + " -> " + to + (receiver_has ? ", receiver's draft layer" : ", sender's");
-      of.sender = {topology_named(from), receiver_has ? plain : extra, 45, false};
-      of.receiver = {topology_named(to), receiver_has ? extra : plain, 45, false};
+      Case of = between(from, to, plain);
+      (receiver_has ? of.receiver : of.sender).groups = extra;
+      of.name += receiver_has ? ", receiver's draft layer" : ", sender's";
       INFO(of.name);
       REQUIRE_NOTHROW(run_case(of));
     }
@@ -143,10 +139,8 @@ TEST_CASE("a receiver rank that has nothing but optional planes") {
   draft.layers = {4, 5, 6, 7};
   draft.optional = true;
   groups.front().parts.push_back(draft);
-  Case of;
-  of.name = "pp2 whose second stage is all draft layers";
-  of.sender = {topology_named("tp2"), attention(4, 2), 40, false};
-  of.receiver = {topology_named("pp2"), groups, 40, false};
+  Case of = between("tp2", "pp2", attention(4, 2), 40);
+  of.receiver.groups = groups;
   Outcome outcome;
   REQUIRE_NOTHROW(outcome = run_case(of));
   CHECK(outcome.empty_legs == 1);
@@ -160,11 +154,6 @@ TEST_CASE("wide instances") {
 
 TEST_CASE("context-parallel ranks, dealt in whole blocks and token by token") {
   for (const uint64_t interleave : {uint64_t{0}, uint64_t{1}, uint64_t{4}}) {
-    const auto dealt = [&](const std::string& name) {
-      Topology topology = topology_named(name);
-      topology.interleave = topology.cp > 1 ? interleave : 0;
-      return topology;
-    };
     for (const auto& groups : {attention(4, 4), latent(4)}) {
       for (const auto& [from, to] : std::vector<Pair>{{"1", "cp2"},
                                                       {"tp2", "cp4"},
@@ -176,11 +165,10 @@ TEST_CASE("context-parallel ranks, dealt in whole blocks and token by token") {
                                                       {"tp4", "cp4"},
                                                       {"pp2cp2", "tp2"}}) {
         for (const uint64_t prompt : {uint64_t{7}, uint64_t{64}, uint64_t{83}}) {
-          Case of;
-          of.name = from + " -> " + to + ", interleave " + std::to_string(interleave) + ", " +
-                    std::to_string(prompt) + " tokens";
-          of.sender = {dealt(from), groups, prompt, false};
-          of.receiver = {dealt(to), groups, prompt, false};
+          Case of = between(from, to, groups, prompt);
+          for (SideSpec* side : {&of.sender, &of.receiver})
+            if (side->topology.cp > 1) side->topology.interleave = interleave;
+          of.name += ", interleave " + std::to_string(interleave);
           INFO(of.name);
           REQUIRE_NOTHROW(run_case(of));
         }

@@ -1,39 +1,14 @@
 // Transfers of thousands of slices: one more costs what the first did, and one that has arrived
 // keeps little. A binary of its own, since it counts what is on the heap.
-#include <malloc.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <ctime>
-#include <new>
 #include <random>
 #include <set>
 
 #include "daemon/engine/coverage.h"
 #include "tests/unit/engine_harness.h"
-
-namespace {
-// Of the one thread there is.
-uint64_t heap_bytes = 0;
-uint64_t allocations = 0;
-}  // namespace
-
-// Not inlined: the compiler takes the pair for mismatched where it sees into one of them.
-[[gnu::noinline]] void* operator new(std::size_t bytes) {
-  void* memory = std::malloc(bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  heap_bytes += malloc_usable_size(memory);
-  ++allocations;
-  return memory;
-}
-[[gnu::noinline]] void operator delete(void* memory) noexcept {
-  if (memory == nullptr) return;
-  heap_bytes -= malloc_usable_size(memory);
-  std::free(memory);
-}
-[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept {
-  operator delete(memory);
-}
+#include "tests/unit/heap_count.h"
 
 namespace kvferry::engine::test {
 namespace {

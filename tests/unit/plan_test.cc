@@ -50,6 +50,20 @@ std::map<std::pair<int, int>, json> by_ranks(const json& plan) {
   return legs;
 }
 
+// The heads that each leg brings, where it brings any: the units of the only bundle of its text.
+std::map<std::pair<int, int>, std::string> heads_of_legs(const json& plan) {
+  std::map<std::pair<int, int>, std::string> heads;
+  for (const auto& [ranks, leg] : by_ranks(plan)) {
+    const std::string text = leg["text"];
+    const std::size_t at = text.find(" units ");
+    if (at == std::string::npos) continue;
+    CHECK(text.find(" units ", at + 1) == std::string::npos);
+    const std::size_t begin = at + std::string(" units ").size();
+    heads[ranks] = text.substr(begin, text.find(' ', begin) - begin);
+  }
+  return heads;
+}
+
 // Cross-layer blocks [layer][K,V][head][token] of 32 tokens, 256 bytes a cell.
 GroupSpec cross_layer() {
   GroupSpec spec;
@@ -162,7 +176,15 @@ TEST_CASE("plan: latents, replicated heads and degrees that do not divide") {
   CHECK(data_legs(wide) == Legs{{0, 0}, {2, 0}, {5, 1}, {7, 1}, {8, 2}, {10, 2}, {13, 3}, {15, 3}});
   const json uneven = plan(ranks_of({.tp = 6}, 1, 24, {}), ranks_of({.tp = 4}, 1, 24, {}),
                            {16, 0, {1}}, {16, 0, {1}});
-  CHECK(data_legs(uneven) == Legs{{0, 0}, {1, 0}, {1, 1}, {2, 1}, {3, 2}, {4, 2}, {4, 3}, {5, 3}});
+  using Heads = std::map<std::pair<int, int>, std::string>;
+  CHECK(heads_of_legs(uneven) == Heads{{{0, 0}, "0-4"},
+                                       {{1, 0}, "4-6"},
+                                       {{1, 1}, "6-8"},
+                                       {{2, 1}, "8-12"},
+                                       {{3, 2}, "12-16"},
+                                       {{4, 2}, "16-18"},
+                                       {{4, 3}, "18-20"},
+                                       {{5, 3}, "20-24"}});
 }
 
 TEST_CASE("plan: context-parallel receivers") {
