@@ -136,7 +136,7 @@ class Calls {
   Subject& subject_;
   std::string state_;                     // that calls leave as it is
   std::map<std::string, Paths> covered_;  // by method
-  std::set<std::string> operations_;  // that went over the stream
+  std::set<std::string> operations_;      // that went over the stream
 };
 
 // The workers' service as the contract has it.
