@@ -30,7 +30,9 @@ if [ "$quick" -eq 0 ]; then
   deploy/test-ucx-wheel.sh
   if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then
     step "configuring with CUDA" "$logs/cuda-configure.log" \
-      cmake -S . -B build/cuda -G Ninja -DKVFERRY_CUDA=ON -DKVFERRY_TESTS=OFF
+      cmake -S . -B build/cuda -G Ninja -DKVFERRY_CUDA=ON -DKVFERRY_WERROR=ON -DKVFERRY_TESTS=OFF
+    step "building the GPU kernels" "$logs/cuda-build.log" \
+      cmake --build build/cuda --target kvferry_kernels
   fi
 fi
 echo "kvferry tests: OK"
