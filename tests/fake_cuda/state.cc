@@ -144,7 +144,7 @@ void State::remove_range(uint64_t base) {
   if (range.kind == RangeKind::kAllocation) machine->disown(*range.allocation);
 }
 
-void State::destroy(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Context>& context) {
+void State::destroy(std::unique_lock<std::mutex>& lock, std::shared_ptr<Context> context) {
   context->retains = 0;
   primaries.erase(context->device);
   drop_work(lock, *context);

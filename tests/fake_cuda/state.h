@@ -141,7 +141,7 @@ struct State {
   // The error that this context has for good, also one that a test has set for its device.
   cuda::CUresult sticky_error(Context& context) const;
   // Destroys the context with everything in it, as the driver does.
-  void destroy(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Context>& context);
+  void destroy(std::unique_lock<std::mutex>& lock, std::shared_ptr<Context> context);
   // Ends one range of cuMemAlloc, IPC or host memory. Changes the address space.
   void remove_range(uint64_t base);
 
