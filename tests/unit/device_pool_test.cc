@@ -289,7 +289,7 @@ TEST_CASE("Memory of different allocations, or of host and device, is not the sa
   REQUIRE(a);
   REQUIRE(b);
   REQUIRE(c);
-  auto host = memory::HostPool::create("host", 4096);
+  auto host = memory::HostPool::create(4096);
   REQUIRE(host);
   CHECK_FALSE(a->pool->same_memory(*b->pool));
   CHECK_FALSE(a->pool->same_memory(*c->pool));
