@@ -1,5 +1,7 @@
 #include "client/ctl/json_place.h"
 
+#include <google/protobuf/descriptor.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -74,10 +76,16 @@ std::optional<JsonPlace> named_by(std::string_view refusal) {
   return std::nullopt;
 }
 
-// Follows the text as far as it is JSON and remembers the way to where it stands.
+// Follows the text as far as it is JSON and remembers the way to where it stands. With a message's
+// descriptor it stops where the text has another shape than that message.
 class Walker : public nlohmann::json_sax<nlohmann::json> {
  public:
-  bool null() override { return value(); }
+  explicit Walker(const google::protobuf::Descriptor* message = nullptr) : message_type_(message) {}
+
+  bool null() override {
+    value();
+    return fits(way_.empty() || !way_.back().array, "null in a list");
+  }
   bool boolean(bool) override { return value(); }
   bool number_integer(number_integer_t) override { return value(); }
   bool number_unsigned(number_unsigned_t) override { return value(); }
@@ -89,14 +97,25 @@ class Walker : public nlohmann::json_sax<nlohmann::json> {
   bool end_object() override { return leave(); }
   bool end_array() override { return leave(); }
   bool key(string_t& name) override {
-    way_.back().name = std::move(name);
-    return true;
+    Step& step = way_.back();
+    step.name = std::move(name);
+    if (step.type == nullptr) return true;
+    step.field = step.type->FindFieldByName(step.name);
+    if (step.field == nullptr) step.field = step.type->FindFieldByCamelcaseName(step.name);
+    if (step.field == nullptr) return true;  // the parser says so
+    const bool fresh = std::find(step.seen.begin(), step.seen.end(), step.field) == step.seen.end();
+    step.seen.push_back(step.field);
+    return fits(fresh, "the field is there twice");
   }
   bool parse_error(std::size_t, const std::string&,
                    const nlohmann::json::exception& error) override {
     std::string_view said = error.what();
     const std::size_t place = said.find("at line ");
-    if (place != std::string_view::npos) said.remove_prefix(place);
+    const std::size_t library = said.find("] ");
+    if (place != std::string_view::npos)
+      said.remove_prefix(place);
+    else if (library != std::string_view::npos)
+      said.remove_prefix(library + 2);
     message_ = one_line(said);
     return false;
   }
@@ -118,19 +137,49 @@ class Walker : public nlohmann::json_sax<nlohmann::json> {
     bool array = false;
     uint64_t count = 0;  // elements begun
     std::string name;    // last key read
+    // Where a message is followed: what this object is, the field of the last key (of a list: the
+    // list's), and the fields that have been read.
+    const google::protobuf::Descriptor* type = nullptr;
+    const google::protobuf::FieldDescriptor* field = nullptr;
+    std::vector<const google::protobuf::FieldDescriptor*> seen;
   };
 
+  bool fits(bool right, const char* wrong) {
+    if (message_type_ == nullptr || right) return true;
+    message_ = wrong;
+    return false;
+  }
+  // Whether the field that a value begins for is a list.
+  bool in_list() const {
+    return !way_.empty() && !way_.back().array && way_.back().field != nullptr &&
+           way_.back().field->is_repeated();
+  }
   bool value() {
     if (!way_.empty()) ++way_.back().count;
-    return true;
+    if (way_.empty()) return fits(false, "an object is expected");
+    return fits(!in_list(), "a list is expected");
   }
   bool enter(bool array) {
-    value();
+    if (!way_.empty()) ++way_.back().count;
     if (way_.size() == kMaxDepth) {
       message_ = "nested more than 100 deep";
       return false;
     }
-    way_.push_back({array, 0, {}});
+    if (!fits(!array || !way_.empty(), "an object is expected")) return false;
+    if (!fits(array || !in_list(), "a list is expected")) return false;
+    const bool nested = array && way_.back().array && way_.back().field != nullptr;
+    if (!fits(!nested, "a list in a list")) return false;
+    Step step;
+    step.array = array;
+    if (way_.empty()) {
+      step.type = message_type_;
+    } else if (const auto* field = way_.back().field; field != nullptr) {
+      if (array)
+        step.field = field;
+      else if (field->type() == google::protobuf::FieldDescriptor::TYPE_MESSAGE)
+        step.type = field->message_type();
+    }
+    way_.push_back(std::move(step));
     return true;
   }
   bool leave() {
@@ -138,11 +187,19 @@ class Walker : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
 
+  const google::protobuf::Descriptor* const message_type_;
   std::vector<Step> way_;
   std::string message_;
 };
 
 }  // namespace
+
+std::optional<JsonPlace> misshapen(std::string_view text,
+                                   const google::protobuf::Descriptor& message) {
+  Walker walker(&message);
+  if (nlohmann::json::sax_parse(text.begin(), text.end(), &walker)) return std::nullopt;
+  return JsonPlace{walker.path(), walker.message()};
+}
 
 JsonPlace place_of(std::string_view text, std::string_view refusal) {
   if (auto place = named_by(refusal)) return std::move(*place);

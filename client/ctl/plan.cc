@@ -28,6 +28,7 @@ namespace {
 
 constexpr int kNotOffered = 1;
 constexpr int kBadData = 65;
+constexpr int kLostOutput = 74;
 
 mapping::GroupBlocks blocks_of(const v1::PlanGroup& from) {
   return {from.group(), from.first_block(), {from.block_ids().begin(), from.block_ids().end()}};
@@ -383,6 +384,9 @@ int plan_transfer(const PlanOptions& options, std::ostream& out, std::ostream& e
   const Status printed = (options.json ? print_json : print_table)(*planner, options, out);
   out.flush();
   if (!printed) return tell(printed.error(), kBadData);
+  if (!out)
+    return tell({Code::kInternal, "OUTPUT_LOST", "standard output could not be written", {}},
+                kLostOutput);
   const std::optional<Error> not_offered = planner->not_offered();
   return not_offered ? tell(*not_offered, kNotOffered) : 0;
 }

@@ -77,6 +77,8 @@ Result<std::string> read_input(const std::string& path) {
 
 Result<v1::PlanInstance> message_of(const std::string& text) {
   if (text.empty()) return invalid({}, "BAD_JSON", "is empty");
+  if (auto place = misshapen(text, *v1::PlanInstance::descriptor()))
+    return invalid(std::move(place->path), "BAD_JSON", std::move(place->message));
   v1::PlanInstance message;
   const auto parsed = google::protobuf::util::JsonStringToMessage(text, &message);
   if (parsed.ok()) return message;

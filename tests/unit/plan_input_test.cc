@@ -85,7 +85,8 @@ TEST_CASE("plan: what is no PlanInstance in JSON is named by its place") {
   for (int i = 0; i < 15; ++i) path += "[0]";
   says(deep, path + "...", "nested more than 100 deep");
   // Not the message.
-  says("[1]", "", "Root element");
+  says("[1]", "", "an object is expected");
+  says("7", "", "an object is expected");
   says("{\"instans\": \"a\"}", ".instans", "Cannot find field");
   says("{\"ranks\": [{}, {\"layout\": {\"grups\": []}}]}", ".ranks[1].layout.grups",
        "Cannot find field");
@@ -95,8 +96,30 @@ TEST_CASE("plan: what is no PlanInstance in JSON is named by its place") {
   says("{\"ranks\": [{\"groups\": [{\"blockIds\": [1, 2, 99999999999]}]}]}",
        ".ranks[0].groups[0].block_ids[2]", "invalid value 99999999999");
   says("{\"ranks\": [{\"layout\": []}]}", ".ranks[0].layout", "not repeating");
+  // What protobuf's parser would take, and read otherwise than it is written.
+  const std::string block_ids = "{\"ranks\": [{\"groups\": [{\"block_ids\": ";
+  says(block_ids + "[7, null, 3]}]}]}", ".ranks[0].groups[0].block_ids[1]", "null in a list");
+  says(block_ids + "[[7], 3]}]}]}", ".ranks[0].groups[0].block_ids[0]", "a list in a list");
+  says(block_ids + "7}]}]}", ".ranks[0].groups[0].block_ids", "a list is expected");
+  says("{\"ranks\": {}}", ".ranks", "a list is expected");
+  says("{\"ranks\": [null, {}]}", ".ranks[0]", "null in a list");
+  says("{\"ranks\": [[{}]]}", ".ranks[0]", "a list in a list");
+  says("{\"dp_group\": 1, \"dpGroup\": 1}", ".dpGroup", "the field is there twice");
+  says("{\"instance\": \"a\",}", ".instance", "at line 1, column 18");
+  says("{\"instance\": 'a'}", ".instance", "at line 1, column 14");
+  says(block_ids + "[1e400]}]}]}", ".ranks[0].groups[0].block_ids", "number overflow");
   says("{\"dpGroup\": {\"a\": 1}}", ".dp_group", "an object where a value is expected");
   says("{\"instance\": 5" + std::string(1000, '0') + "}", ".instance", "...");
+}
+
+TEST_CASE("plan: an answer that could not be written is no success") {
+  const Fixture at;
+  for (const char* form : {"", " --json --fragments"}) {
+    const Output output = run(std::string("plan --sender ") + at.good + " --receiver " + at.good +
+                              form + " > /dev/full");
+    CHECK(output.status == 74);
+    CHECK(output.errors.find("OUTPUT_LOST") != std::string::npos);
+  }
 }
 
 TEST_CASE("plan: an instance at fault is named by its file's fields") {
