@@ -264,7 +264,7 @@ void Workload::count(Totals& totals) const {
     if (side->declines) ++totals.declines;
     totals.reservations += side->reservations;
     if (side->cancelled) ++totals.cancels;
-    if (side->ever_revoked) ++totals.revokes;
+    if (side->revokes > 0) ++totals.revokes;
     if (!side->terminal()) continue;
     if (side->in(TransferState::kCompleted))
       ++totals.completed;

@@ -493,6 +493,7 @@ void Workload::call_next_send(Side& side) {
   side.called = true;
   side.called_at = std::min(side.called_at, world_.now());
   slice.send_index = static_cast<uint32_t>(side.sent.size());
+  slice.after_revokes = side.revokes;
   make_ready(side, slice);
   SendOp call;
   call.op = op(side, first ? PendingOp::Kind::kFirst : PendingOp::Kind::kMore);
@@ -653,7 +654,10 @@ void Workload::call_revoke(Side& side, uint64_t from_token) {
   if (!can_call(side) || !side.called || side.terminal() || side.closing || side.revoking ||
       side.released())
     return;
-  side.revoking = side.ever_revoked = side.transfer->revoked = true;
+  // Its first Send may be refused for want of room for a copy: then there is nothing to revoke yet.
+  if (side.packed_call && !side.accepted) return;
+  side.revoking = side.transfer->revoked = true;
+  ++side.revokes;
   world_.nodes[side.worker->node]->post(
       RevokeOp{op(side, PendingOp::Kind::kRevoke), side.handle, from_token});
 }
@@ -672,6 +676,7 @@ void Workload::revoked(Side& side, const std::vector<uint32_t>& dropped) {
     require(index < side.sent.size() && !side.sent[index].dropped, "revoke",
             "Revoke names a slice that was not sent, or dropped before");
     side.sent[index].dropped = true;
+    side.sent[index].dropped_by = side.revokes;
     again.push_back(side.sent[index]);
   }
   if (!side.blocks.empty() && !again.empty()) {
@@ -687,6 +692,7 @@ void Workload::revoked(Side& side, const std::vector<uint32_t>& dropped) {
   for (Slice& slice : again) {
     had_last = had_last || slice.last;
     slice.last = slice.dropped = false;
+    slice.dropped_by = 0;
     slice.version = side.next_version;
     slice.ready = {};
     if (rng_.chance(500)) slice.ready = {ReadyCondition::Kind::kTimeline, side.word, 0};

@@ -117,6 +117,28 @@ const Side* Workload::sender_of_cell(const Transfer& transfer, const Side& recei
   return nullptr;
 }
 
+// What a receiver has of one sender, all in all: of slices that a Revoke has dropped only if its
+// leg had ended by then. It has nothing that was sent after that Revoke then, and its last slice
+// was one of those that were dropped.
+void Workload::check_dropped(const Side& side, const Side& sender,
+                             const std::set<uint32_t>& used) const {
+  uint32_t revoke = 0;
+  for (const uint32_t index : used) {
+    const uint32_t by = sender.sent[index].dropped_by;
+    if (by != 0 && (revoke == 0 || by < revoke)) revoke = by;
+  }
+  if (revoke == 0) return;
+  for (const uint32_t index : used)
+    if (sender.sent[index].after_revokes >= revoke)
+      broken("revoked", side,
+             "COMPLETED with cells of a dropped slice beside some of slice " +
+                 std::to_string(index) + " of " + label(sender) + ", which was sent after that");
+  if (std::none_of(sender.sent.begin(), sender.sent.end(),
+                   [&](const Slice& of) { return of.last && of.dropped_by == revoke; }))
+    broken("revoked", side,
+           "COMPLETED with cells of a dropped slice, and no last slice was dropped");
+}
+
 // COMPLETED: every needed cell holds what the sender's worker last wrote there for a slice that
 // counts, nothing else of the transfer's blocks was touched, and the aux is there.
 void Workload::check_pages(const Side& side) const {
@@ -126,6 +148,7 @@ void Workload::check_pages(const Side& side) const {
       (transfer.aux && *transfer.aux != *side.record->aux))
     broken("aux", side, "COMPLETED with another aux than was sent");
   Pool untouched(shape_, pool.units, 1);
+  std::map<const Side*, std::set<uint32_t>> used;  // indices into what each sender has sent
   for (uint32_t g = 0; g < shape_.groups; ++g) {
     const GroupNeed* need = nullptr;
     for (const GroupNeed& n : side.needs)
@@ -158,13 +181,17 @@ void Workload::check_pages(const Side& side) const {
             }
             const uint64_t text = transfer.text_of(token);
             const auto version = version_of(text, layer, unit, token, cell);
-            bool known = version && from != nullptr &&
-                         std::any_of(from->sent.begin(), from->sent.end(), [&](const Slice& slice) {
-                           const Range layers = slice.layers.value_or(Range{0, shape_.layers()});
-                           return slice.version == *version && slice.tokens.begin <= token &&
-                                  token < slice.tokens.end && layers.begin <= layer &&
-                                  layer < layers.end;
-                         });
+            bool known = false;
+            if (version && from != nullptr) {
+              const auto slice =
+                  std::find_if(from->sent.begin(), from->sent.end(), [&](const Slice& of) {
+                    const Range layers = of.layers.value_or(Range{0, shape_.layers()});
+                    return of.version == *version && of.tokens.begin <= token &&
+                           token < of.tokens.end && layers.begin <= layer && layer < layers.end;
+                  });
+              known = slice != from->sent.end();
+              if (known) used[from].insert(slice->send_index);
+            }
             if (!known && version && side.hashed)
               known = was_sent(text, *version, layer, unit, token);
             if (!known)
@@ -176,6 +203,9 @@ void Workload::check_pages(const Side& side) const {
         }
     }
   }
+  // What comes from its own node may be older than the transfer.
+  if (side.hashed) return;
+  for (const auto& [sender, slices] : used) check_dropped(side, *sender, slices);
 }
 
 // What is told of a receiver are needs of its sides; of one that is ready, all of them but what its
@@ -288,7 +318,7 @@ void Workload::check_agreement(const Transfer& transfer) const {
       broken("agreement", *receiver, "all its senders are DELIVERED, but it is not COMPLETED");
   }
   for (const Side* sender : transfer.sides) {
-    if (!known(*sender) || sender->ever_revoked) continue;
+    if (!known(*sender) || sender->revokes > 0) continue;
     bool all_completed = true;
     for (const Side* receiver : transfer.receivers[0].sides)
       if (has_leg(*sender, *receiver))

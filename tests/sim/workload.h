@@ -51,8 +51,10 @@ struct Slice {
   bool last = false;
   uint32_t version = 0;
   engine::ReadyCondition ready;
-  uint32_t send_index = 0;  // once sent
+  uint32_t send_index = 0;     // once sent
+  uint32_t after_revokes = 0;  // Revokes of its side that were called before it
   bool dropped = false;
+  uint32_t dropped_by = 0;  // which of its side's Revokes, from 1
 };
 
 // One rank's side of a transfer, as its worker sees it.
@@ -88,7 +90,7 @@ struct Side {
   uint32_t next_version = 1;
   uint64_t next_value = 1;
   bool revoking = false;
-  bool ever_revoked = false;
+  uint32_t revokes = 0;
   bool sending_planned = false;
   bool packs = false;                         // most of its slices
   std::optional<engine::SendOp> packed_call;  // not answered yet
@@ -307,6 +309,7 @@ class Workload {
   // checks.cc
   void check_record(Side& side, const engine::TransferRecord& record) const;
   void check_reason(const Side& side) const;
+  void check_dropped(const Side& side, const Side& sender, const std::set<uint32_t>& used) const;
   void check_pages(const Side& side) const;
   void count_receivers(const Transfer& transfer, Totals& totals) const;
   void check_agreement(const Transfer& transfer) const;
