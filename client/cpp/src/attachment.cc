@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 
 #include "client/cpp/src/fork_guard.h"
 
@@ -152,8 +153,10 @@ uint64_t* WordsFile::done_word(uint32_t word) const {
 }
 
 void WordsFile::release_waiters() const {
+  // The largest value that a stream's GEQ takes for later than any other: it compares the signed
+  // difference.
   for (uint32_t word = 0; word < done_words_; ++word)
-    control_page::store<uint64_t>(done_word(word), ~uint64_t{0});
+    control_page::store<uint64_t>(done_word(word), uint64_t{std::numeric_limits<int64_t>::max()});
 }
 
 Result<std::shared_ptr<Attachment>> Attachment::connect(const AttachOptions& options) {

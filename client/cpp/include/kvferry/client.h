@@ -190,8 +190,9 @@ class KVFERRY_API Client {
   uint64_t device_word_address(uint32_t word) const;
   uint64_t device_done_address(uint32_t word) const;
   // The same, done: `stream` (a CUstream or cudaStream_t) sets the timeline word when it gets
-  // there, or waits there until the done word has reached the value. FAILED_PRECONDITION
-  // WORDS_NOT_REGISTERED, UNIMPLEMENTED STREAM_WORDS_UNSUPPORTED.
+  // there, or waits there until the done word has reached the value (below 2^63: streams compare
+  // the signed difference). FAILED_PRECONDITION WORDS_NOT_REGISTERED, UNIMPLEMENTED
+  // STREAM_WORDS_UNSUPPORTED.
   Status signal_on_stream(void* stream, uint32_t word, uint64_t value);
   Status wait_on_stream(void* stream, uint32_t done_word, uint64_t value);
   // The 64 bytes of an event for ReadyCondition::cuda_event. `event`: a CUevent or cudaEvent_t made
