@@ -41,8 +41,8 @@ class Copier {
   // All outlive it.
   explicit Copier(Parts parts) : parts_(parts) {}
 
-  // Errors of the copy threads and queues; FAILED_PRECONDITION NO_PEER_ACCESS between GPUs that do
-  // not reach each other. Then the copy is dropped and done is not called.
+  // Errors of the copy threads and queues: then the copy is dropped and done is not called. Between
+  // GPUs that do not reach each other it is taken and fails.
   Status submit(Copy copy);
   // `work` on a copy thread, for checks over the arena's bytes; then done(work()).
   Status compute(std::function<bool()> work, std::function<void(bool ok)> done);

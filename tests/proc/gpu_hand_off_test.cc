@@ -42,7 +42,8 @@ struct GpuScene {
     ::setenv("KVFERRY_CUDA_DRIVER", kLibrary, 1);
     settings.push_back("gpu.enabled=on");
     settings.push_back("gpu.driver=" + std::string(kLibrary));
-    settings.push_back("engine.chunk_bytes=256KiB");
+    settings.insert(settings.begin(), "engine.chunk_bytes=256KiB");
+    settings.push_back("engine.silence_limit=15s");  // silence is not what tells here
     pair = start_pair(settings);
   }
   std::vector<std::string> receiver_more;  // words of the receiver

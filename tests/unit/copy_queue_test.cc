@@ -352,6 +352,26 @@ TEST_CASE("a transfer goes straight from pages to pages, on one device and to a 
   CHECK(leg.to.as_expected(world.machine));
 }
 
+TEST_CASE("a copy to a device that is out of reach fails, and no other") {
+  Setup setup = gpus(2);
+  setup.lacks = "peer";
+  World world(setup);
+  Leg leg = make_leg(spec_of("lr|but"), 64);
+  leg.from.put_on(world.device(0), world.machine, 1);
+  leg.to.put_on(world.device(1), world.machine, 2);
+  Tally tally(2);
+  DeviceJob job = job_of(CopyKind::kTransfer, leg.from, 0, leg.from.plan->bytes(), 0, tally.at(0));
+  job.other = leg.to.on_device;
+  job.peers = {world.device(1).get()};
+  REQUIRE(world.queue->submit(std::move(job)));
+  REQUIRE(world.queue->submit(
+      job_of(CopyKind::kClear, leg.from, 0, leg.from.plan->bytes(), 0, tally.at(1))));
+  REQUIRE(comes_true([&] { return tally.told() == 2; }));
+  CHECK(tally.ok() == 1);
+  CHECK(tally.failed() == 1);
+  CHECK_FALSE(world.device(0)->down());
+}
+
 TEST_CASE("a clear writes zeros to all that its plan names, and to nothing else") {
   World world;
   Leg leg = make_leg(spec_of("|blrut", 34), 77);
