@@ -135,7 +135,8 @@ struct Peer {
 }  // namespace
 
 int main() {
-  Peer peer;
+  // Not on the stack: the fake's threads look at the gate until the process has ended.
+  static Peer& peer = *new Peer;
   PeerExports exports{};
   MUST(peer.api.cuDevicePrimaryCtxRetain(&peer.context, 0));
   MUST(peer.api.cuCtxPushCurrent(peer.context));
