@@ -54,13 +54,14 @@ CUresult open_memory(Call& c, CUdeviceptr* pointer, const IpcHandle& handle) {
   if (device != c.context->device && !c.state.config().has("peer")) {
     return CUDA_ERROR_PEER_ACCESS_UNSUPPORTED;
   }
+  // Also what is open here already must not have been freed by its owner.
+  auto allocation = c.state.machine->find(handle.id, MemoryKind::kLegacy);
+  if (!allocation) return allocation.error();
   if (Range* range = opened(c, handle.id)) {
     ++range->opens;
     *pointer = range->base;
     return CUDA_SUCCESS;
   }
-  auto allocation = c.state.machine->find(handle.id, MemoryKind::kLegacy);
-  if (!allocation) return allocation.error();
   const uint64_t bytes = (*allocation)->info().bytes;
   AddressSpace& space = c.state.space;
   const Changing changing(c);

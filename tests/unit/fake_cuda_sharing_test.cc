@@ -97,6 +97,7 @@ TEST_CASE("IPC handles that are wrong, one's own, freed, or of a dead process ar
   const cuda::CUdeviceptr small = open_memory(gpu, peer.exports.small);
   CHECK(peer.command(PeerCommand::kFreeSmall) == 0);
   CHECK(read(gpu, small) == 0x22);
+  CHECK(open(peer.exports.small) == cuda::CUDA_ERROR_INVALID_HANDLE);
   CHECK(gpu.machine->device_bytes(0) == kAllBytes + 4096);
   CHECK_OK(gpu.api.cuIpcCloseMemHandle(small));
   CHECK(gpu.machine->device_bytes(0) == kAllBytes);
@@ -211,6 +212,10 @@ TEST_CASE("The memory of a killed process is free when its last user has let it 
   peer.kill();
   CHECK(gpu.machine->device_bytes(0) == kPeerBytes + kPeerVmmBytes);
   CHECK(read(gpu, pointer) == 0x11);
+  cuda::CUdeviceptr again = 0;
+  CHECK(gpu.api.cuIpcOpenMemHandle(&again, peer.exports.memory,
+                                   cuda::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS) ==
+        cuda::CUDA_ERROR_INVALID_HANDLE);
   CHECK_OK(gpu.api.cuIpcCloseMemHandle(pointer));
   CHECK(gpu.machine->device_bytes(0) == kPeerVmmBytes);
   CHECK_OK(gpu.api.cuMemUnmap(range, kPeerVmmBytes));

@@ -122,28 +122,30 @@ TEST_CASE("Streams end in different orders by the seed, and in the same one by t
 }
 
 TEST_CASE("A stream waits for another's event, and the default stream for the blocking ones") {
-  const FakeGpu gpu;
-  const cuda::CUdeviceptr pointer = gpu.alloc(8);
-  gpu.machine->hold();
-  SECTION("an event") {
-    const cuda::CUstream first = gpu.stream();
-    const cuda::CUstream second = gpu.stream();
-    const cuda::CUevent event = gpu.event();
+  enum class By { kEvent, kDefaultLast, kDefaultFirst };
+  const By by = GENERATE(By::kEvent, By::kDefaultLast, By::kDefaultFirst);
+  // Without the wait some seed would take the second one first.
+  for (uint64_t seed = 1; seed <= 12; ++seed) {
+    const FakeGpu gpu({.seed = seed, .delay_us = 1});
+    const cuda::CUdeviceptr pointer = gpu.alloc(8);
+    const bool event = by == By::kEvent;
+    const cuda::CUstream made =
+        gpu.stream(event ? cuda::CU_STREAM_NON_BLOCKING : cuda::CU_STREAM_DEFAULT);
+    const cuda::CUstream first = by == By::kDefaultFirst ? nullptr : made;
+    const cuda::CUstream second = event ? gpu.stream() : (by == By::kDefaultFirst ? made : nullptr);
+    gpu.machine->hold();
     CHECK_OK(gpu.api.cuMemsetD8Async(pointer, 1, 8, first));
-    CHECK_OK(gpu.api.cuEventRecord(event, first));
-    CHECK_OK(gpu.api.cuStreamWaitEvent(second, event, 0));
+    if (event) {
+      const cuda::CUevent recorded = gpu.event();
+      CHECK_OK(gpu.api.cuEventRecord(recorded, first));
+      CHECK_OK(gpu.api.cuStreamWaitEvent(second, recorded, 0));
+    }
     CHECK_OK(gpu.api.cuMemsetD8Async(pointer, 2, 8, second));
+    gpu.machine->release();
+    CHECK_OK(gpu.api.cuStreamSynchronize(first));
+    CHECK_OK(gpu.api.cuStreamSynchronize(second));
+    CHECK(gpu.word(pointer) == 0x0202020202020202);
   }
-  SECTION("the default stream") {
-    const cuda::CUstream blocking = gpu.stream(cuda::CU_STREAM_DEFAULT);
-    CHECK_OK(gpu.api.cuMemsetD8Async(pointer, 1, 8, blocking));
-    CHECK_OK(gpu.api.cuMemsetD8Async(pointer, 2, 8, nullptr));
-  }
-  gpu.machine->release();
-  gpu.machine->hold();
-  gpu.machine->release();
-  CHECK(soon([&] { return gpu.word(pointer) == 0x0202020202020202; }));
-  CHECK_OK(gpu.api.cuMemFree(pointer));
 }
 
 TEST_CASE("Streams write words that the host sees, and wait for words of the host") {
