@@ -67,8 +67,6 @@ struct Bundle {
   bool planes_regular = false;
   uint64_t row_stride = 0;
   uint64_t plane_stride = 0;
-  // Largest power of two up to 16 that divides offsets, strides in use and cell_bytes.
-  uint32_t vector_bytes = 1;
 };
 
 struct CopyPlan {

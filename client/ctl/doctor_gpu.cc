@@ -90,7 +90,7 @@ struct Trial {
   Gpus& gpus;
   const std::shared_ptr<const Gpu>& gpu;
   const RunChild& run_child;
-  std::string library;
+  std::string driver_file;
 };
 
 // Writes the bytes, exports them as a worker would and lets the child import them.
@@ -104,7 +104,7 @@ ChildAnswer share(const Trial& trial, uint64_t address) {
   auto exported = client::describe(trial.gpus, address, kTrialBytes);
   if (!exported) return failed(exported.error());
   ChildRequest request;
-  request.cuda_driver = trial.library;
+  request.cuda_driver = trial.driver_file;
   request.offset = exported->offset;
   std::copy_n(trial.gpu->uuid().begin(), request.uuid.size(), request.uuid.begin());
   UniqueFd fd;

@@ -75,7 +75,7 @@ Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::st
   resolves_[fresh.resolve] = fresh.id;
   by_name_[rank_key(fresh.name, *layout)] = fresh.id;
   ++per_worker_[{op.worker, declines}];
-  core_.emit(Resolve{fresh.resolve, fresh.question});
+  core_.emit(Resolve{fresh.resolve, fresh.question, declines});
   if (op.op_id != 0)
     core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
   return words_.emplace(fresh.id, std::move(fresh)).first->second;

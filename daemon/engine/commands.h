@@ -99,6 +99,9 @@ struct LayoutQuiet {
 struct Resolve {
   ResolveId resolve;
   std::shared_ptr<const ReceiveOp> receive;
+  // Only to tell that nobody comes. The receiver's layout may be gone by now: where its legs cannot
+  // be found, the answer is every rank of the sender.
+  bool declines = false;
 };
 struct ResolvePull {
   ResolveId resolve;

@@ -355,7 +355,6 @@ class Binder {
     bundle.first_row = static_cast<uint32_t>(plan_.rows.size());
     bundle.first_strip = static_cast<uint32_t>(plan_.strips.size());
     bundle.plane_count = static_cast<uint32_t>(sorted.size());
-    uint64_t common = source.cell_bytes | 16;  // its lowest bit bounds the vector width
     for (std::size_t i = 0; i < sorted.size(); ++i) {
       if (i == 0 || sorted[i].row != sorted[i - 1].row) {
         plan_.rows.push_back(static_cast<uint32_t>(i));
@@ -375,14 +374,11 @@ class Binder {
         strip.unit_stride = plane->unit_stride;
         strip.token_stride = has_tokens ? plane->token_stride : 0;
         strip.pool = plane->pool;
-        common |= strip.offset | (bundle.block_count > 1 ? strip.block_stride : 0) |
-                  (bundle.unit_count > 1 ? strip.unit_stride : 0) | strip.token_stride;
         plan_.pool_count = std::max(plan_.pool_count, strip.pool + 1);
         plan_.strips.push_back(strip);
       }
     }
     plan_.rows.push_back(bundle.plane_count);
-    bundle.vector_bytes = static_cast<uint32_t>(common & (~common + 1));
     return {};
   }
 

@@ -353,14 +353,16 @@ void Directory::Impl::resolve_step(const PendingPtr& task) {
   const engine::ReceiveOp& receive = *task->command.receive;
   Result<Ticket> ticket = parse_ticket(receive.ticket);
   if (!ticket) return resolve_failed(task, std::move(ticket).error());
-  if (receive.layout->incarnation.is_zero()) {  // a controller's, see worker_service.cc
+  const bool of_controller = receive.layout->incarnation.is_zero();  // see worker_service.cc
+  Result<CardSetPtr> own;
+  if (!of_controller) own = local_set(receive.layout->instance, receive.layout->incarnation);
+  if (of_controller || (!own && task->command.declines)) {
     find_set(*ticket, task->fresh, [impl = shared_from_this(), task](Result<CardSetPtr> sender) {
       if (!sender) return impl->resolve_failed(task, std::move(sender).error());
       impl->resolve_ranks(task, *sender);
     });
     return;
   }
-  Result<CardSetPtr> own = local_set(receive.layout->instance, receive.layout->incarnation);
   if (!own) return resolve_failed(task, std::move(own).error());
   find_set(*ticket, task->fresh,
            [impl = shared_from_this(), task, own = *own](Result<CardSetPtr> sender) {

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <chrono>
 #include <filesystem>
 
 #include "daemon/base/unique_fd.h"
@@ -109,6 +110,38 @@ TEST_CASE("sleep: a registration is taken back with work open, and a later one i
     require_hand_off(scene);
   }
   scene.require_quiet();
+}
+
+TEST_CASE("a receiver that goes before its sender has heard of it leaves word") {
+  FlowScene scene;
+  for (std::size_t round = 0; round < 4; ++round) {
+    CAPTURE(round);
+    FlowRequest request(scene, 900);
+    request.prefill_all();
+    request.receive();
+    // Accepted: a call that unregisters may overtake the stream. Its PULL is on the way or not.
+    scene.run([&] {
+      const auto status = scene.decode[0]->client().status(request.receives[0]);
+      return status.ok() && status->state != kc::TransferState::kNone;
+    });
+    if (round < 3)
+      scene.decode[0]->unregister(false);
+    else
+      scene.decode[0]->die();
+    const auto begin = std::chrono::steady_clock::now();
+    scene.run([&] { return request.sent(); });
+    // Not by the lease, which is half a minute.
+    CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(10));
+    for (std::size_t r = 0; r < 2; ++r) {
+      const auto& sent = scene.prefill[r]->told(request.sends[r]);
+      CHECK(sent.source_released == 1);
+      CHECK(sent.reason != "EXPIRED");
+    }
+    if (round == 3) break;
+    scene.run([&] { return request.received(); });
+    request.close();
+    scene.decode[0]->register_again();
+  }
 }
 
 TEST_CASE("registrations that are taken back at any moment of running transfers") {

@@ -278,7 +278,8 @@ bool Workload::holds(const WatchCondition& watch) const {
   return found->second->words.at(watch.ready.word) >= watch.ready.value;
 }
 
-Resolved Workload::resolve(const ReceiveOp& receive, std::set<uint32_t>& nodes) const {
+Resolved Workload::resolve(const ReceiveOp& receive, bool declines,
+                           std::set<uint32_t>& nodes) const {
   Resolved answer;
   const LayoutHandle& layout = *receive.layout;
   const Instance* sender = nullptr;
@@ -288,6 +289,17 @@ Resolved Workload::resolve(const ReceiveOp& receive, std::set<uint32_t>& nodes) 
       sender = instance.get();
     if (instance->name == layout.instance && instance->incarnation == layout.incarnation)
       own = instance.get();
+  }
+  if (sender != nullptr && sender->usable && own == nullptr && declines) {
+    answer.sender_incarnation = sender->incarnation;
+    for (uint32_t rank = 0; rank < sender->workers.size(); ++rank) {
+      ReceiverLeg leg;
+      leg.sender_rank = rank;
+      leg.node = world_.nodes[sender->workers[rank]->node]->name();
+      nodes.insert(sender->workers[rank]->node);
+      answer.legs.push_back(std::move(leg));
+    }
+    return answer;
   }
   if (sender == nullptr || !sender->usable || own == nullptr) {
     answer.reason = Reason::kPeerUnreachable;

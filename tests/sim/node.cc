@@ -357,17 +357,15 @@ void Node::resolve_pull(const ResolvePull& command) {
 
 void Node::resolve(const Resolve& command) {
   require(command.receive != nullptr, "resolve", "Resolve without its call");
-  world_.after_on(
-      index_, rng_.micros(5, 500),
-      [this, id = command.resolve, receive = command.receive] { try_resolve(id, receive, 400); });
+  world_.after_on(index_, rng_.micros(5, 500), [this, command] { try_resolve(command, 400); });
 }
 
 // Answers once there is a link to each node, which takes handshakes.
-void Node::try_resolve(ResolveId id, std::shared_ptr<const ReceiveOp> receive, uint32_t tries) {
-  if (cancelled_resolves_.contains(id) && rng_.chance(700)) return;
+void Node::try_resolve(const Resolve& command, uint32_t tries) {
+  if (cancelled_resolves_.contains(command.resolve) && rng_.chance(700)) return;
   std::set<uint32_t> peers;
-  Resolved answer = world_.workload->resolve(*receive, peers);
-  answer.resolve = id;
+  Resolved answer = world_.workload->resolve(*command.receive, command.declines, peers);
+  answer.resolve = command.resolve;
   bool ready = true;
   if (answer.reason == Reason::kNone)
     for (const uint32_t peer : peers)
@@ -380,12 +378,13 @@ void Node::try_resolve(ResolveId id, std::shared_ptr<const ReceiveOp> receive, u
       answer.reason = Reason::kPeerUnreachable;
       answer.legs.clear();
     }
-    if (answer.reason != Reason::kNone) world_.workload->unreachable(receive->key, kCauseLink);
+    if (answer.reason != Reason::kNone)
+      world_.workload->unreachable(command.receive->key, kCauseLink);
     post(answer);
     return;
   }
   world_.after_on(index_, rng_.micros(1000, 5000),
-                  [this, id, receive, tries] { try_resolve(id, receive, tries - 1); });
+                  [this, command, tries] { try_resolve(command, tries - 1); });
 }
 
 // ---- copies ------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Node {
   void continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool fails);
   void end_copy(uint64_t key, engine::CopyOutcome outcome, engine::Check check);
   void resolve(const engine::Resolve& command);
-  void try_resolve(ResolveId id, std::shared_ptr<const engine::ReceiveOp> receive, uint32_t tries);
+  void try_resolve(const engine::Resolve& command, uint32_t tries);
   engine::Check checksum(const memory::Region& region, uint64_t bytes, engine::CheckKind kind);
 
   World& world_;

@@ -223,7 +223,8 @@ class Workload {
   Side* side_by_uid(uint64_t uid) const;
   bool holds(const engine::WatchCondition& watch) const;
   bool attached(WorkerId worker) const { return workers_by_id_.contains(worker); }
-  engine::Resolved resolve(const engine::ReceiveOp& receive, std::set<uint32_t>& nodes) const;
+  engine::Resolved resolve(const engine::ReceiveOp& receive, bool declines,
+                           std::set<uint32_t>& nodes) const;
   engine::PullResolved resolve_pull(const engine::MsgPull& pull,
                                     const engine::LayoutHandle& layout) const;
   void before_gather(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;

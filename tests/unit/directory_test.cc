@@ -614,6 +614,21 @@ TEST_CASE("a controller's question leads to every rank of the sender, wherever t
   }
 }
 
+TEST_CASE("a decline finds the sender's ranks also when its own layout is gone") {
+  Pair pair;
+  pair.register_all();
+  const std::string ticket = *pair.a.directory.ticket("default/prefill");
+  const auto op = receive(pair.receiver, ticket);
+  pair.b.directory.remove_local(pair.receiver);
+  pair.b.directory.resolve({ResolveId{2}, op, true});
+  const auto resolved = pair.b.events.take<engine::Resolved>();
+  REQUIRE(resolved);
+  INFO(resolved->message);
+  REQUIRE(resolved->reason == Reason::kNone);
+  REQUIRE(resolved->legs.size() == 2);
+  for (const engine::ReceiverLeg& leg : resolved->legs) CHECK(leg.node == "a");
+}
+
 TEST_CASE("a registration that does not fit its instance changes nothing") {
   Net net;
   Directory& directory = net["a"].directory;
