@@ -295,7 +295,9 @@ void Core::flush() {
     receiver.flush();
   } while (lanes.looping());
   reuse.flush();
-  workers.publish();  // before those two, which say that the records are final
+  workers.publish();  // before the rest, which says that the records are final
+  for (Reply& answer : answers_) out->push_back(std::move(answer));
+  answers_.clear();
   tell_quiet_layouts();
   tell_drained();
 }

@@ -44,6 +44,8 @@ class Core {
   void emit(Any&& command) {
     out->push_back(std::forward<Any>(command));
   }
+  // Answers leave after the batch's status records: what a worker is told, its slot shows already.
+  void emit(Reply answer) { answers_.push_back(std::move(answer)); }
   // Numbers of everything the engine makes, but pulls and credits, which have their own.
   uint64_t next_number() { return ++last_number; }
   void dropped(DropCause cause) { ++stats.dropped[static_cast<std::size_t>(cause)]; }
@@ -123,6 +125,7 @@ class Core {
   void tell_quiet_layouts();
   void tell_drained();
 
+  std::vector<Reply> answers_;                                // of this batch
   std::vector<std::shared_ptr<const LayoutHandle>> leaving_;  // layouts taken back, not yet quiet
 };
 

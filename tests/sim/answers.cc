@@ -55,6 +55,8 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
       break;
     case PendingOp::Kind::kCancel:
       if (!ok && side.accepted && !side.closing) unexpected("Cancel");
+      if (ok && !reply.memory_in_use)
+        require(side.released(), "replies", "Cancel tells of free pages that no record shows");
       break;
     case PendingOp::Kind::kRevoke:
       if (!ok && causes == 0) unexpected("Revoke");

@@ -149,6 +149,21 @@ TEST_CASE("cancel is idempotent, ends both sides and tells whether memory is in 
   CHECK(empty(pair.s));
 }
 
+TEST_CASE("an answer leaves after the status records that it speaks of") {
+  Pair pair;
+  pair.s.post(pair.send_op("a", 0, {0, 64}, true));
+  pair.s.forget();
+  pair.s.post(CancelOp{{{1}, 1}, Pair::handle_of("a")});
+  std::vector<std::string> order;
+  for (const Command& command : pair.s.commands) {
+    if (const auto* shown = std::get_if<Publish>(&command))
+      order.emplace_back(shown->record.released ? "released" : "held");
+    if (const auto* answer = std::get_if<Reply>(&command))
+      order.emplace_back(answer->memory_in_use ? "in use" : "free");
+  }
+  CHECK(order == std::vector<std::string>{"released", "free"});
+}
+
 TEST_CASE("nobody comes: the lease ends and the pages are released") {
   Pair pair;
   pair.s.post(pair.send_op("a", 0, {0, 64}, true));
