@@ -45,10 +45,12 @@ Status HandOff::attach(bool sender) {
     attach.reconnect = false;
     auto client = client::Client::attach(attach);
     if (!client) return client.error();
-    auto pool = (*client)->alloc_pool("kv", memory->pool_bytes);
+    auto pool = RankPool::make(**client, options_.memory, memory->pool_bytes,
+                               sender ? options_.sender_device : options_.receiver_device);
     if (!pool) return pool.error();
-    fill_untouched(memory->pool_bytes, pool->data);
-    if (sender) fill_cells(*memory, options_.shape.tokens, options_.seed, pool->data);
+    fill_untouched(memory->pool_bytes, pool->data());
+    if (sender) fill_cells(*memory, options_.shape.tokens, options_.seed, pool->data());
+    if (Status written = pool->put(); !written) return written;
     client::LayoutRegistration registration;
     registration.instance = sender ? kSenderInstance : kReceiverInstance;
     registration.layout = memory->layout;
@@ -58,7 +60,7 @@ Status HandOff::attach(bool sender) {
       for (const client::Plane& plane : memory->layout.groups[0].planes)
         payload_bytes_ += plane.cell_bytes * plane.unit_count * options_.shape.tokens;
     }
-    ranks.push_back({std::move(*client), std::move(*memory), *pool, 0});
+    ranks.push_back({std::move(*pool), std::move(*client), std::move(*memory), 0});
   }
   return {};
 }
@@ -107,8 +109,17 @@ Status HandOff::finish(std::vector<Rank>& ranks, client::TransferState wanted) {
   return {};
 }
 
+std::string HandOff::devices() const {
+  const std::string from = senders_.front().pool.description();
+  if (from.empty() || options_.sender_device == options_.receiver_device) return from;
+  return from + "; " + receivers_.front().pool.description();
+}
+
 Result<RoundResult> HandOff::round() {
-  for (Rank& rank : receivers_) fill_untouched(rank.memory.pool_bytes, rank.pool.data);
+  for (Rank& rank : receivers_) {
+    fill_untouched(rank.memory.pool_bytes, rank.pool.data());
+    if (Status written = rank.pool.put(); !written) return written.error();
+  }
   client::TransferKey key;
   key.instance = kSenderInstance;
   key.id = client::to_text(client::random_bytes16());
@@ -128,8 +139,9 @@ Result<RoundResult> HandOff::round() {
   for (Rank& rank : receivers_) {
     if (options_.progress)
       options_.progress("verifying receiver rank " + std::to_string(rank.memory.layout.rank));
+    if (Status read = rank.pool.get(); !read) return read.error();
     const Verdict verdict =
-        verify(rank.memory, options_.shape.tokens, options_.seed, rank.pool.data);
+        verify(rank.memory, options_.shape.tokens, options_.seed, rank.pool.data());
     if (!verdict.ok()) {
       return Error{Code::kDataLoss,
                    "BENCH_WRONG_BYTES",

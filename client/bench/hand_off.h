@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "client/bench/device_memory.h"
 #include "client/bench/shapes.h"
 #include "kvferry/client.h"
 
@@ -31,6 +32,9 @@ class HandOff {
     std::string receiver_socket;
     uint64_t seed = 1;
     double spare = 1.25;  // blocks of a pool for each block of the request
+    MemoryKind memory = MemoryKind::kHost;
+    int sender_device = 0;  // numbers of GPUs in this process
+    int receiver_device = 0;
     std::function<void(const std::string&)> progress;
   };
   // Attaches all workers, allocates and fills their pools, registers their layouts.
@@ -40,12 +44,14 @@ class HandOff {
   Result<RoundResult> round();
   // Bytes that all receiver ranks get together.
   uint64_t payload_bytes() const { return payload_bytes_; }
+  // The GPUs that pools lie on; empty for memory of the host.
+  std::string devices() const;
 
  private:
   struct Rank {
+    RankPool pool;  // goes after the client
     std::unique_ptr<client::Client> client;
     RankMemory memory;
-    client::PoolMemory pool;
     client::TransferHandle transfer = 0;
   };
   explicit HandOff(Options options) : options_(std::move(options)) {}

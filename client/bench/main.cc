@@ -4,6 +4,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -30,6 +31,9 @@ struct Options {
   std::string receiver_socket;
   std::string bin;
   std::vector<std::string> settings;
+  std::string memory = "host";
+  int sender_device = 0;
+  int receiver_device = 0;
 
   uint64_t fragments = 16384;
   uint64_t fragment_bytes = 4096;
@@ -42,6 +46,18 @@ struct Options {
 void add_common(CLI::App& command, Options& o) {
   command.add_option("--path", o.path, "How bytes travel")
       ->check(CLI::IsMember({"local", "shm", "tcp"}))
+      ->capture_default_str();
+  command
+      .add_option("--memory", o.memory,
+                  "Where pools lie: on the host, or on a GPU as cudaMalloc memory (by CUDA IPC "
+                  "handle) or VMM memory (by descriptor)")
+      ->check(CLI::IsMember({"host", "cuda", "cuda-vmm"}))
+      ->capture_default_str();
+  command.add_option("--sender-device", o.sender_device, "Number of the sender's GPU")
+      ->check(CLI::Range(0, 1023))
+      ->capture_default_str();
+  command.add_option("--receiver-device", o.receiver_device, "Number of the receiver's GPU")
+      ->check(CLI::Range(0, 1023))
       ->capture_default_str();
   command.add_option("--rounds", o.rounds, "Timed rounds")
       ->check(CLI::Range(1U, 100000U))
@@ -70,6 +86,15 @@ int fail_with(const client::Error& error, const DaemonPair* daemons) {
   return 1;
 }
 
+// A daemon without the GPU is an error, not a slower path. Settings of the user's own come last.
+void use_gpu(DaemonOptions& options) {
+  std::vector<std::string> settings{"gpu.enabled=on"};
+  const char* library = std::getenv("KVFERRY_CUDA_DRIVER");
+  if (library != nullptr && *library != 0)
+    settings.push_back("gpu.driver=" + std::string(library));
+  options.settings.insert(options.settings.begin(), settings.begin(), settings.end());
+}
+
 Result<std::vector<Metrics>> scrape(const DaemonPair& daemons) {
   std::vector<Metrics> out;
   for (int side = 0; side < 2; ++side) {
@@ -92,6 +117,7 @@ int run(const Options& o, const std::string& command, HandOff::Options work,
     // Locally both ends are on the first daemon, and the second one stands idle.
     const bool local = o.path == "local";
     DaemonOptions daemon_options{local ? "tcp" : o.path, o.bin, o.settings};
+    if (o.memory != "host") use_gpu(daemon_options);
     auto started = DaemonPair::start(daemon_options);
     if (!started) return fail_with(started.error(), nullptr);
     daemons = std::move(*started);
@@ -101,6 +127,11 @@ int run(const Options& o, const std::string& command, HandOff::Options work,
     work.sender_socket = o.sender_socket;
     work.receiver_socket = o.receiver_socket;
   }
+  work.memory = o.memory == "cuda"       ? MemoryKind::kCuda
+                : o.memory == "cuda-vmm" ? MemoryKind::kVmm
+                                         : MemoryKind::kHost;
+  work.sender_device = o.sender_device;
+  work.receiver_device = o.receiver_device;
   if (o.progress) work.progress = tell;
   auto hand_off = HandOff::make(std::move(work));
   if (!hand_off) return fail_with(hand_off.error(), daemons.get());
@@ -111,7 +142,10 @@ int run(const Options& o, const std::string& command, HandOff::Options work,
   report.path = o.sender_socket.empty() ? o.path : "given daemons";
   report.payload_bytes = (*hand_off)->payload_bytes();
   report.cpu_seconds = daemons ? 0 : -1;
-  report.settings = {{"seed", std::to_string(o.seed)}, {"warm_up", std::to_string(o.warm_up)}};
+  report.settings = {{"seed", std::to_string(o.seed)},
+                     {"warm_up", std::to_string(o.warm_up)},
+                     {"memory", o.memory}};
+  if (o.memory != "host") report.settings["devices"] = (*hand_off)->devices();
   for (const std::string& setting : o.settings) {
     const std::size_t equals = setting.find('=');
     if (equals != std::string::npos)

@@ -60,14 +60,14 @@ Status Party::attach(uint32_t rank) {
 
 Status Party::make_pool(Rank& rank, uint32_t number) {
   const uint64_t bytes = rank.memory.pool_bytes;
-  if (options_.memory == MemoryKind::kHost) {
+  if (options_.memory == bench::MemoryKind::kHost) {
     auto pool = rank.client->alloc_pool("kv", bytes);
     if (!pool) return pool.error();
     rank.pool = *pool;
     return {};
   }
-  auto device = DeviceMemory::make(*rank.client, "kv", options_.memory, bytes,
-                                   static_cast<int>(number) % options_.devices);
+  auto device = bench::DeviceMemory::make(*rank.client, "kv", options_.memory, bytes,
+                                          static_cast<int>(number) % options_.devices);
   if (!device) return device.error();
   rank.device = std::move(*device);
   rank.mirror.resize(bytes);

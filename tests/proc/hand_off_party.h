@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "client/bench/device_memory.h"
 #include "client/bench/shapes.h"
 #include "kvferry/client.h"
-#include "tests/proc/device_memory.h"
 
 namespace kvferry::testing {
 
@@ -38,7 +38,7 @@ class Party {
     uint32_t requests = 1;  // that fit the pools; above 1, whole blocks only
     uint64_t seed = 1;      // of block ids; the pattern is the same for all
     bool reconnect = false;
-    MemoryKind memory = MemoryKind::kHost;
+    bench::MemoryKind memory = bench::MemoryKind::kHost;
     int devices = 1;         // memory on GPUs: rank r is on device r % devices
     bool zero_tail = false;  // its groups clear what lies past the prompt's end
   };
@@ -105,7 +105,7 @@ class Party {
  private:
   struct Rank {
     // On a GPU: `pool` is what is copied there, or was copied from there, in host memory.
-    std::unique_ptr<DeviceMemory> device;
+    std::unique_ptr<bench::DeviceMemory> device;
     std::vector<std::byte> mirror;
     std::unique_ptr<client::Client> client;
     bench::RankMemory memory;

@@ -152,9 +152,9 @@ int run(int argc, char** argv) {
   options.seed = options.sends ? 1 : 2;
   options.reconnect = true;
   const std::string memory = argc > 9 ? argv[9] : "host";
-  options.memory = memory == "vmm"    ? MemoryKind::kVmm
-                   : memory == "cuda" ? MemoryKind::kCuda
-                                      : MemoryKind::kHost;
+  options.memory = memory == "vmm"    ? bench::MemoryKind::kVmm
+                   : memory == "cuda" ? bench::MemoryKind::kCuda
+                                      : bench::MemoryKind::kHost;
   options.zero_tail = argc > 11 && std::string(argv[11]) == "zero";
   if (argc > 10) options.devices = std::stoi(argv[10]);
   auto party = Party::make(options);

@@ -1,9 +1,9 @@
-#include "tests/proc/device_memory.h"
+#include "client/bench/device_memory.h"
 
 #include <cstdlib>
 #include <utility>
 
-namespace kvferry::testing {
+namespace kvferry::bench {
 namespace {
 
 constexpr uint64_t kBefore = 64 * 1024 + 256;  // of an allocation, ahead of the pool
@@ -24,6 +24,10 @@ client::Status DeviceMemory::open(int device) {
   driver_ = std::move(*driver);
   const cuda::Api& api = driver_->api();
   if (auto s = check(api.cuDeviceGet(&device_, device), "cuDeviceGet"); !s) return s;
+  char name[256] = {};
+  if (auto s = check(api.cuDeviceGetName(name, sizeof name - 1, device_), "cuDeviceGetName"); !s)
+    return s;
+  description_ = std::string(name) + ", driver of CUDA " + driver_->version_text();
   if (auto s = check(api.cuDevicePrimaryCtxRetain(&context_, device_), "cuDevicePrimaryCtxRetain");
       !s)
     return s;
@@ -82,6 +86,23 @@ client::Status DeviceMemory::download(std::byte* to) {
   return check(api.cuStreamSynchronize(stream_), "cuStreamSynchronize");
 }
 
+client::Result<RankPool> RankPool::make(client::Client& client, MemoryKind kind, uint64_t bytes,
+                                        int device) {
+  RankPool pool;
+  if (kind == MemoryKind::kHost) {
+    auto memory = client.alloc_pool("kv", bytes);
+    if (!memory) return memory.error();
+    pool.data_ = memory->data;
+    return pool;
+  }
+  auto memory = DeviceMemory::make(client, "kv", kind, bytes, device);
+  if (!memory) return memory.error();
+  pool.device_ = std::move(*memory);
+  pool.copy_.resize(bytes);
+  pool.data_ = pool.copy_.data();
+  return pool;
+}
+
 client::Result<std::string> DeviceMemory::record_event(client::Client& client) {
   const cuda::Api& api = driver_->api();
   if (auto s = check(api.cuCtxSetCurrent(context_), "cuCtxSetCurrent"); !s) return s.error();
@@ -100,4 +121,4 @@ client::Result<std::string> DeviceMemory::record_event(client::Client& client) {
   return client.export_event(event_);
 }
 
-}  // namespace kvferry::testing
+}  // namespace kvferry::bench
