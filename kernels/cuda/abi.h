@@ -196,6 +196,15 @@ struct CUmemLocation {
   CUmemLocationType type;
   int id;
 };
+enum CUmemcpySrcAccessOrder : unsigned int {
+  CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1,
+};
+struct CUmemcpyAttributes {
+  CUmemcpySrcAccessOrder srcAccessOrder;
+  CUmemLocation srcLocHint;  // of managed memory only
+  CUmemLocation dstLocHint;
+  unsigned int flags;
+};
 struct CUmemAllocationProp {
   CUmemAllocationType type;
   CUmemAllocationHandleType requestedHandleTypes;  // a set of bits

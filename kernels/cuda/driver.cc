@@ -98,7 +98,8 @@ tl::expected<void, DriverError> Driver::resolve() {
   }
   std::string missing;
   const auto resolve_one = [&](auto& member, const char* name, int version, Need need) {
-    void* address = finder.find(name, version);
+    // An older driver may have an older form of the same name.
+    void* address = version <= version_ ? finder.find(name, version) : nullptr;
     member = reinterpret_cast<std::remove_reference_t<decltype(member)>>(address);
     if (address == nullptr && need == Need::kRequired) {
       missing +=

@@ -98,6 +98,10 @@
     (void* to, CUdeviceptr from, size_t bytes, CUstream stream))                                   \
   X(cuMemcpyDtoDAsync, cuMemcpyDtoDAsync_v2, 3020, kRequired,                                      \
     (CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstream stream))                             \
+  X(cuMemcpyBatchAsync, cuMemcpyBatchAsync_v2, 13000, kOptional,                                   \
+    (CUdeviceptr* to, CUdeviceptr* from, size_t* bytes, size_t count,                              \
+     CUmemcpyAttributes* attributes, size_t* first_of_attributes, size_t attribute_count,          \
+     CUstream stream))                                                                             \
   X(cuMemsetD8Async, cuMemsetD8Async, 3020, kRequired,                                             \
     (CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream))                          \
   X(cuEventCreate, cuEventCreate, 2000, kRequired, (CUevent* event, unsigned int flags))           \

@@ -279,6 +279,22 @@ CUresult cuMemcpyDtoDAsync_v2(CUdeviceptr to, CUdeviceptr from, size_t bytes, CU
                      });
 }
 
+// As that many copies, which is one of the orders that it promises.
+CUresult cuMemcpyBatchAsync_v2(CUdeviceptr* to, CUdeviceptr* from, size_t* bytes, size_t count,
+                               CUmemcpyAttributes* attributes, size_t* first_of_attributes,
+                               size_t attribute_count, CUstream handle) {
+  if (count == 0 || to == nullptr || from == nullptr || bytes == nullptr || attributes == nullptr ||
+      first_of_attributes == nullptr || attribute_count == 0 || attribute_count > count ||
+      first_of_attributes[0] != 0 ||
+      attributes[0].srcAccessOrder != CU_MEMCPY_SRC_ACCESS_ORDER_STREAM)
+    return CUDA_ERROR_INVALID_VALUE;
+  for (size_t i = 0; i < count; ++i) {
+    const CUresult result = cuMemcpyDtoDAsync_v2(to[i], from[i], bytes[i], handle);
+    if (result != CUDA_SUCCESS) return result;
+  }
+  return CUDA_SUCCESS;
+}
+
 CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream handle) {
   return stream_call("cuMemsetD8Async", handle,
                      [&](Call& c, const std::shared_ptr<Stream>& stream) {

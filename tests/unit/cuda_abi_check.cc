@@ -85,6 +85,9 @@ static_assert(kDeviceMap == CU_MEMHOSTREGISTER_DEVICEMAP);
 
 #define KVFERRY_VALUE(name) \
   static_assert(static_cast<unsigned long>(ours::name) == static_cast<unsigned long>(name), #name);
+static_assert(sizeof(ours::CUmemcpyAttributes) == sizeof(CUmemcpyAttributes));
+static_assert(offsetof(ours::CUmemcpyAttributes, flags) == offsetof(CUmemcpyAttributes, flags));
+KVFERRY_VALUE(CU_MEMCPY_SRC_ACCESS_ORDER_STREAM)
 KVFERRY_VALUE(CUDA_SUCCESS)
 KVFERRY_VALUE(CUDA_ERROR_INVALID_VALUE)
 KVFERRY_VALUE(CUDA_ERROR_OUT_OF_MEMORY)
