@@ -420,6 +420,36 @@ TEST_CASE("A read that does not come back ends in time, and is not piled upon") 
   CHECK(static_cast<uint8_t>(out[15]) == 18);
 }
 
+TEST_CASE("Nobody waits at the end for a read that does not come back, and its page stays") {
+  World world;
+  auto memory = world.worker.alloc(kMiB);
+  auto imported = world.imports->import_ipc(world.request(kMiB), memory.handle);
+  REQUIRE(imported);
+  std::array<std::byte, 16> out{};
+  world.machine->hold();
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, milliseconds(20))) ==
+        "GPU_READ_TIMEOUT ");
+  world.imports.reset();
+  CHECK(world.machine->live().registrations == 1);
+  CHECK(world.machine->live().streams == 1);
+  world.machine->release();
+}
+
+TEST_CASE("A read of which the driver does not tell is not taken for ended") {
+  World world;
+  auto memory = world.worker.alloc(kMiB);
+  auto imported = world.imports->import_ipc(world.request(kMiB), memory.handle);
+  REQUIRE(imported);
+  std::array<std::byte, 16> out{};
+  world.machine->hold();
+  world.machine->fail("cuStreamQuery", 1, cuda::CUDA_ERROR_UNKNOWN);
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, seconds(20))) == "CUDA_UNKNOWN ");
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, milliseconds(20))) ==
+        "GPU_READ_TIMEOUT ");
+  CHECK(world.machine->calls("cuMemcpyDtoHAsync") == 1);
+  world.machine->release();
+}
+
 TEST_CASE("Whichever call of an import fails, nothing is left behind") {
   World world;
   auto memory = world.worker.alloc(4 * kMiB);
