@@ -53,6 +53,9 @@ Status Queues::pin_arena(const memory::HostArena& arena) {
     auto pinned =
         PinnedMemory::pin(devices_->all(), segment.data(), round_up(segment.bytes(), kPageBytes));
     KVFERRY_RETURN_IF_ERROR(pinned);
+    for (const auto& device : devices_->all())
+      if ((*pinned)->on(*device) == 0)
+        device->take_down({Code::kUnavailable, "PIN_FAILED", "it does not see the arena", {}});
     segments_.push_back(std::move(*pinned));
   }
   return {};

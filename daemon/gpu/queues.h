@@ -51,11 +51,16 @@ class Queues {
   // For what can be done on any device; the first that is up, or null.
   CopyQueue* any() const;
 
-  // Registers all segments with all devices; the arena outlives the queues. FAILED_PRECONDITION
-  // PIN_FAILED.
+  // Registers all segments with all devices; the arena outlives the queues. A device that does not
+  // see one of them is taken down. FAILED_PRECONDITION PIN_FAILED if none does.
   Status pin_arena(const memory::HostArena& arena);
   // The region's first byte as the device sees it; 0: not at all.
   cuda::CUdeviceptr arena_address(const Device& device, const memory::Region& region) const;
+  // Keeps the region registered, for DeviceJob::keep: a copy that never ends may write it after the
+  // queues have gone. Only where a device sees the region.
+  std::shared_ptr<const void> arena_pin(const memory::Region& region) const {
+    return segments_.at(region.segment);
+  }
 
   // Registers host pools, each once as long as somebody holds its registration. Blocks while their
   // pages are pinned. FAILED_PRECONDITION PIN_FAILED.

@@ -30,13 +30,11 @@ Result<std::unique_ptr<Reader>> Reader::make(std::shared_ptr<const Device> devic
 }
 
 Reader::~Reader() {
+  if (still_stuck()) return;
   const Device::Current current(*device_);
   if (current.ok()) {
-    if (stream_ != nullptr) {
-      if (stuck_)
-        (void)device_->check(device_->api().cuStreamSynchronize(stream_), "cuStreamSynchronize");
+    if (stream_ != nullptr)
       (void)device_->check(device_->api().cuStreamDestroy(stream_), "cuStreamDestroy");
-    }
     if (registered_)
       (void)device_->check(device_->api().cuMemHostUnregister(page_), "cuMemHostUnregister");
   }
@@ -47,7 +45,12 @@ bool Reader::still_stuck() {
   if (!stuck_) return false;
   const Device::Current current(*device_);
   if (!current.ok()) return true;
-  stuck_ = device_->api().cuStreamQuery(stream_) == cuda::CUDA_ERROR_NOT_READY;
+  // Only the end of the copy, or that of its context, is an end.
+  const cuda::CUresult state = device_->api().cuStreamQuery(stream_);
+  if (state != cuda::CUDA_ERROR_NOT_READY) {
+    const Status ended = device_->check(state, "cuStreamQuery");
+    stuck_ = !ended && ended.error().code != Code::kUnavailable;
+  }
   return stuck_;
 }
 
@@ -58,20 +61,20 @@ Status Reader::read(cuda::CUdeviceptr from, std::span<std::byte> out, Duration l
   KVFERRY_RETURN_IF_ERROR(current.status());
   KVFERRY_RETURN_IF_ERROR(
       device_->check(api.cuMemcpyDtoHAsync(page_, from, out.size(), stream_), "cuMemcpyDtoHAsync"));
+  stuck_ = true;  // until it is known to have ended
   const Time deadline = monotonic_now() + limit;
   auto pause = std::chrono::microseconds(20);
   for (;;) {
     const cuda::CUresult state = api.cuStreamQuery(stream_);
     if (state != cuda::CUDA_ERROR_NOT_READY) {
       KVFERRY_RETURN_IF_ERROR(device_->check(state, "cuStreamQuery"));
+      stuck_ = false;
       std::memcpy(out.data(), page_, out.size());
       return {};
     }
-    if (monotonic_now() >= deadline) {
-      stuck_ = true;
+    if (monotonic_now() >= deadline)
       return fail(Code::kDeadlineExceeded, "GPU_READ_TIMEOUT",
                   "the device did not copy " + std::to_string(out.size()) + " bytes in time");
-    }
     std::this_thread::sleep_for(pause);
     pause = std::min(pause * 2, std::chrono::microseconds(1000));
   }

@@ -18,13 +18,13 @@ class Reader {
   static constexpr std::size_t kMaxBytes = 4096;
 
   static Result<std::unique_ptr<Reader>> make(std::shared_ptr<const Device> device);
-  // Waits for a copy that is still under way, as its page may be written until then.
+  // Waits for nothing: with a copy that is still under way its page is never given back.
   ~Reader();
   Reader(const Reader&) = delete;
   Reader& operator=(const Reader&) = delete;
 
-  // out.size() <= kMaxBytes. DEADLINE_EXCEEDED GPU_READ_TIMEOUT, after which the reader is stuck;
-  // else as Device::check.
+  // out.size() <= kMaxBytes. DEADLINE_EXCEEDED GPU_READ_TIMEOUT, or as Device::check; after an
+  // error the reader may be stuck.
   Status read(cuda::CUdeviceptr from, std::span<std::byte> out, Duration limit);
   // Its last copy has not come back, also not by now. Asks the driver.
   bool still_stuck();

@@ -119,6 +119,7 @@ Status Copier::submit_on(const gpu::Device& device, Copy copy) {
     job.flat = parts_.queues->arena_address(device, copy.region);
     if (job.flat == 0)
       return fail(Code::kUnavailable, "ARENA_NOT_PINNED", "the device does not see the arena");
+    job.keep = parts_.queues->arena_pin(copy.region);
   }
   return hand_over(device, std::move(job), std::move(copy));
 }

@@ -126,7 +126,13 @@ Result<Gpu> open_gpu(const ops::Config& config, const memory::HostArena& arena,
                 "pinned_host needs a GPU: " + opened.error().to_string(), "arena.kind");
   } else {
     out.why_not = opened.error().message;
-    ops::log_info("no gpu", {ops::field("why", opened.error().to_string())});
+    const ops::LogField why = ops::field("why", opened.error().to_string());
+    // A GPU that is there and could not be used is worth a look.
+    if (config.gpu.enabled == ops::GpuUse::kOff || shared_arena ||
+        opened.error().reason == "NO_CUDA_DRIVER")
+      ops::log_info("no gpu", {why});
+    else
+      ops::log_warning("gpu not used", {why});
   }
   if (config.pools.automatic()) return out;
   const std::vector<rpc::PoolKind> wanted = pool_kinds(config);

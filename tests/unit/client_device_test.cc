@@ -16,6 +16,7 @@
 
 #include "client/cpp/src/attachment.h"
 #include "client/cpp/src/device_export.h"
+#include "client/cpp/src/device_memory.h"
 #include "client/cpp/src/device_words.h"
 #include "client/cpp/src/gpu.h"
 #include "kvferry/client.h"
@@ -565,6 +566,19 @@ TEST_CASE("a GPU that is stuck ends an export in time") {
   CHECK(status.error().reason == "GPU_TIMEOUT");
   CHECK_FALSE(scene.daemon->service.pools.contains("kv"));
   scene.machine.control().release();
+}
+
+TEST_CASE("memory that is still being cleared when an allocation has to end stays mapped") {
+  Scene scene;
+  scene.machine.control().hold();
+  const auto late = std::chrono::steady_clock::now() + milliseconds(20);
+  const auto memory = DeviceMemory::allocate(scene.gpu, kMiB, late);
+  REQUIRE_FALSE(memory);
+  CHECK(memory.error().reason == "GPU_TIMEOUT");
+  CHECK(scene.machine.control().live().mappings == 1);
+  scene.machine.control().release();
+  // The clearing ends well, and with it all of the device's work before this.
+  scene.free(scene.allocate(kMiB));
 }
 
 TEST_CASE("streams set timeline words and wait for done words") {

@@ -7,7 +7,10 @@
 #include <catch2/catch.hpp>
 #include <functional>
 #include <numeric>
+#include <thread>
 
+#include "daemon/gpu/copy_queue.h"
+#include "daemon/gpu/pinned_memory.h"
 #include "daemon/memory/host_pool.h"
 #include "tests/fake_cuda/control.h"
 #include "tests/unit/gpu_exporter.h"
@@ -100,6 +103,38 @@ std::vector<uint8_t> pattern(std::size_t bytes, uint8_t first) {
 template <typename T>
 std::string reason_of(const Result<T>& result) {
   return result ? "" : result.error().reason + " " + result.error().field;
+}
+
+bool comes_true(const std::function<bool()>& condition) {
+  const Time limit = soon();
+  while (!condition()) {
+    if (monotonic_now() > limit) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+// Of [base, base + bytes), in one piece.
+std::shared_ptr<DevicePlan> plan_of(uint64_t base, uint64_t bytes) {
+  kernels::CopyPlan plan;
+  plan.bytes = bytes;
+  plan.pool_count = 1;
+  plan.rows = {0, 1};
+  plan.segments = {0, 1};
+  plan.strips.push_back({});
+  plan.blocks = {{0, 0}, {1, 1}};
+  plan.spans = {{0, 0, 1}};
+  kernels::Bundle& bundle = plan.bundles.emplace_back();
+  bundle.bytes = bytes;
+  bundle.cell_bytes = bytes;
+  bundle.order = {kernels::Axis::kRow, kernels::Axis::kPlane, kernels::Axis::kBlock,
+                  kernels::Axis::kUnit, kernels::Axis::kToken};
+  bundle.row_count = bundle.plane_count = bundle.segment_count = bundle.block_count = 1;
+  bundle.token_count = bundle.unit_count = 1;
+  auto packed = kernels::PackedPlan::make(plan, std::span(&base, 1));
+  REQUIRE(packed);
+  return std::make_shared<DevicePlan>(
+      std::make_shared<const kernels::PackedPlan>(std::move(*packed)));
 }
 
 std::vector<VmmPart> one_part(UniqueFd fd, uint64_t bytes) {
@@ -352,6 +387,58 @@ TEST_CASE("The last user closes, after the worker's death too, and its memory is
   CHECK(world.machine->device_bytes(0) == before);
 }
 
+TEST_CASE("A worker killed while a copy runs on its memory: the copy ends, and then all is free") {
+  const bool by_handle = GENERATE(true, false);
+  World world;
+  const std::shared_ptr<const Device> device = world.devices->all()[0];
+  auto opened = CopyQueue::open(device);
+  REQUIRE(opened);
+  std::unique_ptr<CopyQueue> queue = std::move(*opened);
+  constexpr uint64_t kBytes = 2 * kPart;
+  void* const page =
+      ::mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(page != MAP_FAILED);
+  auto pinned = PinnedMemory::pin({device}, page, kBytes);
+  REQUIRE(pinned);
+  const uint64_t before = world.machine->device_bytes(0);
+  auto memory = by_handle ? world.worker.alloc(kBytes) : world.worker.vmm_fd(kBytes);
+  const auto data = pattern(64, 11);
+  world.worker.write(memory.address + kBytes - 64, data);
+  auto imported = by_handle ? world.imports->import_ipc(world.request(kBytes), memory.handle)
+                            : world.imports->import_fds(world.request(kBytes),
+                                                        one_part(std::move(memory.fd), kBytes));
+  REQUIRE(imported);
+
+  std::atomic<int> told{0};
+  DeviceJob job;
+  job.plan = plan_of(reinterpret_cast<uintptr_t>(imported->pool->base()), kBytes);
+  job.bytes = kBytes;
+  job.flat = (*pinned)->on(*device);
+  job.pools = {imported->pool};
+  job.done = [&](Outcome outcome) { told = outcome == Outcome::kOk ? 1 : 2; };
+  world.machine->hold();
+  const uint64_t launches = world.machine->calls("cuLaunchKernel");
+  REQUIRE(queue->submit(std::move(job)));
+  REQUIRE(comes_true([&] { return world.machine->calls("cuLaunchKernel") > launches; }));
+  world.worker.kill();
+  *imported = Imported{};  // the registration
+  CHECK(world.drained());
+  CHECK(world.held() > 0);
+  CHECK(world.machine->device_bytes(0) == before + kBytes);
+  CHECK(told == 0);
+
+  const Time released = monotonic_now();
+  world.machine->release();
+  REQUIRE(comes_true([&] { return world.machine->device_bytes(0) == before; }));
+  CHECK(monotonic_now() - released < seconds(1));
+  CHECK(told == 1);
+  CHECK(std::equal(data.begin(), data.end(), static_cast<const uint8_t*>(page) + kBytes - 64));
+  CHECK(world.held() == 0);
+  queue.reset();
+  *pinned = nullptr;
+  ::munmap(page, kBytes);
+}
+
 TEST_CASE("A pool may outlive the imports, and closes its memory itself then") {
   World world;
   auto memory = world.worker.alloc(kMiB);
@@ -418,6 +505,36 @@ TEST_CASE("A read that does not come back ends in time, and is not piled upon") 
     read = world.imports->read(*imported->pool, 0, out, seconds(20));
   CHECK(read);
   CHECK(static_cast<uint8_t>(out[15]) == 18);
+}
+
+TEST_CASE("Nobody waits at the end for a read that does not come back, and its page stays") {
+  World world;
+  auto memory = world.worker.alloc(kMiB);
+  auto imported = world.imports->import_ipc(world.request(kMiB), memory.handle);
+  REQUIRE(imported);
+  std::array<std::byte, 16> out{};
+  world.machine->hold();
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, milliseconds(20))) ==
+        "GPU_READ_TIMEOUT ");
+  world.imports.reset();
+  CHECK(world.machine->live().registrations == 1);
+  CHECK(world.machine->live().streams == 1);
+  world.machine->release();
+}
+
+TEST_CASE("A read of which the driver does not tell is not taken for ended") {
+  World world;
+  auto memory = world.worker.alloc(kMiB);
+  auto imported = world.imports->import_ipc(world.request(kMiB), memory.handle);
+  REQUIRE(imported);
+  std::array<std::byte, 16> out{};
+  world.machine->hold();
+  world.machine->fail("cuStreamQuery", 1, cuda::CUDA_ERROR_UNKNOWN);
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, seconds(20))) == "CUDA_UNKNOWN ");
+  CHECK(reason_of(world.imports->read(*imported->pool, 0, out, milliseconds(20))) ==
+        "GPU_READ_TIMEOUT ");
+  CHECK(world.machine->calls("cuMemcpyDtoHAsync") == 1);
+  world.machine->release();
 }
 
 TEST_CASE("Whichever call of an import fails, nothing is left behind") {

@@ -86,6 +86,65 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
   CHECK(machine->live().total() == 0);
 }
 
+TEST_CASE("Whichever call of the set-up fails, GPUs are used or not and why, and nothing is left") {
+  fake_cuda::Setup setup;
+  setup.devices = 2;
+  setup.memory_mb = 64;
+  fake_cuda::Machine machine(kFake, setup);
+  const ops::Config config = with({"auto"}, ops::GpuUse::kAuto, kFake);
+  uint64_t calls = 0;
+  {
+    const uint64_t before = machine->calls();
+    const auto gpu = open_gpu(config);
+    REQUIRE(gpu);
+    // The queues' threads call as well.
+    calls = machine->calls() - before;
+  }
+  REQUIRE(calls > 50);
+  std::size_t unused = 0;
+  std::size_t less = 0;
+  for (uint64_t n = 1; n <= calls; ++n) {
+    INFO("call " << n << " of " << calls);
+    machine->fail("", n, cuda::CUDA_ERROR_UNKNOWN);
+    {
+      const auto gpu = open_gpu(config);
+      REQUIRE(gpu);
+      if (gpu->devices == nullptr) {
+        ++unused;
+        CHECK_FALSE(gpu->why_not.empty());
+      } else {
+        std::size_t up = 0;
+        for (const auto& device : gpu->devices->all()) {
+          if (device->down()) continue;
+          ++up;
+          CHECK(gpu->queues->of(*device) != nullptr);
+          CHECK(gpu->queues->arena_address(*device, {0, 0, 1}) != 0);
+        }
+        CHECK(up > 0);
+        less += up < 2 ? 1 : 0;
+      }
+    }
+    machine->fail("", 0, 0);
+    INFO(machine->live().to_string());
+    CHECK(machine->live().total() == 0);
+  }
+  CHECK(unused > 0);
+  CHECK(less > 0);
+}
+
+TEST_CASE("The arena stays registered for as long as a copy may write it") {
+  fake_cuda::Machine machine(kFake, without_fabric());
+  std::shared_ptr<const void> copy;
+  {
+    const auto gpu = open_gpu(with({"auto"}, ops::GpuUse::kAuto, kFake));
+    REQUIRE(gpu);
+    copy = gpu->queues->arena_pin({0, 4096, 4096});
+  }
+  CHECK(machine->live().registrations == 1);
+  copy.reset();
+  CHECK(machine->live().total() == 0);
+}
+
 TEST_CASE("The arena's kind follows the GPU, and one that is asked for must be there") {
   fake_cuda::Machine machine(kFake, without_fabric());
   ops::Config shared = with({"auto"}, ops::GpuUse::kAuto, kFake);

@@ -30,7 +30,11 @@ Result<std::unique_ptr<DeviceMemory>> DeviceMemory::allocate(
                  "device",
                  {}};
   std::unique_ptr<DeviceMemory> memory(new DeviceMemory(std::move(gpu)));
-  if (auto made = memory->make(bytes, deadline, handles); !made) return made.error();
+  if (auto made = memory->make(bytes, deadline, handles); !made) {
+    // What is still being cleared must stay mapped: unmapping it would be a fault on the device.
+    if (made.error().reason == "GPU_TIMEOUT") static_cast<void>(memory.release());
+    return made.error();
+  }
   return memory;
 }
 

@@ -16,7 +16,8 @@ class DeviceMemory {
   static constexpr auto kFileDescriptor = cuda::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
 
   // Rounded up to the device's granularity. UNIMPLEMENTED VMM_UNSUPPORTED where the device has no
-  // such memory; CUDA_OUT_OF_MEMORY and other errors of the driver.
+  // such memory; DEADLINE_EXCEEDED GPU_TIMEOUT, after which the memory stays for good, as the
+  // device may still be clearing it; CUDA_OUT_OF_MEMORY and other errors of the driver.
   static Result<std::unique_ptr<DeviceMemory>> allocate(
       std::shared_ptr<const Gpu> gpu, uint64_t bytes, Gpu::Deadline deadline,
       cuda::CUmemAllocationHandleType handles = kFileDescriptor);
