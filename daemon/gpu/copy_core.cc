@@ -286,7 +286,7 @@ bool CopyQueue::Core::launch_waiting(Time now) {
     DeviceJob& job = waiting_.front();
     const bool failed = dropping_ || dead_ || device_->down() ||
                         std::any_of(job.pools.begin(), job.pools.end(),
-                                    [](const auto& pool) { return pool->failed(); });
+                                    [&](const auto& pool) { return !pool->usable(now); });
     if (failed || job.bytes == 0) {
       DeviceJob ended = std::move(job);
       waiting_.pop_front();

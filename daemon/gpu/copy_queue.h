@@ -45,7 +45,7 @@ struct DeviceJob {
   cuda::CUdeviceptr flat = 0;
   // Whether one side is host memory: then a few SMs saturate the bus.
   kernels::FlatMemory over_bus = kernels::FlatMemory::kHost;
-  // Kept open until done has returned; the job is refused by itself (kFailed) if one has failed.
+  // Kept open until done has returned; the job is refused by itself (kFailed) if one is not usable.
   std::vector<std::shared_ptr<memory::Pool>> pools;
   // Pools' devices other than the queue's: access to them is opened at the first such job.
   std::vector<const Device*> peers;

@@ -81,6 +81,9 @@ Result<std::shared_ptr<const HostPins>> Queues::pin(
       if (known != pinned_.end()) pinned = known->second.lock();
     }
     if (pinned == nullptr) {
+      // Pinning would fill a hole at the daemon's expense.
+      if (!pool->usable(monotonic_now()))
+        return fail(Code::kFailedPrecondition, "POOL_UNUSABLE", "some of its pages are gone");
       auto fresh =
           PinnedMemory::pin(devices_->all(), pool->base(), round_up(pool->bytes(), kPageBytes));
       KVFERRY_RETURN_IF_ERROR(fresh);

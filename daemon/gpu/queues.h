@@ -63,7 +63,7 @@ class Queues {
   }
 
   // Registers host pools, each once as long as somebody holds its registration. Blocks while their
-  // pages are pinned. FAILED_PRECONDITION PIN_FAILED.
+  // pages are pinned. FAILED_PRECONDITION PIN_FAILED, POOL_UNUSABLE.
   Result<std::shared_ptr<const HostPins>> pin(
       const std::vector<std::shared_ptr<memory::Pool>>& pools) KVFERRY_EXCLUDES(mutex_);
 

@@ -76,8 +76,9 @@ Driver::~Driver() {
 }
 
 tl::expected<void, DriverError> Driver::open() {
-  // Local: nothing here may be taken for the functions of a CUDA runtime in the same process.
-  handle_ = ::dlopen(library_.c_str(), RTLD_NOW | RTLD_LOCAL);
+  // Local: nothing here may be taken for the functions of a CUDA runtime in the same process. Never
+  // unloaded: the driver's own threads may outlive the last context.
+  handle_ = ::dlopen(library_.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
   if (handle_ != nullptr) return {};
   const char* why = ::dlerror();
   return fail(CUDA_ERROR_FILE_NOT_FOUND, "dlopen",

@@ -38,13 +38,16 @@ struct GpuScene {
   std::unique_ptr<WorkerProcess> workers[2];
   std::string ticket;
 
-  explicit GpuScene(std::vector<std::string> settings = {}) {
+  // `fail`: what fails in each daemon, as KVFERRY_FAKE_CUDA_FAIL has it.
+  explicit GpuScene(std::vector<std::string> settings = {}, const std::string& fail = {}) {
     ::setenv("KVFERRY_CUDA_DRIVER", kLibrary, 1);
     settings.push_back("gpu.enabled=on");
     settings.push_back("gpu.driver=" + std::string(kLibrary));
     settings.insert(settings.begin(), "engine.chunk_bytes=256KiB");
     settings.push_back("engine.silence_limit=15s");  // silence is not what tells here
+    ::setenv("KVFERRY_FAKE_CUDA_FAIL", fail.c_str(), 1);
     pair = start_pair(settings);
+    ::unsetenv("KVFERRY_FAKE_CUDA_FAIL");
   }
   std::vector<std::string> receiver_more;  // words of the receiver
   // `both_here`: sender and receiver are workers of one daemon.
@@ -193,6 +196,26 @@ TEST_CASE("a worker killed in mid-transfer: the other fails soon and its memory 
   }
   scene.workers[1].reset();
   CHECK(comes_true([&] { return scene.device_bytes() == before; }, seconds(1)));
+}
+
+TEST_CASE("a call of the driver that fails costs its transfer, and the next one arrives") {
+  const std::string call = GENERATE("cuLaunchKernel:1", "cuLaunchKernel:4", "cuMemcpyHtoDAsync:1",
+                                    "cuEventCreate:1", "cuEventRecord:2");
+  CAPTURE(call);
+  GpuScene scene({}, call + ":" + std::to_string(cuda::CUDA_ERROR_UNKNOWN));
+  scene.start_workers("tp2", "cuda", "tp4", "vmm");
+  // Once in each daemon, perhaps in two transfers.
+  for (int i = 0; i < 2; ++i) {
+    const TransferKey key = scene.begin(kTokens);
+    for (const RankEnd& rank : scene.end(1, key).ranks)
+      CHECK((rank.state == "COMPLETED" || rank.state == "FAILED"));
+    for (const RankEnd& rank : scene.end(0, key).ranks)
+      CHECK((rank.state == "DELIVERED" || rank.state == "FAILED"));
+    for (auto& worker : scene.workers) REQUIRE(worker->ask("close " + key.id) == "OK");
+  }
+  REQUIRE(scene.workers[1]->ask("clean") == "OK");
+  scene.require_hand_over();
+  for (int side : {0, 1}) CHECK(metric(scene.pair->side(side), "kvferry_gpu_up") == 2);
 }
 
 TEST_CASE("a GPU that fails is told of, fails its transfers, and leaves the other one its work") {

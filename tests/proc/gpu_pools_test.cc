@@ -37,7 +37,8 @@ fake_cuda::Setup two_gpus() {
 // A daemon and a process with GPU memory on one fake machine; workers attach from the test.
 class World {
  public:
-  explicit World(const std::vector<std::string>& settings = {})
+  // `fail`: what fails in the daemon, as KVFERRY_FAKE_CUDA_FAIL has it.
+  explicit World(const std::vector<std::string>& settings = {}, const std::string& fail = {})
       : machine(kLibrary, two_gpus()), memory(KVFERRY_GPU_EXPORTER, kLibrary) {
     char directory[] = "/tmp/kvferry-gpu-pools.XXXXXX";
     REQUIRE(::mkdtemp(directory) != nullptr);
@@ -47,7 +48,9 @@ class World {
     options.settings = {"arena.bytes=16MiB", "arena.segment_bytes=16MiB", "gpu.enabled=on",
                         std::string("gpu.driver=") + kLibrary};
     options.settings.insert(options.settings.end(), settings.begin(), settings.end());
+    ::setenv("KVFERRY_FAKE_CUDA_FAIL", fail.c_str(), 1);
     auto started = bench::DaemonProcess::start(directory_, {"subject", 0, "nobody", 9}, options);
+    ::unsetenv("KVFERRY_FAKE_CUDA_FAIL");
     REQUIRE(started.ok());
     daemon = std::move(*started);
     const client::Status serving = daemon->wait_until_serving();
@@ -207,6 +210,75 @@ TEST_CASE("A pool by handle serves layouts once its challenge has been answered 
   other.mutable_pools(0)->set_offset_bytes(0);
   CHECK(refused(*worker, &Stub::RegisterPools, other) ==
         "REGISTERED_OTHERWISE pools[0].offset_bytes");
+}
+
+TEST_CASE("The proof is asked for where the worker says that no page is") {
+  World world;
+  const auto worker = world.attach("rank0");
+  const auto exported = world.memory.alloc(kMiB);
+  constexpr uint64_t kOffset = 256;
+  auto request = world.pools(v1::POOL_KIND_CUDA_IPC, exported, kOffset);
+  v1::PoolSpec& pool = *request.mutable_pools(0);
+  pool.set_proof_offset_bytes(kPoolBytes - 15);
+  CHECK(refused(*worker, &Stub::RegisterPools, request) ==
+        "OUT_OF_RANGE pools[0].proof_offset_bytes");
+  pool.set_proof_offset_bytes(UINT64_MAX);
+  CHECK(refused(*worker, &Stub::RegisterPools, request) ==
+        "OUT_OF_RANGE pools[0].proof_offset_bytes");
+  CHECK(world.pool_list().empty());
+
+  const uint64_t place = GENERATE(uint64_t{0}, uint64_t{4099}, kPoolBytes - 16);
+  CAPTURE(place);
+  pool.set_proof_offset_bytes(place);
+  const auto first = good(*worker, &Stub::RegisterPools, request);
+  REQUIRE(first.challenges_size() == 1);
+  CHECK(first.challenges(0).offset_bytes() == place);
+  auto other = request;
+  other.mutable_pools(0)->set_proof_offset_bytes(place ^ 1);
+  CHECK(refused(*worker, &Stub::RegisterPools, other) ==
+        (place == kPoolBytes - 16 ? "OUT_OF_RANGE pools[0].proof_offset_bytes"
+                                  : "REGISTERED_OTHERWISE pools[0].proof_offset_bytes"));
+  // The right bytes in another place prove nothing.
+  const auto wrong_place = place == 0 ? 16 : place - 16;
+  const std::string& nonce = first.challenges(0).nonce();
+  const std::vector<uint8_t> bytes(nonce.begin(), nonce.end());
+  world.memory.write(exported.address + kOffset + wrong_place, bytes);
+  CHECK(refused(*worker, &Stub::ProvePools, prove_request()) == "POOL_PROOF_WRONG pools[0]");
+  const auto second = good(*worker, &Stub::RegisterPools, request);
+  REQUIRE(second.challenges_size() == 1);
+  CHECK(second.challenges(0).offset_bytes() == place);
+  answer(world, second.challenges(0), exported.address + kOffset);
+  good(*worker, &Stub::ProvePools, prove_request());
+  good(*worker, &Stub::RegisterLayout, layout_request());
+}
+
+TEST_CASE("A call of the driver that fails refuses a registration or a proof, and not the next") {
+  const std::string call = GENERATE("cuIpcOpenMemHandle", "cuPointerGetAttribute",
+                                    "cuMemGetAddressRange", "cuMemcpyDtoHAsync");
+  CAPTURE(call);
+  World world({}, call + ":1:" + std::to_string(cuda::CUDA_ERROR_OUT_OF_MEMORY));
+  const auto worker = world.attach("rank0");
+  const uint64_t before = world.machine->device_bytes(0);
+  const auto exported = world.memory.alloc(kMiB);
+  const auto request = world.pools(v1::POOL_KIND_CUDA_IPC, exported);
+  const bool at_proof = call == "cuMemcpyDtoHAsync";
+  if (!at_proof) {
+    CHECK(refused(*worker, &Stub::RegisterPools, request).starts_with("CUDA_OUT_OF_MEMORY"));
+    CHECK(world.pool_list().empty());
+  }
+  const auto registered = good(*worker, &Stub::RegisterPools, request);
+  REQUIRE(registered.challenges_size() == 1);
+  answer(world, registered.challenges(0), exported.address);
+  if (at_proof)
+    CHECK(refused(*worker, &Stub::ProvePools, prove_request()) == "CUDA_OUT_OF_MEMORY pools[0]");
+  good(*worker, &Stub::ProvePools, prove_request());
+  good(*worker, &Stub::RegisterLayout, layout_request());
+  // Nothing holds it more often than it is registered.
+  v1::UnregisterRequest back;
+  back.mutable_pools()->add_names(kPool);
+  good(*worker, &Stub::Unregister, back);
+  world.memory.kill();
+  CHECK(becomes_true([&] { return world.machine->device_bytes(0) == before; }));
 }
 
 TEST_CASE("A wrong proof drops the pool, and a new registration has a new challenge") {

@@ -454,6 +454,27 @@ TEST_CASE("a pool that has failed fails its jobs and no others") {
   CHECK_FALSE(world.device()->down());
 }
 
+TEST_CASE("a pool that is found to have lost pages is not copied from") {
+  class Holed final : public memory::Pool {
+   public:
+    Holed() : Pool(nullptr, 0, nullptr) {}
+    bool same_memory(const Pool& other) const override { return this == &other; }
+    bool usable(Time) override { return false; }
+  };
+  World world;
+  Leg leg = make_leg(spec_of("lr|but"), 64);
+  leg.from.put_on(world.device(), world.machine, 1);
+  Arena arena(world.devices->all(), leg.from.plan->bytes());
+  Tally tally(1);
+  DeviceJob job = job_of(CopyKind::kGather, leg.from, 0, leg.from.plan->bytes(),
+                         arena.on(*world.device()), tally.at(0));
+  job.pools.push_back(std::make_shared<Holed>());
+  REQUIRE(world.queue->submit(std::move(job)));
+  REQUIRE(comes_true([&] { return tally.told() == 1; }));
+  CHECK(tally.failed() == 1);
+  CHECK(world.machine->calls("cuLaunchKernel") == 0);
+}
+
 TEST_CASE("plans that are not used make room for others and come again") {
   QueueOptions options;
   options.max_plan_bytes = 8 << 20;

@@ -1,8 +1,13 @@
 // Which kinds of pools a daemon takes, and what it makes of a machine without a GPU.
 #include "daemon/node/gpu_setup.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <catch2/catch.hpp>
 
+#include "daemon/memory/host_pool.h"
 #include "tests/fake_cuda/control.h"
 
 namespace kvferry::node {
@@ -143,6 +148,25 @@ TEST_CASE("The arena stays registered for as long as a copy may write it") {
   CHECK(machine->live().registrations == 1);
   copy.reset();
   CHECK(machine->live().total() == 0);
+}
+
+TEST_CASE("Host memory that a worker has made a hole in is not registered") {
+  fake_cuda::Machine machine(kFake, without_fabric());
+  const auto gpu = open_gpu(with({"auto"}, ops::GpuUse::kAuto, kFake));
+  REQUIRE(gpu);
+  constexpr off_t kBytes = 4 * 4096;
+  const UniqueFd worker(::memfd_create("worker", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  REQUIRE(::fallocate(worker.get(), 0, 0, kBytes) == 0);
+  REQUIRE(::fcntl(worker.get(), F_ADD_SEALS, F_SEAL_SHRINK) == 0);
+  const auto pool = memory::HostPool::import(UniqueFd(::dup(worker.get())), kBytes);
+  REQUIRE(pool);
+  REQUIRE(::fallocate(worker.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 4096, 4096) == 0);
+  const uint64_t before = machine->live().registrations;
+  const auto pinned = gpu->queues->pin({*pool});
+  REQUIRE_FALSE(pinned);
+  CHECK(pinned.error().reason == "POOL_UNUSABLE");
+  CHECK(machine->live().registrations == before);
+  CHECK((*pool)->failed());
 }
 
 TEST_CASE("The arena's kind follows the GPU, and one that is asked for must be there") {
