@@ -70,7 +70,7 @@ void Sender::pump(TxLeg& leg) {
     compile.side = Role::kSender;
     compile.context = leg.context;
     compile.send = slice.packed ? of.packed.source : of.op;
-    slice.arena = compile.send->layout->arena;
+    slice.arena = flawed(Flaw::kPagesArena) ? send.layout->arena : compile.send->layout->arena;
     compile.pull = leg.pull;
     compile.offer = of.op->offer;
     compile.layers = of.op->layers;
