@@ -8,12 +8,15 @@
 
 namespace kvferry::engine {
 
-Arena::Arena(const EngineConfig& config)
+Arena::Arena(const EngineConfig& config, std::size_t number)
     : frame_bytes_(std::bit_ceil(std::max<uint64_t>(config.chunk_bytes, 1))),
       min_bytes_(
           std::min(std::bit_ceil(std::max<uint64_t>(config.min_region_bytes, 1)), frame_bytes_)),
       staged_ahead_(config.staged_ahead),
-      buddy_(config.segment_bytes, min_bytes_) {
+      segment_count_(static_cast<uint32_t>(config.arenas.at(number).segment_bytes.size())),
+      buddy_(config.arenas.at(number).segment_bytes, min_bytes_) {
+  for (std::size_t before = 0; before < number; ++before)
+    first_segment_ += static_cast<uint32_t>(config.arenas[before].segment_bytes.size());
   frame_count_ = buddy_.count_fitting_when_empty(frame_bytes_);
   KVFERRY_CHECK(frame_count_ >= uint64_t{config.staged_ahead} + 2,
                 "the arena holds two regions of the largest chunk more than are staged ahead");
@@ -23,6 +26,10 @@ Arena::Arena(const EngineConfig& config)
 
 Arena::FrameAddress Arena::address_of(const memory::Region& region) const {
   return {region.segment, round_down(region.offset, frame_bytes_)};
+}
+
+memory::Region Arena::block_of(FrameAddress address) const {
+  return {address.first - first_segment_, address.second, frame_bytes_};
 }
 
 void Arena::open(FrameAddress address, const Frame& frame) {
@@ -70,7 +77,7 @@ memory::Region Arena::take_slot(FrameAddress address, Frame& frame) {
 memory::Region Arena::take_frame(RegionKind kind, uint64_t owner, uint64_t slot) {
   const auto block = buddy_.allocate(frame_bytes_);
   KVFERRY_CHECK(block.has_value(), "an arena of frames has room for as many as it was cut into");
-  const FrameAddress address{block->segment, block->offset};
+  const FrameAddress address{first_segment_ + block->segment, block->offset};
   Frame fresh;
   fresh.kind = kind;
   fresh.owner = owner;
@@ -147,7 +154,7 @@ void Arena::give_back(RegionKind kind, const memory::Region& region, bool quaran
     open(address, frame);
   } else {
     shut(address, frame);
-    buddy_.free({address.first, address.second, frame_bytes_});
+    buddy_.free(block_of(address));
     table_.erase(it);
   }
   if (quarantined) share_out();
@@ -252,8 +259,7 @@ void Arena::verify(const std::vector<std::pair<RegionKind, memory::Region>>& reg
   for (const auto& [address, frame] : table_) {
     KVFERRY_CHECK(frame.used > 0 && per_frame[address] == frame.used, "a frame counts its regions");
     KVFERRY_CHECK(frame.quarantined <= frame.used, "a quarantined region is taken");
-    KVFERRY_CHECK(buddy_.is_allocated({address.first, address.second, frame_bytes_}),
-                  "a frame is allocated");
+    KVFERRY_CHECK(buddy_.is_allocated(block_of(address)), "a frame is allocated");
     KVFERRY_CHECK(frame.owner == 0 || (promises_.contains(frame.owner) && frame.quarantined == 0 &&
                                        frame.kind == RegionKind::kLanding),
                   "a reservation's frames are for landing, and whole");

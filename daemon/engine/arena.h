@@ -1,5 +1,6 @@
-// The arena's regions, the floors between landing and staging, and what is promised to
-// reservations. It knows sizes and kinds, not legs. Owned by the engine; one thread.
+// One arena's regions, the floors between landing and staging, and what is promised to
+// reservations. It knows sizes and kinds, not legs, and nothing of other arenas but that their
+// segments are numbered before or after its own. Owned by the engine; one thread.
 //
 // The arena is cut into frames, each as large as the largest chunk's region. A frame serves one
 // kind (landing or staging), one owner (a reservation, or all others together) and one size of
@@ -30,8 +31,9 @@ enum class RegionKind : uint8_t { kLanding = 0, kStaging = 1 };
 
 class Arena {
  public:
-  // The arena must hold at least E + 2 frames (configuration checks that; here it is an invariant).
-  explicit Arena(const EngineConfig& config);
+  // Arena `number` of the configuration. It must hold at least E + 2 frames (configuration checks
+  // that; here it is an invariant).
+  Arena(const EngineConfig& config, std::size_t number);
 
   // A region of at least `bytes` (> 0, at most the largest chunk), or nothing if the kind's share
   // is used up. O(log frames + regions of a frame / 64).
@@ -64,6 +66,9 @@ class Arena {
   uint64_t frame_bytes() const { return frame_bytes_; }
   uint64_t total_bytes() const { return buddy_.capacity_bytes(); }
   uint64_t frames() const { return frame_count_; }
+  // Its segments among those of all arenas.
+  uint32_t first_segment() const { return first_segment_; }
+  uint32_t segment_count() const { return segment_count_; }
   // Frames in use by this kind, and how many it may use.
   uint64_t used(RegionKind kind) const { return used_[index(kind)]; }
   uint64_t share(RegionKind kind) const { return share_[index(kind)]; }
@@ -92,6 +97,8 @@ class Arena {
   };
   static std::size_t index(RegionKind kind) { return static_cast<std::size_t>(kind); }
   FrameAddress address_of(const memory::Region& region) const;
+  // The frame as the allocator knows it, whose segments are numbered from 0.
+  memory::Region block_of(FrameAddress address) const;
   bool may_take_frame(RegionKind kind) const;
   memory::Region take_slot(FrameAddress address, Frame& frame);
   memory::Region take_frame(RegionKind kind, uint64_t owner, uint64_t slot);
@@ -105,6 +112,8 @@ class Arena {
   uint64_t frame_bytes_;
   uint64_t min_bytes_;
   uint32_t staged_ahead_;
+  uint32_t first_segment_ = 0;
+  uint32_t segment_count_;
   memory::BuddyAllocator buddy_;
   uint64_t frame_count_ = 0;
   uint64_t region_count_ = 0;

@@ -10,16 +10,20 @@
 
 namespace kvferry::engine {
 
+// One group of segments; landing and staging share it under the floors.
+struct ArenaConfig {
+  std::vector<uint64_t> segment_bytes;
+};
+
 struct EngineConfig {
   BootId boot;
   std::string node;  // own identity
 
-  // Arena: one group of segments; landing and staging share it under the floors.
-  std::vector<uint64_t> segment_bytes;
+  std::vector<ArenaConfig> arenas;  // 0: host memory; segments are numbered through, in this order
   uint64_t min_region_bytes = 64 * 1024;
   uint64_t chunk_bytes = 1 << 20;  // own cap; a link uses the smaller one
   uint32_t leg_credits = 8;
-  uint32_t staged_ahead = 2;        // E: chunks gathered without a credit in hand
+  uint32_t staged_ahead = 2;        // E: chunks gathered without a credit in hand, in each arena
   uint32_t starvation_passes = 64;  // passed over so often: newer grants stop
 
   // Timers.

@@ -11,18 +11,30 @@ namespace {
 
 constexpr std::size_t kMostIdBytes = 64;
 
+std::vector<Arena> make_arenas(const EngineConfig& config) {
+  std::vector<Arena> arenas;
+  arenas.reserve(config.arenas.size());
+  for (std::size_t number = 0; number < config.arenas.size(); ++number)
+    arenas.emplace_back(config, number);
+  return arenas;
+}
+
 }  // namespace
 
 Core::Core(EngineConfig configuration)
     : config(std::move(configuration)),
-      arena(config),
+      arenas(make_arenas(config)),
       workers(*this),
       lanes(*this),
-      sender(*this),
-      receiver(*this),
+      sender(*this, arenas.size()),
+      receiver(*this, arenas.size()),
       claims(*this),
-      reservations(*this),
-      reuse(*this) {}
+      reservations(*this, arenas.size()),
+      reuse(*this) {
+  KVFERRY_CHECK(!arenas.empty(), "there is an arena in host memory");
+  for (uint32_t number = 0; number < arenas.size(); ++number)
+    arena_by_segment_.insert(arena_by_segment_.end(), arenas[number].segment_count(), number);
+}
 
 Duration Core::limited(Duration asked, Duration otherwise) const {
   if (asked <= Duration{}) asked = otherwise;
@@ -62,7 +74,10 @@ bool Core::well_formed(const OpRef& op, const TransferKey& key, const LayoutHand
                       : key.instance.empty()                         ? "transfer.instance"
                       : layout == nullptr                            ? "layout"
                                                                      : nullptr;
-  if (field == nullptr) return true;
+  if (field == nullptr) {
+    KVFERRY_CHECK(layout->arena < arenas.size(), "a layout's arena is one of the configuration's");
+    return true;
+  }
   reply_error(op, Code::kInvalidArgument, "BAD_TRANSFER", std::string("bad ") + field, field);
   return false;
 }

@@ -8,7 +8,11 @@
 //   Claims    a receiver's CLAIMs and DECLINEs
 //   ReuseIndex  which local blocks hold what, who reads and writes them
 //   Reservations  arena capacity promised before a Receive
-//   Arena     regions by kind, promises; Timers: all that is timed
+//   Arena     regions by kind, promises: one for host memory and for each device
+//   Timers    all that is timed
+//
+// Arenas stand side by side: each has its own queues and lines in Sender, Receiver and
+// Reservations, so that a full one holds up nobody who needs another.
 #pragma once
 
 #include "daemon/engine/arena.h"
@@ -54,6 +58,10 @@ class Core {
   void reply_error(const OpRef& op, Code code, std::string reason, std::string message,
                    std::string field = {});
 
+  // The number of the arena that the region lies in.
+  uint32_t arena_of(const memory::Region& region) const {
+    return arena_by_segment_.at(region.segment);
+  }
   // Whether new work of this worker and layout is turned away; then the call has its answer.
   bool refused(const OpRef& op, const LayoutHandle* layout);
 
@@ -66,7 +74,7 @@ class Core {
   bool drained_told = false;
 
   Timers timers;
-  Arena arena;
+  std::vector<Arena> arenas;
   Workers workers;
   Lanes lanes;
   Sender sender;
@@ -125,6 +133,7 @@ class Core {
   void tell_quiet_layouts();
   void tell_drained();
 
+  std::vector<uint32_t> arena_by_segment_;
   std::vector<Reply> answers_;                                // of this batch
   std::vector<std::shared_ptr<const LayoutHandle>> leaving_;  // layouts taken back, not yet quiet
 };

@@ -28,6 +28,7 @@ enum class Flaw : uint8_t {
   kReleaseUnpacked,     // pages are released before their packed copy is made
   kRepayEarly,          // a page that is lent to a local receiver counts as read while it is read
   kTailFirst,           // a slice's tail is cleared beside its last chunks, not after them
+  kPagesArena,          // a packed copy is staged in the arena of its pages
   kSticky,              // an older message of another lane undoes a later fact
 };
 

@@ -13,7 +13,10 @@ void Core::check_invariants() const {
   receiver.check_invariants(regions);
   reuse.check_invariants();
   reservations.check_invariants();
-  arena.verify(regions);
+  std::vector<std::vector<std::pair<RegionKind, memory::Region>>> by_arena(arenas.size());
+  for (const auto& of : regions) by_arena[arena_of(of.second)].push_back(of);
+  for (std::size_t number = 0; number < arenas.size(); ++number)
+    arenas[number].verify(by_arena[number]);
   for (const auto& [id, link] : lanes.all()) {
     KVFERRY_CHECK(!link.control || link.lanes[*link.control].state == LaneState::kUp,
                   "the control lane is up");
@@ -74,13 +77,16 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
                              : staging.offered ? TxState::kOffered
                                                : TxState::kStaged;
     KVFERRY_CHECK(chunk.state == expected, "a chunk's state fits its staging");
+    KVFERRY_CHECK(staging.lent || core_.arena_of(staging.region) == slice.arena,
+                  "a chunk is staged in the arena of what it is gathered from");
     KVFERRY_CHECK(leg->second.staged.contains({staging.slice, staging.chunk}) ==
                       (expected == TxState::kStaged),
                   "a leg knows its staged chunks");
   }
-  uint64_t ahead = 0;
+  std::vector<uint64_t> ahead(turns_.size());
   for (const auto& [id, leg] : legs_) {
-    ahead += leg.ahead;
+    ahead[leg.arena] += leg.ahead;
+    uint32_t holding = 0;
     const auto send = sends_.find(leg.send);
     KVFERRY_CHECK(send != sends_.end() && !send->second.terminal(), "a live leg's send is open");
     KVFERRY_CHECK(send->second.legs.contains(id), "a send knows its legs");
@@ -103,6 +109,9 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
         gathered += chunk.state > TxState::kGathering;
         const bool holds = chunk.state != TxState::kIdle && chunk.state != TxState::kAcked;
         KVFERRY_CHECK(holds == (chunk.staging != 0), "a chunk holds staging from gather to ack");
+        KVFERRY_CHECK(!holds || slice.arena == leg.arena || leg.link == kLoopedLink,
+                      "a leg has chunks in one arena");
+        holding += holds;
       }
       KVFERRY_CHECK(acked == slice.acked && gathered == slice.gathered,
                     "a slice counts its chunks");
@@ -112,8 +121,12 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     }
     KVFERRY_CHECK(ungathered == leg.ungathered && unacked == leg.unacked,
                   "a leg counts its slices");
+    KVFERRY_CHECK(holding == leg.holding, "a leg counts the chunks that hold staging");
+    KVFERRY_CHECK(!leg.queued || leg.slices.at(leg.cursor.first).arena == leg.arena,
+                  "a leg waits for the arena of its next chunk");
   }
-  KVFERRY_CHECK(ahead == ahead_total_, "chunks staged ahead are counted");
+  for (std::size_t arena = 0; arena < turns_.size(); ++arena)
+    KVFERRY_CHECK(ahead[arena] == turns_[arena].ahead_total, "chunks staged ahead are counted");
   for (const auto& [id, send] : sends_) {
     const auto count_in = [](const auto& counts, const auto& key) {
       const auto found = counts.find(key);
@@ -191,6 +204,9 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     }
     if (!region.local) regions.emplace_back(RegionKind::kLanding, region.region);
     const auto leg = legs_.find(region.leg);
+    KVFERRY_CHECK(
+        region.local || leg == legs_.end() || core_.arena_of(region.region) == leg->second.arena,
+        "a leg lands in its layout's arena");
     const bool live = leg != legs_.end() && (leg->second.state == RxLegState::kOpen ||
                                              leg->second.state == RxLegState::kUnsent);
     if (region.state != RegionState::kQuarantined) ++held[region.leg];
@@ -222,7 +238,8 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     const auto live_credits = granted.find(pull);
     KVFERRY_CHECK(leg.credits.size() == (live_credits == granted.end() ? 0 : live_credits->second),
                   "a LIVE credit has one region");
-    KVFERRY_CHECK(withdrawable_.contains(pull) == !leg.credits.empty(), "LIVE credits are found");
+    KVFERRY_CHECK(turns_[leg.arena].withdrawable.contains(pull) == !leg.credits.empty(),
+                  "LIVE credits are found");
     if (leg.state == RxLegState::kEnded || leg.state == RxLegState::kReleased) {
       KVFERRY_CHECK(leg.held.empty() && !leg.queued, "an ended leg holds nothing");
       continue;

@@ -27,6 +27,7 @@ struct LayoutHandle {
   Incarnation incarnation;
   uint32_t rank = 0;
   uint32_t dp_group = 0;
+  uint32_t arena = 0;  // where its chunks land and are staged: a number of EngineConfig::arenas
   // Blocks of layouts of one space hold the same where their hashes are the same; zero: no reuse.
   Digest16 reuse_space;
   std::vector<ReuseGroup> reuse_groups;  // as the layout's groups

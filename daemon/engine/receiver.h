@@ -28,7 +28,7 @@ class Core;
 
 class Receiver {
  public:
-  explicit Receiver(Core& core) : core_(core) {}
+  Receiver(Core& core, std::size_t arenas) : core_(core), turns_(arenas) {}
 
   // Calls of workers.
   void receive(const ReceiveOp& op);
@@ -139,7 +139,7 @@ class Receiver {
   void update(RxLeg& leg);
   void leave_queues(RxLeg& leg);
   void grant(RxLeg& leg, const memory::Region& region);
-  void grant_all();
+  void grant_all(uint32_t arena);
   void grant_reserved();
   std::optional<uint64_t> loose_region(const RxLeg& leg) const;
   bool withdraw_for(const RxLeg& leg);
@@ -173,13 +173,17 @@ class Receiver {
   uint32_t local_copies_ = 0;    // under way
   std::set<uint64_t> reserved_;  // open receives with a reservation
   std::set<uint64_t> blocked_;   // receives whose places are read
-  FairQueue waiting_;            // legs with a SLICE that want a region
-  FairQueue idle_;               // ... without
-  std::set<FairKey> starving_;
-  std::set<FairKey> starving_idle_;
-  std::set<uint64_t> withdrawable_;  // pulls with LIVE credits
-  std::set<uint64_t> unsent_;        // pulls whose first PULL is due
-  std::set<uint64_t> to_update_;     // pulls with news for the peer
+  // Legs that land in one arena.
+  struct Turns {
+    FairQueue waiting;  // with a SLICE, want a region
+    FairQueue idle;     // ... without
+    std::set<FairKey> starving;
+    std::set<FairKey> starving_idle;
+    std::set<uint64_t> withdrawable;  // pulls with LIVE credits
+  };
+  std::vector<Turns> turns_;      // by arena
+  std::set<uint64_t> unsent_;     // pulls whose first PULL is due
+  std::set<uint64_t> to_update_;  // pulls with news for the peer
   uint64_t last_pull_ = 0;
   uint64_t last_order_ = 0;
 };

@@ -90,6 +90,7 @@ void Receiver::receive(const ReceiveOp& op) {
     return;
   }
   if (core_.refused(op.op, op.layout.get())) return;
+  if (core_.reservations.elsewhere(op.op, name, *op.layout)) return;
   if (core_.reuse.bad_groups(op.op, *op.layout, op.hashes)) return;
   Receive fresh;
   fresh.id = core_.next_number();
@@ -176,6 +177,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   RxLeg leg;
   leg.pull = ++last_pull_;
   leg.link = link.id;
+  leg.arena = receive.layout->arena;
   leg.local = link.looped();
   leg.receive = receive.id;
   leg.sender_rank = of.sender_rank;

@@ -47,15 +47,17 @@ void Receiver::update(RxLeg& leg) {
   if (wants && !leg.queued) {
     leg.queued = true;
     leg.queued_idle = idle;
-    (idle ? idle_ : waiting_).insert(leg.turn);
+    Turns& turns = turns_[leg.arena];
+    (idle ? turns.idle : turns.waiting).insert(leg.turn);
   }
 }
 
 void Receiver::leave_queues(RxLeg& leg) {
   if (!leg.queued) return;
-  (leg.local ? local_turns_ : leg.queued_idle ? idle_ : waiting_).erase(leg.turn);
-  starving_.erase(leg.turn);
-  starving_idle_.erase(leg.turn);
+  Turns& turns = turns_[leg.arena];
+  (leg.local ? local_turns_ : leg.queued_idle ? turns.idle : turns.waiting).erase(leg.turn);
+  turns.starving.erase(leg.turn);
+  turns.starving_idle.erase(leg.turn);
   leg.queued = false;
   leg.passes = 0;
 }
@@ -74,7 +76,7 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   regions_.emplace(fresh.id, std::move(fresh));
   ++leg.regions_held;
   leg.passes = 0;
-  withdrawable_.insert(leg.pull);
+  turns_[leg.arena].withdrawable.insert(leg.pull);
   receive.granted_any = true;
   if (!receive.moved) {
     receive.moved = true;
@@ -85,9 +87,11 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   update(leg);
 }
 
-// Grants what fits: first to legs that have a slice to bring, in turn; to others only what is left
-// over, and they give it up again as soon as one of the first kind waits.
-void Receiver::grant_all() {
+// Grants what fits into the arena: first to legs that have a slice to bring, in turn; to others
+// only what is left over, and they give it up again as soon as one of the first kind waits.
+void Receiver::grant_all(uint32_t number) {
+  Arena& arena = core_.arenas[number];
+  Turns& turns = turns_[number];
   const auto size = [&](const FairKey& key) { return legs_.at(key.leg).credit_bytes; };
   const auto use = [&](const FairKey& key, const memory::Region& region) {
     grant(legs_.at(key.leg), region);
@@ -98,23 +102,22 @@ void Receiver::grant_all() {
     };
   };
   const auto always = [] { return true; };
-  grant_reserved();
   while (true) {
-    serve_in_turn(waiting_, core_.arena, RegionKind::kLanding, starving_, always, size, use,
-                  passed(starving_));
-    if (waiting_.empty()) break;
+    serve_in_turn(turns.waiting, arena, RegionKind::kLanding, turns.starving, always, size, use,
+                  passed(turns.starving));
+    if (turns.waiting.empty()) break;
     FairKey next;
-    if (!starving_.empty())
-      next = *starving_.begin();
+    if (!turns.starving.empty())
+      next = *turns.starving.begin();
     else
-      waiting_.find_if([&](const FairKey& key) {
+      turns.waiting.find_if([&](const FairKey& key) {
         next = key;
         return true;
       });
     bool freed = withdraw_for(legs_.at(next.leg));
     if (!freed) {
       // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
-      waiting_.find_if([&](const FairKey& key) {
+      turns.waiting.find_if([&](const FairKey& key) {
         const RxLeg& leg = legs_.at(key.leg);
         freed = needy(leg) && withdraw_for(leg);
         return freed;
@@ -122,8 +125,8 @@ void Receiver::grant_all() {
     }
     if (!freed) return;  // somebody with a slice waits: nothing for the others
   }
-  serve_in_turn(idle_, core_.arena, RegionKind::kLanding, starving_idle_, always, size, use,
-                passed(starving_idle_));
+  serve_in_turn(turns.idle, arena, RegionKind::kLanding, turns.starving_idle, always, size, use,
+                passed(turns.starving_idle));
 }
 
 // What reservations have been promised: a transfer's legs in turn, those that have a slice to bring
@@ -141,7 +144,8 @@ void Receiver::grant_reserved() {
           next = &leg;
       }
       if (next == nullptr) break;
-      const auto region = core_.arena.take_reserved(receive.reservation, next->credit_bytes);
+      Arena& arena = core_.arenas[next->arena];
+      const auto region = arena.take_reserved(receive.reservation, next->credit_bytes);
       if (!region) break;
       grant(*next, *region);
     }
@@ -151,14 +155,17 @@ void Receiver::grant_reserved() {
 // A region of an unused credit that may be taken back: a reservation's are not.
 std::optional<uint64_t> Receiver::loose_region(const RxLeg& leg) const {
   for (const auto& [credit, region] : leg.credits)
-    if (!core_.arena.is_reserved(regions_.at(region).region)) return region;
+    if (!core_.arenas[leg.arena].is_reserved(regions_.at(region).region)) return region;
   return std::nullopt;
 }
 
-// Takes unused credits back so that `leg` gets a region: from legs that have brought no SLICE; if
-// `leg` has chunks that were refused, also from one that has. False if nothing changed.
+// Takes unused credits of its arena back so that `leg` gets a region: from legs that have brought
+// no SLICE; if `leg` has chunks that were refused, also from one that has. False if nothing
+// changed.
 bool Receiver::withdraw_for(const RxLeg& leg) {
-  for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
+  const Arena& arena = core_.arenas[leg.arena];
+  const std::set<uint64_t>& withdrawable = turns_[leg.arena].withdrawable;
+  for (auto it = withdrawable.rbegin(); it != withdrawable.rend(); ++it) {
     RxLeg& other = legs_.at(*it);
     if (other.heard || other.pull == leg.pull) continue;
     const auto loose = loose_region(other);
@@ -167,7 +174,7 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
     return true;
   }
   if (!needy(leg)) return false;
-  for (auto it = withdrawable_.rbegin(); it != withdrawable_.rend(); ++it) {
+  for (auto it = withdrawable.rbegin(); it != withdrawable.rend(); ++it) {
     RxLeg& other = legs_.at(*it);
     if (!has_spare(other) || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
       continue;
@@ -180,10 +187,10 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
   std::map<std::pair<uint32_t, uint64_t>, std::vector<uint64_t>> frames;
   std::set<std::pair<uint32_t, uint64_t>> in_use;
   for (const auto& [id, region] : regions_) {
-    if (region.local) continue;
-    const std::pair frame{region.region.segment, region.region.offset / core_.arena.frame_bytes()};
+    if (region.local || core_.arena_of(region.region) != leg.arena) continue;
+    const std::pair frame{region.region.segment, region.region.offset / arena.frame_bytes()};
     const bool unused = region.state == RegionState::kGranted && region.leg != leg.pull &&
-                        has_spare(legs_.at(region.leg)) && !core_.arena.is_reserved(region.region);
+                        has_spare(legs_.at(region.leg)) && !arena.is_reserved(region.region);
     if (unused)
       frames[frame].push_back(id);
     else
@@ -206,10 +213,11 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
 // What was just freed goes straight to the leg that needs it, whoever's turn it is. True: something
 // has changed.
 bool Receiver::grant_at_once(const RxLeg& leg) {
-  const auto region = core_.arena.take(RegionKind::kLanding, leg.credit_bytes);
+  const auto region = core_.arenas[leg.arena].take(RegionKind::kLanding, leg.credit_bytes);
   if (!region) return true;
-  waiting_.served(leg.turn);
-  starving_.erase(leg.turn);
+  Turns& turns = turns_[leg.arena];
+  turns.waiting.served(leg.turn);
+  turns.starving.erase(leg.turn);
   grant(legs_.at(leg.pull), *region);
   return true;
 }
@@ -237,7 +245,7 @@ void Receiver::spend(RxLeg& leg, uint64_t credit) {
   if (it == leg.credits.end()) return;
   const uint64_t region = it->second;
   leg.credits.erase(it);
-  if (leg.credits.empty()) withdrawable_.erase(leg.pull);
+  if (leg.credits.empty()) turns_[leg.arena].withdrawable.erase(leg.pull);
   std::erase_if(leg.new_credits,
                 [&](const CreditGrant& grant) { return grant.credit.value == credit; });
   free_region(region);
@@ -248,8 +256,8 @@ void Receiver::free_region(uint64_t id) {
   const RxRegion region = it->second;
   core_.timers.cancel({TimerKind::kLanding, id, 0});
   if (!region.local)
-    core_.arena.give_back(RegionKind::kLanding, region.region,
-                          region.state == RegionState::kQuarantined);
+    core_.arenas[core_.arena_of(region.region)].give_back(
+        RegionKind::kLanding, region.region, region.state == RegionState::kQuarantined);
   regions_.erase(it);
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
@@ -260,7 +268,7 @@ void Receiver::free_region(uint64_t id) {
 // A posted receive may still write it; only the end of that receive is evidence.
 void Receiver::quarantine(RxRegion& region) {
   region.state = RegionState::kQuarantined;
-  core_.arena.quarantine(region.region);
+  core_.arenas[core_.arena_of(region.region)].quarantine(region.region);
   ++core_.stats.quarantines;
   core_.timers.cancel({TimerKind::kLanding, region.id, 0});
   const auto leg = legs_.find(region.leg);
@@ -313,7 +321,8 @@ void Receiver::tell_oldest(Link& link) {
 void Receiver::flush() {
   run_copies();
   run_local();
-  grant_all();
+  grant_reserved();
+  for (uint32_t arena = 0; arena < turns_.size(); ++arena) grant_all(arena);
   const std::set<uint64_t> unsent = std::exchange(unsent_, {});
   for (const uint64_t pull : unsent) {
     const auto it = legs_.find(pull);
@@ -321,7 +330,7 @@ void Receiver::flush() {
     RxLeg& leg = it->second;
     Receive& receive = receives_.at(leg.receive);
     if (!receive.op->wait_for_arena && leg.credits.empty() && wanted(leg) > 0 &&
-        core_.arena.promised(receive.reservation) == 0) {
+        core_.arenas[leg.arena].promised(receive.reservation) == 0) {
       const uint64_t id = receive.id;
       end_receive(receive, TransferState::kFailed, Reason::kArenaExhausted);
       forget_if_done(id);

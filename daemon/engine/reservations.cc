@@ -41,7 +41,8 @@ void Reservations::reserve(const ReserveOp& op) {
     return;
   }
   if (core_.refused(op.op, op.layout.get())) return;
-  const Arena& arena = core_.arena;
+  const uint32_t number = op.layout->arena;
+  const Arena& arena = core_.arenas[number];
   const uint64_t frames = std::max<uint64_t>(1, ceil_div(op.bytes, arena.frame_bytes()));
   if (frames > arena.most_reserved_ever()) {
     core_.reply_error(op.op, Code::kInvalidArgument, "RESERVATION_TOO_LARGE",
@@ -57,7 +58,7 @@ void Reservations::reserve(const ReserveOp& op) {
                       "the worker has too many reservations");
     return;
   }
-  if (!op.may_wait && !fits(frames)) {
+  if (!op.may_wait && !fits(number, frames)) {
     core_.reply_error(op.op, Code::kResourceExhausted,
                       std::string(name_of(Reason::kArenaExhausted)),
                       "the arena cannot promise so much now");
@@ -72,7 +73,7 @@ void Reservations::reserve(const ReserveOp& op) {
   fresh.lease = core_.limited(op.lease, core_.config.default_lease);
   ++per_worker_[op.op.worker];
   by_name_.emplace(std::move(key), fresh.id);
-  line_.push_back(fresh.id);
+  lines_[number].push_back(fresh.id);
   core_.timers.set({TimerKind::kReservation, fresh.id, 0}, core_.now + core_.config.default_wait);
   table_.emplace(fresh.id, std::move(fresh));
   flush();
@@ -96,29 +97,33 @@ void Reservations::answer(const OpRef& op, const Reservation& reservation, bool 
   Reply reply;
   reply.op = op;
   reply.existing = existing;
-  reply.reserved_bytes = reservation.frames * core_.arena.frame_bytes();
+  reply.reserved_bytes = reservation.frames * core_.arenas[reservation.arena()].frame_bytes();
   reply.lease = reservation.lease;
   core_.emit(std::move(reply));
 }
 
 // One frame more must stay for all transfers without a reservation.
-bool Reservations::fits(uint64_t frames) const {
-  return line_.empty() && core_.arena.asked() + frames <= core_.arena.most_reserved();
+bool Reservations::fits(uint32_t number, uint64_t frames) const {
+  const Arena& arena = core_.arenas[number];
+  return lines_[number].empty() && arena.asked() + frames <= arena.most_reserved();
 }
 
 void Reservations::flush() {
-  const Arena& arena = core_.arena;
-  while (!line_.empty()) {
-    Reservation& next = table_.at(line_.front());
-    if (arena.asked() + next.frames > arena.most_reserved()) return;
-    line_.pop_front();
-    grant(next);
+  for (std::size_t number = 0; number < lines_.size(); ++number) {
+    const Arena& arena = core_.arenas[number];
+    std::deque<uint64_t>& line = lines_[number];
+    while (!line.empty()) {
+      Reservation& next = table_.at(line.front());
+      if (arena.asked() + next.frames > arena.most_reserved()) break;
+      line.pop_front();
+      grant(next);
+    }
   }
 }
 
 void Reservations::grant(Reservation& reservation) {
   reservation.granted = true;
-  core_.arena.reserve(reservation.id, reservation.frames);
+  core_.arenas[reservation.arena()].reserve(reservation.id, reservation.frames);
   const TimerKey timer{TimerKind::kReservation, reservation.id, 0};
   if (reservation.received)
     core_.timers.cancel(timer);
@@ -127,6 +132,14 @@ void Reservations::grant(Reservation& reservation) {
   for (std::size_t i = 0; i < reservation.asking.size(); ++i)
     answer(reservation.asking[i], reservation, i > 0);
   reservation.asking.clear();
+}
+
+bool Reservations::elsewhere(const OpRef& op, const RankKey& key, const LayoutHandle& layout) {
+  const auto it = by_name_.find(key);
+  if (it == by_name_.end() || table_.at(it->second).arena() == layout.arena) return false;
+  core_.reply_error(op, Code::kAlreadyExists, "RESERVATION_EXISTS",
+                    "what is reserved for the transfer lies in another layout's arena", "layout");
+  return true;
 }
 
 uint64_t Reservations::received(const RankKey& key) {
@@ -157,9 +170,9 @@ void Reservations::forget(uint64_t id) {
   const Reservation& reservation = it->second;
   core_.timers.cancel({TimerKind::kReservation, id, 0});
   if (reservation.granted)
-    core_.arena.unreserve(id);
+    core_.arenas[reservation.arena()].unreserve(id);
   else
-    std::erase(line_, id);
+    std::erase(lines_[reservation.arena()], id);
   const auto count = per_worker_.find(reservation.op->op.worker);
   if (--count->second == 0) per_worker_.erase(count);
   by_name_.erase(reservation.key);
@@ -184,9 +197,10 @@ void Reservations::layout_gone(const LayoutHandle* layout) {
 }
 
 void Reservations::drain() {
-  const std::deque<uint64_t> line = line_;
-  for (const uint64_t id : line)
-    refuse(table_.at(id), Code::kUnavailable, "DRAINING", "the daemon takes no new transfers");
+  const std::vector<std::deque<uint64_t>> lines = lines_;
+  for (const std::deque<uint64_t>& line : lines)
+    for (const uint64_t id : line)
+      refuse(table_.at(id), Code::kUnavailable, "DRAINING", "the daemon takes no new transfers");
 }
 
 void Reservations::timer(TimerKey key) {
@@ -196,20 +210,23 @@ void Reservations::timer(TimerKey key) {
 }
 
 void Reservations::check_invariants() const {
-  std::size_t waiting = 0;
-  uint64_t asked = 0;
+  std::vector<std::size_t> waiting(lines_.size());
+  std::vector<uint64_t> asked(lines_.size());
   for (const auto& [id, reservation] : table_) {
-    waiting += !reservation.granted;
-    if (reservation.granted) asked += reservation.frames;
+    waiting[reservation.arena()] += !reservation.granted;
+    if (reservation.granted) asked[reservation.arena()] += reservation.frames;
     KVFERRY_CHECK(reservation.granted == reservation.asking.empty(),
                   "a call waits as long as its reservation does");
     KVFERRY_CHECK(core_.timers.pending({TimerKind::kReservation, id, 0}) ==
                       !(reservation.granted && reservation.received),
                   "a reservation without a Receive ends by itself");
   }
-  KVFERRY_CHECK(waiting == line_.size() && by_name_.size() == table_.size(),
-                "a reservation is in line or promised");
-  KVFERRY_CHECK(asked == core_.arena.asked(), "the arena promises what was reserved");
+  KVFERRY_CHECK(by_name_.size() == table_.size(), "a reservation is found by its name");
+  for (std::size_t number = 0; number < lines_.size(); ++number) {
+    KVFERRY_CHECK(waiting[number] == lines_[number].size(), "a reservation is in line or promised");
+    KVFERRY_CHECK(asked[number] == core_.arenas[number].asked(),
+                  "an arena promises what was reserved in it");
+  }
 }
 
 }  // namespace kvferry::engine

@@ -16,9 +16,12 @@ class Core;
 
 class Reservations {
  public:
-  explicit Reservations(Core& core) : core_(core) {}
+  Reservations(Core& core, std::size_t arenas) : core_(core), lines_(arenas) {}
 
   void reserve(const ReserveOp& op);
+  // Whether a Receive of this name cannot have what was reserved for it: its layout has another
+  // arena than the Reserve's; then the call has its answer.
+  bool elsewhere(const OpRef& op, const RankKey& key, const LayoutHandle& layout);
   // The Receive of this name has come: what was or will be promised is its until it ends. Returns
   // the reservation, 0 if there is none.
   uint64_t received(const RankKey& key);
@@ -28,10 +31,9 @@ class Reservations {
   // Nobody is in line any more.
   void drain();
   void timer(TimerKey key);
-  // Serves the line.
+  // Serves the lines.
   void flush();
   std::size_t count() const { return table_.size(); }
-  std::size_t waiting() const { return line_.size(); }
   void check_invariants() const;
 
  private:
@@ -44,12 +46,13 @@ class Reservations {
     Duration lease{};
     bool granted = false;
     bool received = false;
+    uint32_t arena() const { return op->layout->arena; }
   };
 
   void repeated(Reservation& known, const ReserveOp& op);
   void answer(const OpRef& op, const Reservation& reservation, bool existing);
   void grant(Reservation& reservation);
-  bool fits(uint64_t frames) const;
+  bool fits(uint32_t arena, uint64_t frames) const;
   void refuse(Reservation& reservation, Code code, const char* reason, const char* message);
   void forget(uint64_t id);
 
@@ -57,7 +60,7 @@ class Reservations {
   std::map<uint64_t, Reservation> table_;
   std::map<RankKey, uint64_t> by_name_;
   std::map<WorkerId, uint32_t> per_worker_;
-  std::deque<uint64_t> line_;
+  std::vector<std::deque<uint64_t>> lines_;  // by arena
 };
 
 }  // namespace kvferry::engine

@@ -27,7 +27,7 @@ class Core;
 
 class Sender {
  public:
-  explicit Sender(Core& core) : core_(core) {}
+  Sender(Core& core, std::size_t arenas) : core_(core), turns_(arenas) {}
 
   // Calls of workers.
   void open_send(const OpenSendOp& op);
@@ -170,11 +170,13 @@ class Sender {
 
   // sender_chunks.cc
   bool next_idle(TxLeg& leg);
+  bool same_arena(TxLeg& leg);
   void update(TxLeg& leg);
   void leave_queues(TxLeg& leg);
   Staging& begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk);
   void gather(TxLeg& leg, const memory::Region& region);
   void gathered(Staging& staging, const CopyEnded& event);
+  void gather_all(uint32_t arena);
   std::set<std::pair<uint64_t, uint64_t>>::const_iterator unknown_to_peer(const TxLeg& leg) const;
   bool must_ask(const TxLeg& leg) const;
   void offer(TxLeg& leg);
@@ -183,6 +185,7 @@ class Sender {
   void ack_all(TxLeg& leg);
   void lost_offer(Staging& staging, bool credit_usable);
   void unwant(uint64_t staging);
+  void give_back(Staging& staging);
   void free_if_done(uint64_t staging);
 
   // sender_packed.cc
@@ -212,11 +215,15 @@ class Sender {
   std::map<uint64_t, Remembered> remembered_;                                      // by arrival
   std::map<NameAndRank, std::set<uint64_t>> remembered_by_name_;
   std::map<LinkId, std::set<uint64_t>> remembered_by_link_;
-  FairQueue credited_;  // legs with a chunk to gather and a credit for it
-  FairQueue ahead_;     // ... without
-  std::set<FairKey> starving_;
+  // Legs whose chunks are staged in one arena.
+  struct Turns {
+    FairQueue credited;  // with a credit for it
+    FairQueue ahead;     // ... without
+    std::set<FairKey> starving;
+    uint64_t ahead_total = 0;
+  };
+  std::vector<Turns> turns_;  // by arena
   std::set<uint64_t> ready_;  // legs with something to offer
-  uint64_t ahead_total_ = 0;
 };
 
 }  // namespace kvferry::engine

@@ -22,38 +22,54 @@ bool Sender::next_idle(TxLeg& leg) {
   return false;
 }
 
+// Whether the chunk at the cursor may be staged beside those that the leg has: in their arena, or
+// in another one if there are none.
+bool Sender::same_arena(TxLeg& leg) {
+  const uint32_t next = leg.slices.at(leg.cursor.first).arena;
+  if (next != leg.arena && leg.holding == 0) {
+    leave_queues(leg);
+    leg.arena = next;
+  }
+  return next == leg.arena;
+}
+
 // After any change of credits or chunks: the leg's place in the queues, and whether it can offer.
 void Sender::update(TxLeg& leg) {
   const uint64_t credits = leg.credits.size() + leg.returned.size();
   const uint64_t pending = leg.gathering + leg.staged.size();
   const bool local = leg.link == kLoopedLink;  // needs neither credit nor staging
   const auto ahead = static_cast<uint32_t>(pending > credits && !local ? pending - credits : 0);
-  ahead_total_ += ahead;
-  ahead_total_ -= leg.ahead;
+  turns_[leg.arena].ahead_total += ahead;
+  turns_[leg.arena].ahead_total -= leg.ahead;
   leg.ahead = ahead;
   if (!leg.staged.empty() && (credits > 0 || must_ask(leg)))
     ready_.insert(leg.id);
   else
     ready_.erase(leg.id);
-  const bool idle = leg.resolved && !local && next_idle(leg);
+  const bool idle = leg.resolved && !local && next_idle(leg) && same_arena(leg);
   const bool credited = idle && credits > pending;
   if (leg.queued && (!idle || leg.queued_ahead == credited)) leave_queues(leg);
   if (idle && !leg.queued) {
     leg.queued = true;
     leg.queued_ahead = !credited;
-    (credited ? credited_ : ahead_).insert(leg.turn);
+    Turns& turns = turns_[leg.arena];
+    (credited ? turns.credited : turns.ahead).insert(leg.turn);
   }
 }
 
 void Sender::leave_queues(TxLeg& leg) {
   if (!leg.queued) return;
-  (leg.queued_ahead ? ahead_ : credited_).erase(leg.turn);
-  starving_.erase(leg.turn);
+  Turns& turns = turns_[leg.arena];
+  (leg.queued_ahead ? turns.ahead : turns.credited).erase(leg.turn);
+  turns.starving.erase(leg.turn);
   leg.queued = false;
   leg.passes = 0;
 }
 
-void Sender::flush() {
+// Gathers for which the arena has room: of legs with a credit, then those that may go ahead.
+void Sender::gather_all(uint32_t number) {
+  Arena& arena = core_.arenas[number];
+  Turns& turns = turns_[number];
   const auto size = [&](const FairKey& key) {
     TxLeg& leg = legs_.at(key.leg);
     KVFERRY_CHECK(next_idle(leg), "a leg waits for staging only with a chunk to gather");
@@ -68,10 +84,10 @@ void Sender::flush() {
   };
   const auto passed = [&](const FairKey& key) {
     TxLeg& leg = legs_.at(key.leg);
-    if (++leg.passes >= core_.config.starvation_passes) starving_.insert(key);
+    if (++leg.passes >= core_.config.starvation_passes) turns.starving.insert(key);
   };
   serve_in_turn(
-      credited_, core_.arena, RegionKind::kStaging, starving_, [] { return true; }, size, grant,
+      turns.credited, arena, RegionKind::kStaging, turns.starving, [] { return true; }, size, grant,
       passed);
   const auto grant_ahead = [&](const FairKey& key, const memory::Region& region) {
     ++core_.stats.chunks_ahead;
@@ -79,9 +95,13 @@ void Sender::flush() {
   };
   std::set<FairKey> nobody;
   serve_in_turn(
-      ahead_, core_.arena, RegionKind::kStaging, nobody,
-      [&] { return ahead_total_ < core_.config.staged_ahead; }, size, grant_ahead,
+      turns.ahead, arena, RegionKind::kStaging, nobody,
+      [&] { return turns.ahead_total < core_.config.staged_ahead; }, size, grant_ahead,
       [](const FairKey&) {});
+}
+
+void Sender::flush() {
+  for (uint32_t arena = 0; arena < turns_.size(); ++arena) gather_all(arena);
   const std::set<uint64_t> ready = ready_;
   for (const uint64_t leg : ready) offer(legs_.at(leg));
 }
@@ -105,6 +125,7 @@ Staging& Sender::begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk) {
   staging.since = core_.now;
   slice.chunks[chunk].state = TxState::kGathering;
   slice.chunks[chunk].staging = staging.id;
+  ++leg.holding;
   ++leg.gathering;
   ++send.gathers;
   if (slice.packed)
@@ -235,7 +256,7 @@ std::set<std::pair<uint64_t, uint64_t>>::const_iterator Sender::unknown_to_peer(
 // gathered for that credit with none. Beyond what may be staged ahead nobody would wait for such a
 // chunk: it is offered under the spent credit, so that the peer refuses it and knows.
 bool Sender::must_ask(const TxLeg& leg) const {
-  return leg.spent && leg.ahead > 0 && ahead_total_ > core_.config.staged_ahead &&
+  return leg.spent && leg.ahead > 0 && turns_[leg.arena].ahead_total > core_.config.staged_ahead &&
          unknown_to_peer(leg) != leg.staged.end();
 }
 
@@ -309,6 +330,7 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
     leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
   of.state = TxState::kAcked;
   of.staging = 0;
+  --leg.holding;
   if (!staging.lent) core_.stats.bytes_sent += staging.bytes;
   send.record.bytes_done += staging.bytes;
   ++send.chunks;
@@ -342,12 +364,17 @@ void Sender::unwant(uint64_t id) {
   free_if_done(id);
 }
 
+void Sender::give_back(Staging& staging) {
+  const memory::Region region = std::exchange(staging.region, {});
+  core_.arenas[core_.arena_of(region)].give_back(RegionKind::kStaging, region);
+}
+
 void Sender::free_if_done(uint64_t id) {
   const auto it = stagings_.find(id);
   if (it == stagings_.end()) return;
-  const Staging& staging = it->second;
+  Staging& staging = it->second;
   if (staging.wanted || staging.gathering || staging.sends > 0) return;
-  if (staging.region.bytes > 0) core_.arena.give_back(RegionKind::kStaging, staging.region);
+  if (staging.region.bytes > 0) give_back(staging);
   stagings_.erase(it);
 }
 
@@ -366,7 +393,7 @@ void Sender::offer_send_ended(OfferId offer) {
     return;
   }
   if (flawed(Flaw::kLocalDone) && staging.sends == 0 && staging.region.bytes > 0)
-    core_.arena.give_back(RegionKind::kStaging, std::exchange(staging.region, {}));
+    give_back(staging);
   free_if_done(id);
 }
 

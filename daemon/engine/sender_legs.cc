@@ -70,6 +70,7 @@ void Sender::pump(TxLeg& leg) {
     compile.side = Role::kSender;
     compile.context = leg.context;
     compile.send = slice.packed ? of.packed.source : of.op;
+    slice.arena = flawed(Flaw::kPagesArena) ? send.layout->arena : compile.send->layout->arena;
     compile.pull = leg.pull;
     compile.offer = of.op->offer;
     compile.layers = of.op->layers;
@@ -270,7 +271,7 @@ void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
     core_.emit(CancelResolve{leg.resolve});
   }
   leave_queues(leg);
-  ahead_total_ -= leg.ahead;
+  turns_[leg.arena].ahead_total -= leg.ahead;
   ready_.erase(leg.id);
   core_.timers.cancel({TimerKind::kLegDeadline, leg.id, 0});
   Link& link = *core_.lanes.find(leg.link);
@@ -423,6 +424,7 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
           std::min(chunk_bytes, slice.bytes - chunk * chunk_bytes);
     if (slice.chunks[chunk].staging == 0) continue;
     Staging& staging = stagings_.at(slice.chunks[chunk].staging);
+    --leg.holding;
     if (state == TxState::kGathering) --leg.gathering;
     if (state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
     if (state == TxState::kOffered && !staging.lent)

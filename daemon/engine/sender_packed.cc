@@ -75,6 +75,8 @@ void Sender::packed(Packed& event) {
     end_send(send, TransferState::kFailed,
              event.reason == Reason::kNone ? Reason::kInternal : event.reason);
   } else {
+    KVFERRY_CHECK(event.layout->arena < core_.arenas.size(),
+                  "a layout's arena is one of the configuration's");
     slice.packed.state = PackedCopy::State::kMade;
     auto source = std::make_shared<SendOp>(*slice.op);
     source->layout = std::move(event.layout);

@@ -66,11 +66,17 @@ EngineSnapshot Core::snapshot(Time at) const {
     view.silent_for = at - link.heard;
     snapshot.links.push_back(std::move(view));
   }
-  ArenaView& view = snapshot.arena;
-  view.total_bytes = arena.total_bytes();
-  view.free_bytes = view.total_bytes;
+  for (const Arena& arena : arenas) {
+    ArenaView view;
+    view.total_bytes = arena.total_bytes();
+    view.free_bytes = view.total_bytes;
+    view.reserved_bytes = arena.reserved_frames() * arena.frame_bytes();
+    view.segments = arena.segment_count();
+    snapshot.arenas.push_back(view);
+  }
   for (const auto& [id, region] : receiver.regions()) {
     if (region.local) continue;
+    ArenaView& view = snapshot.arenas[arena_of(region.region)];
     uint64_t* bytes = nullptr;
     switch (region.state) {
       case RegionState::kGranted:
@@ -95,11 +101,11 @@ EngineSnapshot Core::snapshot(Time at) const {
   }
   for (const auto& [id, staging] : sender.stagings()) {
     if (staging.lent) continue;
+    ArenaView& view = snapshot.arenas[arena_of(staging.region)];
     view.staging_bytes += staging.region.bytes;
     view.free_bytes -= staging.region.bytes;
     ++view.regions;
   }
-  snapshot.arena.reserved_bytes = arena.reserved_frames() * arena.frame_bytes();
   snapshot.reservations = static_cast<uint32_t>(reservations.count());
   snapshot.workers = workers.count();
   snapshot.packed_bytes = sender.packed_bytes();

@@ -61,12 +61,13 @@ struct ArenaView {
   uint64_t staging_bytes = 0;
   uint64_t reserved_bytes = 0;  // promised, used or not; not part of the sum
   uint32_t regions = 0;
+  uint32_t segments = 0;
 };
 
 struct EngineSnapshot {
   std::vector<TransferView> transfers;
   std::vector<LinkView> links;
-  ArenaView arena;
+  std::vector<ArenaView> arenas;  // as configured
   uint32_t workers = 0;
   uint32_t reservations = 0;  // in line or promised
   uint64_t packed_bytes = 0;  // of packed copies, made or promised

@@ -173,6 +173,7 @@ struct TxSlice {
   bool empty_acked = false;
   bool dropped = false;
   bool packed = false;          // brings a packed copy: its gathers do not read the pages
+  uint32_t arena = 0;           // where its chunks are staged
   uint64_t dropped_before = 0;  // ordinals from here on were announced after its DROP
 
   bool all_acked() const { return count == 0 ? empty_acked : acked == count; }
@@ -211,6 +212,9 @@ struct TxLeg {
   uint64_t unacked = 0;     // ... and not wholly acked
   std::pair<uint64_t, uint64_t> cursor{};          // next chunk to gather: slice, chunk
   std::set<std::pair<uint64_t, uint64_t>> staged;  // gathered, waiting for credit or lane
+  // All its chunks that hold staging lie in one arena: it goes on in another when they are acked.
+  uint32_t arena = 0;
+  uint32_t holding = 0;  // chunks from gather to ack
   uint32_t gathering = 0;
   uint32_t ahead = 0;   // of those: without a credit in hand
   uint32_t passes = 0;  // passed over while others were served
@@ -378,6 +382,7 @@ struct RxLeg {
   uint64_t receive = 0;
   uint32_t sender_rank = 0;
   uint32_t dp_group = 0;  // the sender's
+  uint32_t arena = 0;     // where it lands
   bool local = false;     // its sender is on this daemon
   bool empty = false;
   bool carries_aux = false;

@@ -228,22 +228,25 @@ void Admin::list_rails(Time, rpc::Reply<std::vector<rpc::RailInfo>> done) {
 
 void Admin::list_arenas(Time, rpc::Reply<std::vector<rpc::ArenaInfo>> done) {
   with_snapshot([this, done = std::move(done)](const engine::EngineSnapshot& snapshot) {
-    rpc::ArenaInfo row;
-    row.device = facts_.arena.device;
-    row.kind = facts_.arena.kind;
-    row.reason = facts_.arena.reason;
-    row.total_bytes = snapshot.arena.total_bytes;
-    row.free_bytes = snapshot.arena.free_bytes;
-    row.granted_bytes = snapshot.arena.granted_bytes;
-    row.landing_bytes = snapshot.arena.landing_bytes;
-    row.landed_bytes = snapshot.arena.landed_bytes;
-    row.scattering_bytes = snapshot.arena.scattering_bytes;
-    row.quarantined_bytes = snapshot.arena.quarantined_bytes;
-    row.staging_bytes = snapshot.arena.staging_bytes;
-    row.reserved_bytes = snapshot.arena.reserved_bytes;
-    row.regions = snapshot.arena.regions;
-    row.segments = static_cast<uint32_t>(config_.arena.bytes / config_.arena.segment_bytes);
-    done(std::vector<rpc::ArenaInfo>{row});
+    std::vector<rpc::ArenaInfo> rows;
+    for (const engine::ArenaView& view : snapshot.arenas) {
+      rpc::ArenaInfo& row = rows.emplace_back();
+      row.device = facts_.arena.device;
+      row.kind = facts_.arena.kind;
+      row.reason = facts_.arena.reason;
+      row.total_bytes = view.total_bytes;
+      row.free_bytes = view.free_bytes;
+      row.granted_bytes = view.granted_bytes;
+      row.landing_bytes = view.landing_bytes;
+      row.landed_bytes = view.landed_bytes;
+      row.scattering_bytes = view.scattering_bytes;
+      row.quarantined_bytes = view.quarantined_bytes;
+      row.staging_bytes = view.staging_bytes;
+      row.reserved_bytes = view.reserved_bytes;
+      row.regions = view.regions;
+      row.segments = view.segments;
+    }
+    done(std::move(rows));
   });
 }
 

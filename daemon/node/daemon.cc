@@ -83,8 +83,9 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   engine::EngineConfig out;
   out.boot = boot;
   out.node = config.node.id;
-  out.segment_bytes.assign(config.arena.bytes / config.arena.segment_bytes,
-                           config.arena.segment_bytes);
+  out.arenas.resize(1);  // host memory
+  out.arenas[0].segment_bytes.assign(config.arena.bytes / config.arena.segment_bytes,
+                                     config.arena.segment_bytes);
   out.chunk_bytes = config.engine.chunk_bytes;
   out.leg_credits = config.engine.leg_credits;
   out.staged_ahead = config.engine.staged_ahead;
@@ -178,8 +179,8 @@ Status Daemon::Impl::make_core() {
   memory::SharedMemoryOptions memory_options;
   memory_options.huge_pages = true;
   memory_options.populate = true;
-  auto made =
-      memory::HostArena::create("kvferry-arena", engine_settings.segment_bytes, memory_options);
+  auto made = memory::HostArena::create("kvferry-arena", engine_settings.arenas[0].segment_bytes,
+                                        memory_options);
   KVFERRY_RETURN_IF_ERROR(made);
   arena = std::move(*made);
   auto opened = open_gpu(config, arena, watchdog);

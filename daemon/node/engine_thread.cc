@@ -392,15 +392,18 @@ void EngineThread::refresh_views(Time now) {
                         [&](const auto& transfer) { return transfer.worker == slot.first; });
   });
   using ops::RegionState;
-  ops::ArenaMetrics& arena = parts_.metrics->arena(0);
-  arena.of(RegionState::kFree).set_bytes(snapshot.arena.free_bytes);
-  arena.of(RegionState::kGranted).set_bytes(snapshot.arena.granted_bytes);
-  arena.of(RegionState::kLanding).set_bytes(snapshot.arena.landing_bytes);
-  arena.of(RegionState::kLanded).set_bytes(snapshot.arena.landed_bytes);
-  arena.of(RegionState::kScattering).set_bytes(snapshot.arena.scattering_bytes);
-  arena.of(RegionState::kQuarantined).set_bytes(snapshot.arena.quarantined_bytes);
-  arena.of(RegionState::kStaging).set_bytes(snapshot.arena.staging_bytes);
-  arena.reserved.set_bytes(snapshot.arena.reserved_bytes);
+  for (std::size_t i = 0; i < snapshot.arenas.size(); ++i) {
+    const engine::ArenaView& seen = snapshot.arenas[i];
+    ops::ArenaMetrics& arena = parts_.metrics->arena(i);
+    arena.of(RegionState::kFree).set_bytes(seen.free_bytes);
+    arena.of(RegionState::kGranted).set_bytes(seen.granted_bytes);
+    arena.of(RegionState::kLanding).set_bytes(seen.landing_bytes);
+    arena.of(RegionState::kLanded).set_bytes(seen.landed_bytes);
+    arena.of(RegionState::kScattering).set_bytes(seen.scattering_bytes);
+    arena.of(RegionState::kQuarantined).set_bytes(seen.quarantined_bytes);
+    arena.of(RegionState::kStaging).set_bytes(seen.staging_bytes);
+    arena.reserved.set_bytes(seen.reserved_bytes);
+  }
   parts_.metrics->links.set(static_cast<int64_t>(snapshot.links.size()));
   int64_t up = 0;
   int64_t down = 0;

@@ -33,6 +33,7 @@ Result<PackedPlan> prepare_packed(const engine::SendOp& send) {
 
   auto layout = std::make_shared<RegisteredLayout>();
   static_cast<engine::LayoutHandle&>(*layout) = *pages;
+  layout->arena = 0;  // it is in host memory, wherever the pages are
   layout->layout = std::move(shape->layout);
   layout->pools.push_back(std::move(*memory));
   PackedPlan out;

@@ -113,6 +113,9 @@ void Workload::attach(Worker& worker) {
       layout->reuse_groups.push_back({kTokensPerBlock, 0, g});
   }
   layout->node = worker.node;
+  layout->arena = static_cast<uint32_t>(mix(world_.scenario.seed ^ mix(worker.id.value)) %
+                                        world_.scenario.arenas[worker.node].size());
+  layout->pages_arena = layout->arena;
   worker.layout = std::move(layout);
   worker.quiet_due = false;
   node.post(WorkerAttached{worker.id, "default", kSlots});

@@ -175,6 +175,7 @@ constexpr FlawCase kFlaws[] = {
     {"write_unread", Flaw::kWriteUnread, Profile::kClean},
     {"release_unpacked", Flaw::kReleaseUnpacked, Profile::kClean},
     {"repay_early", Flaw::kRepayEarly, Profile::kClean},
+    {"pages_arena", Flaw::kPagesArena, Profile::kClean},
     {"tail_first", Flaw::kTailFirst, Profile::kLossy},
     {"sticky", Flaw::kSticky, Profile::kRevoke},
 };

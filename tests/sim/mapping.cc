@@ -279,6 +279,7 @@ PackedPlans compile_packed(const engine::SendOp& send, uint64_t id, uint64_t sid
   PackedPlans out;
   out.layout = std::make_shared<SimLayout>(*source);
   out.layout->packed_side = side;
+  out.layout->arena = 0;  // host memory
   uint64_t most = 0;
   each_offer(from.shape, send, [&](uint32_t, const Range& tokens, const Range&) {
     most = std::max(most, tokens.size() / kTokensPerBlock);

@@ -56,6 +56,7 @@ struct SimLayout : engine::LayoutHandle {
   Instance* instance_ptr = nullptr;
   uint32_t node = 0;
   uint64_t packed_side = 0;  // a packed copy of that side's pages; 0: pages
+  uint32_t pages_arena = 0;  // of those pages
   bool quiet = false;        // LayoutQuiet was told: no copy may touch the pool any more
   bool serves(uint32_t group, const LayoutHandle& other, uint32_t other_group) const override;
 };

@@ -26,7 +26,7 @@ EngineConfig config_for(const Scenario& scenario, uint32_t node, BootId boot, st
   EngineConfig config;
   config.boot = boot;
   config.node = std::move(name);
-  config.segment_bytes = scenario.segments[node];
+  config.arenas = scenario.arenas[node];
   config.min_region_bytes = 64;
   config.chunk_bytes = scenario.chunk_bytes;
   config.leg_credits = scenario.leg_credits;
@@ -79,9 +79,13 @@ void Node::start() {
   boot_.bytes[0] = static_cast<uint8_t>(index_ + 1);
   boot_.bytes[1] = static_cast<uint8_t>(life_);
   boot_.bytes[15] = 0xB0;
-  arena_.clear();
-  for (const uint64_t bytes : world_.scenario.segments[index_])
-    arena_.emplace_back(bytes, uint8_t{0xA5});
+  segments_.clear();
+  arena_of_.clear();
+  for (uint32_t arena = 0; arena < world_.scenario.arenas[index_].size(); ++arena)
+    for (const uint64_t bytes : world_.scenario.arenas[index_][arena].segment_bytes) {
+      segments_.emplace_back(bytes, uint8_t{0xA5});
+      arena_of_.push_back(arena);
+    }
   engine_ = std::make_unique<Engine>(config_for(world_.scenario, index_, boot_, name_));
   rails_up_ = true;
   draining_ = scheduled_ = false;
@@ -211,10 +215,10 @@ void Node::arm_timer() {
 }
 
 uint8_t* Node::arena(const memory::Region& region, uint64_t offset, uint64_t bytes) {
-  require(region.segment < arena_.size() && offset + bytes <= region.bytes &&
-              region.offset + region.bytes <= arena_[region.segment].size(),
+  require(region.segment < segments_.size() && offset + bytes <= region.bytes &&
+              region.offset + region.bytes <= segments_[region.segment].size(),
           "region", "a region outside the arena");
-  return arena_[region.segment].data() + region.offset + offset;
+  return segments_[region.segment].data() + region.offset + offset;
 }
 
 // Notes who uses the region from now on. Only sends may share one, with sends.
@@ -414,6 +418,14 @@ void Node::check_copy(const Copy& copy) const {
     world_.workload->before_scatter(*copy.written(), copy.offset, copy.bytes);
 }
 
+// A chunk lands and is staged in the arena of its pages, a packed copy's in its own.
+uint32_t Node::check_arena(const Copy& copy) const {
+  const uint32_t arena = arena_of_[copy.region.segment];
+  require(arena == copy.plan->layout->arena, "arena",
+          "a chunk's region lies in another arena than its layout's");
+  return arena;
+}
+
 template <typename Command>
 Node::Copy Node::between_region_and_pages(const Command& command) {
   Copy copy;
@@ -433,6 +445,9 @@ void Node::start_gather(const Gather& command) {
           "a gather by a receiver's plan");
   check_copy(copy);
   copy.use = begin_use(Use::kGather, command.region, "Gather");
+  const uint32_t arena = check_arena(copy);
+  if (arena != 0) ++world_.totals.gathers_on_devices;
+  if (copy.plan->layout->pages_arena != arena) ++world_.totals.gathers_beside;
   copies_[command.copy.value] = std::move(copy);
   run_copy(command.copy.value);
 }
@@ -545,6 +560,7 @@ void Node::start_scatter(const Scatter& command) {
   check_copy(copy);
   check_writes(copy);
   copy.use = begin_use(Use::kScatter, command.region, "Scatter");
+  if (check_arena(copy) != 0) ++world_.totals.scatters_on_devices;
   const uint64_t key = command.copy.value;
   copies_[key] = std::move(copy);
   const Copy& stored = copies_[key];

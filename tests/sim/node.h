@@ -106,6 +106,7 @@ class Node {
                           const char* name, const char* what);
   void run_copy(uint64_t key);
   void check_copy(const Copy& copy) const;
+  uint32_t check_arena(const Copy& copy) const;
   void continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool fails);
   void end_copy(uint64_t key, engine::CopyOutcome outcome, engine::Check check);
   void resolve(const engine::Resolve& command);
@@ -127,7 +128,8 @@ class Node {
   bool scheduled_ = false;
   Time stalled_until_{};
   Time timer_at_ = Time::never();
-  std::vector<std::vector<uint8_t>> arena_;
+  std::vector<std::vector<uint8_t>> segments_;  // of all arenas
+  std::vector<uint32_t> arena_of_;              // by segment
   std::map<uint64_t, Occupied> uses_;
   uint64_t next_use_ = 1;
   std::map<uint64_t, Copy> copies_;

@@ -114,7 +114,13 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
     const uint64_t least = uint64_t{s.staged_ahead} + 2;
     const uint64_t regions =
         tiny ? least + (rng.chance(600) ? 0 : rng.below(3)) : rng.between(8, 64);
-    s.segments.push_back(segments_of(regions > least ? regions : least, s.chunk_bytes));
+    s.arenas.push_back({{segments_of(regions > least ? regions : least, s.chunk_bytes)}});
+    const uint64_t more = mix(seed ^ (0xA4E4A + n)) % 3;
+    for (uint64_t i = 0; i < more; ++i) {
+      const uint64_t further = mix(seed ^ (0xA4E4A0 + 3 * n + i));
+      const uint64_t above = tiny ? further % 3 : 1 + further % 24;
+      s.arenas.back().push_back({segments_of(least + above, s.chunk_bytes)});
+    }
   }
 
   s.groups = rng.pick(1, 2);

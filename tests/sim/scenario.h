@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "daemon/base/units.h"
+#include "daemon/engine/config.h"
 #include "daemon/engine/messages.h"
 
 namespace kvferry::sim {
@@ -83,7 +84,7 @@ struct Scenario {
   uint32_t nodes = 2;
   uint32_t lanes = 1;
   uint64_t chunk_bytes = 256;
-  std::vector<std::vector<uint64_t>> segments;  // of each node's arena
+  std::vector<std::vector<engine::ArenaConfig>> arenas;  // of each node
   uint32_t staged_ahead = 1;
   uint32_t leg_credits = 4;
   uint32_t max_credits = 64;

@@ -28,6 +28,9 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"revokes", totals.revokes},
           {"reservations", totals.reservations},
           {"needs told", totals.needs_told},
+          {"gathers on devices", totals.gathers_on_devices},
+          {"scatters on devices", totals.scatters_on_devices},
+          {"gathers beside their pages", totals.gathers_beside},
           {"packed copies", e.packed_made},
           {"packed copies refused", totals.packed_refused},
           {"receives published", totals.reuse_commits},
@@ -98,6 +101,9 @@ void Totals::add(const Totals& run) {
   reuse_commits += run.reuse_commits;
   packed_refused += run.packed_refused;
   needs_told += run.needs_told;
+  gathers_on_devices += run.gathers_on_devices;
+  scatters_on_devices += run.scatters_on_devices;
+  gathers_beside += run.gathers_beside;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);
 }

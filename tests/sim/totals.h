@@ -31,6 +31,9 @@ struct Totals {
   uint64_t reuse_commits = 0;
   uint64_t packed_refused = 0;
   uint64_t needs_told = 0;
+  uint64_t gathers_on_devices = 0;  // into another arena than host memory's
+  uint64_t scatters_on_devices = 0;
+  uint64_t gathers_beside = 0;              // ... into another one than that of the send's pages
   std::map<std::string, uint64_t> reasons;  // of ends that are no success
   engine::EngineStats engine{};
 

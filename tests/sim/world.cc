@@ -112,18 +112,20 @@ void World::print_state() const {
   for (const auto& node : nodes) {
     if (!node->alive()) continue;
     const engine::EngineSnapshot snapshot = node->snapshot();
-    const engine::ArenaView& arena = snapshot.arena;
-    std::printf(
-        "%s: arena %llu free %llu granted %llu landing %llu landed %llu scattering %llu "
-        "quarantined %llu staging %llu\n",
-        node->name().c_str(), static_cast<unsigned long long>(arena.total_bytes),
-        static_cast<unsigned long long>(arena.free_bytes),
-        static_cast<unsigned long long>(arena.granted_bytes),
-        static_cast<unsigned long long>(arena.landing_bytes),
-        static_cast<unsigned long long>(arena.landed_bytes),
-        static_cast<unsigned long long>(arena.scattering_bytes),
-        static_cast<unsigned long long>(arena.quarantined_bytes),
-        static_cast<unsigned long long>(arena.staging_bytes));
+    for (std::size_t i = 0; i < snapshot.arenas.size(); ++i) {
+      const engine::ArenaView& arena = snapshot.arenas[i];
+      std::printf(
+          "%s: arena %zu %llu free %llu granted %llu landing %llu landed %llu scattering %llu "
+          "quarantined %llu staging %llu\n",
+          node->name().c_str(), i, static_cast<unsigned long long>(arena.total_bytes),
+          static_cast<unsigned long long>(arena.free_bytes),
+          static_cast<unsigned long long>(arena.granted_bytes),
+          static_cast<unsigned long long>(arena.landing_bytes),
+          static_cast<unsigned long long>(arena.landed_bytes),
+          static_cast<unsigned long long>(arena.scattering_bytes),
+          static_cast<unsigned long long>(arena.quarantined_bytes),
+          static_cast<unsigned long long>(arena.staging_bytes));
+    }
     for (const auto& link : snapshot.links)
       std::printf("  link to %s legs in %u out %u parked %u\n", link.node.c_str(), link.legs_in,
                   link.legs_out, link.parked);
@@ -144,8 +146,9 @@ void World::finish() {
       const engine::EngineSnapshot snapshot = node->snapshot();
       if (snapshot.reservations != 0 || snapshot.reuse_pins != 0 || snapshot.packed_bytes != 0)
         return false;
-      if (!snapshot.transfers.empty() || snapshot.arena.free_bytes != snapshot.arena.total_bytes)
-        return false;
+      if (!snapshot.transfers.empty()) return false;
+      for (const engine::ArenaView& arena : snapshot.arenas)
+        if (arena.free_bytes != arena.total_bytes) return false;
       for (const auto& link : snapshot.links)
         if (link.legs_in + link.legs_out + link.parked != 0) return false;
       if (node->uses() != 0 || node->watches() != 0) return false;
@@ -174,18 +177,20 @@ void World::finish() {
     if (!snapshot.transfers.empty())
       leak(std::to_string(snapshot.transfers.size()) + " transfers, the first " +
            snapshot.transfers[0].id);
-    const engine::ArenaView& arena = snapshot.arena;
-    if (arena.free_bytes != arena.total_bytes)
-      leak("arena bytes: granted " + std::to_string(arena.granted_bytes) + " landing " +
-           std::to_string(arena.landing_bytes) + " landed " + std::to_string(arena.landed_bytes) +
-           " scattering " + std::to_string(arena.scattering_bytes) + " quarantined " +
-           std::to_string(arena.quarantined_bytes) + " staging " +
-           std::to_string(arena.staging_bytes));
+    for (const engine::ArenaView& arena : snapshot.arenas) {
+      if (arena.free_bytes != arena.total_bytes)
+        leak("arena bytes: granted " + std::to_string(arena.granted_bytes) + " landing " +
+             std::to_string(arena.landing_bytes) + " landed " + std::to_string(arena.landed_bytes) +
+             " scattering " + std::to_string(arena.scattering_bytes) + " quarantined " +
+             std::to_string(arena.quarantined_bytes) + " staging " +
+             std::to_string(arena.staging_bytes));
+      if (arena.reserved_bytes != 0) leak("promises");
+    }
     for (const auto& link : snapshot.links)
       if (link.legs_in + link.legs_out + link.parked != 0)
         leak("legs on a link: in " + std::to_string(link.legs_in) + " out " +
              std::to_string(link.legs_out) + " parked " + std::to_string(link.parked));
-    if (snapshot.reservations != 0 || arena.reserved_bytes != 0) leak("reservations");
+    if (snapshot.reservations != 0) leak("reservations");
     if (snapshot.packed_bytes != 0 || snapshot.packed_copies != 0) leak("packed copies");
     if (snapshot.reuse_entries != 0) leak("blocks that can be found");
     if (snapshot.reuse_pins != 0) leak("pins");

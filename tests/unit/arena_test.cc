@@ -13,7 +13,7 @@ constexpr uint64_t kFrame = 64;
 
 EngineConfig config_of(uint64_t frames, uint32_t ahead) {
   EngineConfig config;
-  config.segment_bytes = {frames * kFrame};
+  config.arenas = {{{frames * kFrame}}};
   config.min_region_bytes = 16;
   config.chunk_bytes = kFrame;
   config.staged_ahead = ahead;
@@ -43,7 +43,7 @@ uint64_t take_promised(Arena& arena, uint64_t reservation, uint64_t bytes, Held&
 }
 
 TEST_CASE("without reservations landing leaves E + 1 frames and staging one") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   Held held;
   CHECK(arena.most_reserved_ever() == 5);
   CHECK(take_all(arena, RegionKind::kLanding, held) == 6);
@@ -51,7 +51,7 @@ TEST_CASE("without reservations landing leaves E + 1 frames and staging one") {
 }
 
 TEST_CASE("what is promised is taken by its owner only") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   Held held;
   arena.reserve(9, 4);
   CHECK(take_all(arena, RegionKind::kLanding, held) == 2);
@@ -67,8 +67,33 @@ TEST_CASE("what is promised is taken by its owner only") {
   CHECK_FALSE(arena.take_reserved(8, kFrame));
 }
 
+TEST_CASE("arenas have floors and promises of their own, and segments numbered through") {
+  EngineConfig config = config_of(4, 1);
+  config.arenas[0].segment_bytes.push_back(2 * kFrame);
+  config.arenas.push_back({{4 * kFrame, 4 * kFrame}});
+  Arena first(config, 0);
+  Arena second(config, 1);
+  CHECK(first.first_segment() == 0);
+  CHECK(first.segment_count() == 2);
+  CHECK(second.first_segment() == 2);
+  CHECK(second.segment_count() == 2);
+  Held held;
+  CHECK(take_all(first, RegionKind::kLanding, held) == 4);
+  CHECK(take_all(first, RegionKind::kStaging, held) == 2);
+  for (const auto& [kind, region] : held) CHECK(region.segment < 2);
+  Held beside;
+  second.reserve(9, 5);
+  CHECK(take_all(second, RegionKind::kLanding, beside) == 1);
+  CHECK(take_promised(second, 9, kFrame, beside) == 5);
+  CHECK(take_all(second, RegionKind::kStaging, beside) == 2);
+  for (const auto& [kind, region] : beside) CHECK((region.segment == 2 || region.segment == 3));
+  CHECK(second.is_reserved(beside[1].second));
+  for (const auto& [kind, region] : beside) second.give_back(kind, region);
+  second.verify({});
+}
+
 TEST_CASE("a promise ends: what it used is everybody's") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   Held held;
   arena.reserve(9, 4);
   REQUIRE(arena.take_reserved(9, 16));
@@ -85,7 +110,7 @@ TEST_CASE("a promise ends: what it used is everybody's") {
 }
 
 TEST_CASE("a promise made while the arena is full waits, and stops nobody from giving back") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   Held held;
   REQUIRE(take_all(arena, RegionKind::kLanding, held) == 6);
   arena.reserve(9, 5);
@@ -99,7 +124,7 @@ TEST_CASE("a promise made while the arena is full waits, and stops nobody from g
 }
 
 TEST_CASE("the others always have a frame for landing") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   Held held;
   arena.reserve(9, 5);
   CHECK(take_all(arena, RegionKind::kLanding, held) == 1);
@@ -108,7 +133,7 @@ TEST_CASE("the others always have a frame for landing") {
 }
 
 TEST_CASE("quarantine shrinks the newest promises, and gives back what it took") {
-  Arena arena(config_of(8, 1));
+  Arena arena(config_of(8, 1), 0);
   arena.reserve(7, 3);
   arena.reserve(9, 2);
   const auto first = arena.take_reserved(7, kFrame);
@@ -180,7 +205,9 @@ TEST_CASE("whatever comes, counts agree and each kind keeps its floor") {
   const bool ok = rc::check("arena", [] {
     const auto ahead = *rc::gen::inRange<uint32_t>(0, 3);
     const uint64_t frames = ahead + 2 + *rc::gen::inRange<uint64_t>(0, 9);
-    Random random{Arena(config_of(frames, ahead)), {}, {}, {}, 0};
+    EngineConfig config = config_of(frames, ahead);
+    config.arenas.insert(config.arenas.begin(), config.arenas[0]);  // segments from 1
+    Random random{Arena(config, 1), {}, {}, {}, 0};
     const auto steps = *rc::gen::container<std::vector<std::pair<uint32_t, uint64_t>>>(
         rc::gen::pair(rc::gen::inRange<uint32_t>(0, 14), rc::gen::arbitrary<uint64_t>()));
     for (const auto& [what, with] : steps) {

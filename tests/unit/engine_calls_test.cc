@@ -190,9 +190,9 @@ TEST_CASE("a worker that is not attached is told so") {
 
 TEST_CASE("landing leaves E + 1 frames to staging, staging one to landing") {
   EngineConfig config = small_config(1);
-  config.segment_bytes = {4 * 64};
+  config.arenas = {{{4 * 64}}};
   config.staged_ahead = 1;
-  Arena arena(config);
+  Arena arena(config, 0);
   REQUIRE(arena.frames() == 4);
   std::vector<memory::Region> landing;
   while (const auto region = arena.take(RegionKind::kLanding, 64)) landing.push_back(*region);
@@ -208,8 +208,8 @@ TEST_CASE("landing leaves E + 1 frames to staging, staging one to landing") {
 
 TEST_CASE("small regions of one kind never fragment the frames of the other") {
   EngineConfig config = small_config(1);
-  config.segment_bytes = {4 * 64};
-  Arena arena(config);
+  config.arenas = {{{4 * 64}}};
+  Arena arena(config, 0);
   std::vector<memory::Region> small;
   while (const auto region = arena.take(RegionKind::kLanding, 10)) {
     CHECK(region->bytes == 16);
@@ -226,9 +226,9 @@ TEST_CASE("small regions of one kind never fragment the frames of the other") {
 
 TEST_CASE("a larger slot serves when no other is left") {
   EngineConfig config = small_config(1);
-  config.segment_bytes = {4 * 64};
+  config.arenas = {{{4 * 64}}};
   config.staged_ahead = 2;  // one landing frame
-  Arena arena(config);
+  Arena arena(config, 0);
   const auto first = arena.take(RegionKind::kLanding, 32);
   REQUIRE(first);
   const auto second = arena.take(RegionKind::kLanding, 16);

@@ -58,7 +58,7 @@ inline EngineConfig small_config(uint8_t node) {
   EngineConfig config;
   config.boot = boot_of(node);
   config.node = "node" + std::to_string(node);
-  config.segment_bytes = {1024};
+  config.arenas = {{{1024}}};
   config.min_region_bytes = 16;
   config.chunk_bytes = 64;
   config.staged_ahead = 1;

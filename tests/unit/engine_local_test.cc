@@ -104,8 +104,8 @@ struct Home : Box {
     CHECK(seen<ConnectLane>().empty());
     const EngineSnapshot now_seen = engine.snapshot(now);
     CHECK(now_seen.links.empty());
-    CHECK(now_seen.arena.free_bytes == now_seen.arena.total_bytes);
-    CHECK(now_seen.arena.regions == 0);
+    CHECK(now_seen.arenas[0].free_bytes == now_seen.arenas[0].total_bytes);
+    CHECK(now_seen.arenas[0].regions == 0);
     CHECK(engine.stats().bytes_sent + engine.stats().bytes_received == 0);
   }
 

@@ -114,7 +114,7 @@ struct Lone : Box {
   TransferRecord status(const std::string& id) const {
     return record({1}, std::hash<std::string>{}(id) | 1);
   }
-  ArenaView arena() const { return engine.snapshot(now).arena; }
+  ArenaView arena() const { return engine.snapshot(now).arenas[0]; }
   uint64_t drops(DropCause cause) const {
     return engine.stats().dropped[static_cast<std::size_t>(cause)];
   }

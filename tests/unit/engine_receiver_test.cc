@@ -97,7 +97,7 @@ struct Lone : Box {
       if (drop.descriptor == descriptor) return true;
     return false;
   }
-  ArenaView arena() const { return engine.snapshot(now).arena; }
+  ArenaView arena() const { return engine.snapshot(now).arenas[0]; }
   TransferRecord status() const { return record({2}, handle); }
 
   std::shared_ptr<const TestLayout> layout;
@@ -411,7 +411,7 @@ TEST_CASE("an unknown pull is answered END and its offer dropped") {
 
 TEST_CASE("credits of a leg without a SLICE are taken back when another one waits") {
   EngineConfig config = small_config(2);
-  config.segment_bytes = {4 * kChunk};  // two landing regions
+  config.arenas = {{{4 * kChunk}}};  // two landing regions
   Lone r(config);
   const MsgPull idle = r.pull("a", 640);
   REQUIRE(idle.credits.size() == 2);

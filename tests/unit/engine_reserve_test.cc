@@ -105,11 +105,11 @@ TEST_CASE("a reservation is answered with its bytes and lease, and ends with it"
   odd.bytes = kFrame + 1;
   box.post(odd);
   CHECK(box.answer(odd)->reserved_bytes == 2 * kFrame);
-  CHECK(box.engine.snapshot(box.now).arena.reserved_bytes == 6 * kFrame);
+  CHECK(box.engine.snapshot(box.now).arenas[0].reserved_bytes == 6 * kFrame);
   box.wait(seconds(6));
   CHECK(box.engine.snapshot(box.now).reservations == 1);
   box.wait(seconds(30));
-  CHECK(box.engine.snapshot(box.now).arena.reserved_bytes == 0);
+  CHECK(box.engine.snapshot(box.now).arenas[0].reserved_bytes == 0);
 }
 
 TEST_CASE("the same reservation again starts nothing, another one is refused by its field") {
@@ -120,7 +120,7 @@ TEST_CASE("the same reservation again starts nothing, another one is refused by 
   box.post(again);
   CHECK(box.answer(again)->existing);
   CHECK(box.answer(again)->reserved_bytes == 3 * kFrame);
-  CHECK(box.engine.snapshot(box.now).arena.reserved_bytes == 3 * kFrame);
+  CHECK(box.engine.snapshot(box.now).arenas[0].reserved_bytes == 3 * kFrame);
   const auto differs = [&](auto change, const std::string& field) {
     ReserveOp other = first;
     other.op.op_id = ++box.ops;
@@ -200,10 +200,10 @@ TEST_CASE("a reserved transfer has its credits while others have filled the aren
   CHECK(others == 10);  // 16 less E + 1 for staging, less 4
   CHECK(box.receive("r", 100) == 4);
   // Nobody takes them away, and they come back when it ends.
-  CHECK(box.engine.snapshot(box.now).arena.granted_bytes == 14 * kFrame);
+  CHECK(box.engine.snapshot(box.now).arenas[0].granted_bytes == 14 * kFrame);
   box.cancel("r");
-  CHECK(box.engine.snapshot(box.now).arena.reserved_bytes == 0);
-  CHECK(box.engine.snapshot(box.now).arena.granted_bytes == 14 * kFrame);
+  CHECK(box.engine.snapshot(box.now).arenas[0].reserved_bytes == 0);
+  CHECK(box.engine.snapshot(box.now).arenas[0].granted_bytes == 14 * kFrame);
 }
 
 TEST_CASE("a reservation lasts as long as its transfer, not its lease") {

@@ -114,7 +114,7 @@ TEST_CASE("a transfer that ends while a tail is cleared keeps its pages until th
   pair.cleared(CopyOutcome::kOk);
   CHECK(pair.received("a").released);
   CHECK(pair.r.seen<ClearTail>().size() == 1);
-  const ArenaView arena = pair.r.engine.snapshot(pair.r.now).arena;
+  const ArenaView arena = pair.r.engine.snapshot(pair.r.now).arenas[0];
   CHECK(arena.free_bytes == arena.total_bytes);
 }
 
@@ -139,7 +139,7 @@ TEST_CASE(
   pair.run();
   // The new slice's bytes have landed, as many as there are credits, and wait for the clearing.
   CHECK(pair.r.seen<Scatter>().size() == 10);
-  CHECK(pair.r.engine.snapshot(pair.r.now).arena.landed_bytes > 0);
+  CHECK(pair.r.engine.snapshot(pair.r.now).arenas[0].landed_bytes > 0);
   const CopyId first = pair.r.seen<ClearTail>().front().copy;
   SECTION("which ends well") {
     pair.r.post(CopyEnded{first, CopyOutcome::kOk, {}});

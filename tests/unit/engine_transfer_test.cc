@@ -7,7 +7,7 @@ namespace {
 using std::chrono::seconds;
 
 bool empty(const Box& box) {
-  const ArenaView arena = box.engine.snapshot(box.now).arena;
+  const ArenaView arena = box.engine.snapshot(box.now).arenas[0];
   return arena.free_bytes == arena.total_bytes && arena.regions == 0;
 }
 
@@ -425,7 +425,7 @@ TEST_CASE("a layout is quiet once its transfers have failed and no copy reads it
 TEST_CASE("an arena far smaller than a transfer carries it all the same") {
   EngineConfig s = small_config(1);
   EngineConfig r = small_config(2);
-  s.segment_bytes = r.segment_bytes = {3 * 64};
+  s.arenas = r.arenas = {{{3 * 64}}};
   Pair pair(s, r);
   for (const char* id : {"a", "b", "c"}) pair.s.post(pair.send_op(id, 0, {0, 64}, true));
   for (const char* id : {"a", "b", "c"}) pair.r.post(pair.receive_op(id, {0, 64}));
@@ -438,7 +438,7 @@ TEST_CASE("an arena far smaller than a transfer carries it all the same") {
 
 TEST_CASE("who will not wait for the arena is told so") {
   EngineConfig r = small_config(2);
-  r.segment_bytes = {3 * 64};
+  r.arenas = {{{3 * 64}}};
   Pair pair(small_config(1), r);
   pair.r.post(pair.receive_op("a", {0, 64}));  // takes the only landing region
   pair.run();

@@ -25,7 +25,7 @@ struct Pages {
 
 EngineConfig race_config() {
   EngineConfig config = small_config(2);
-  config.segment_bytes = {16 * kPage};
+  config.arenas = {{{16 * kPage}}};
   config.chunk_bytes = 32 * 1024;
   return config;
 }
