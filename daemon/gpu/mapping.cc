@@ -68,7 +68,9 @@ Result<Mapping> Mapping::open_ipc(std::shared_ptr<const Device> device,
   KVFERRY_RETURN_IF_ERROR(
       device->check(api.cuMemGetAddressRange(&start, &bytes, base), "cuMemGetAddressRange"));
   if (start != base)
-    return invalid(field, "POOL_IMPORT_FAILED", "the handle does not name a whole allocation");
+    return invalid(field, "POOL_IMPORT_FAILED",
+                   "the handle does not name a whole allocation: CUDA puts small ones together, so "
+                   "allocate a multiple of 2 MiB");
   out.bytes_ = bytes;
   return out;
 }
