@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "daemon/base/check.h"
+#include "daemon/gpu/closing.h"
 
 namespace kvferry::gpu {
 namespace {
@@ -139,7 +140,7 @@ uint32_t Mapping::close() {
   const auto count = [&](cuda::CUresult result, std::string_view call) {
     if (!device->check(result, call)) ++refused;
   };
-  const Device::Current current(*device);
+  const Closing current(*device);
   if (!current.ok()) return 1;
   if (ipc_) {
     count(api.cuIpcCloseMemHandle(base_), "cuIpcCloseMemHandle");
