@@ -8,6 +8,7 @@
 
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -22,6 +23,9 @@
 namespace kvferry::gpu {
 
 using Uuid = std::array<uint8_t, 16>;
+
+inline constexpr std::size_t kHandleBytes = 64;  // of CUDA IPC and fabric handles
+using HandleValue = std::array<uint8_t, kHandleBytes>;
 
 // "GPU-8f2e4b1a-...", as nvidia-smi prints it.
 std::string to_string(const Uuid& uuid);

@@ -30,9 +30,6 @@
 
 namespace kvferry::gpu {
 
-inline constexpr std::size_t kHandleBytes = 64;  // of CUDA IPC and fabric handles
-using HandleValue = std::array<uint8_t, kHandleBytes>;
-
 enum class ImportKind : uint8_t { kCudaIpc, kCudaVmmFd, kCudaFabric };
 
 class Imports;

@@ -93,7 +93,6 @@ Result<Mapping> Mapping::reserve(std::shared_ptr<const Device> device, uint64_t 
 
 Status Mapping::add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t bytes,
                     const std::string& field) {
-  KVFERRY_CHECK(device_ != nullptr && bytes <= bytes_ - filled_, "a part lies in its range");
   const cuda::Api& api = device_->api();
   const Device::Current current(*device_);
   KVFERRY_RETURN_IF_ERROR(current.status());
@@ -110,11 +109,24 @@ Status Mapping::add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t
       properties.location.id != device_->facts().ordinal)
     return wrong_device(*device_, field);
   // Larger than the allocation, it is refused: so the size that was told need not be believed.
-  const cuda::CUresult map = api.cuMemMap(base_ + filled_, bytes, 0, allocation.get(), 0);
-  if (map != cuda::CUDA_SUCCESS) return import_refused(*device_, map, "cuMemMap", field);
+  const cuda::CUresult mapped = map_next(allocation.get(), bytes);
+  if (mapped != cuda::CUDA_SUCCESS) return import_refused(*device_, mapped, "cuMemMap", field);
+  return {};
+}
+
+Status Mapping::map(cuda::CUmemGenericAllocationHandle allocation, uint64_t bytes) {
+  const Device::Current current(*device_);
+  KVFERRY_RETURN_IF_ERROR(current.status());
+  return device_->check(map_next(allocation, bytes), "cuMemMap");
+}
+
+cuda::CUresult Mapping::map_next(cuda::CUmemGenericAllocationHandle allocation, uint64_t bytes) {
+  KVFERRY_CHECK(bytes <= bytes_ - filled_, "a part lies in its range");
+  const cuda::CUresult result = device_->api().cuMemMap(base_ + filled_, bytes, 0, allocation, 0);
+  if (result != cuda::CUDA_SUCCESS) return result;
   mapped_.emplace_back(base_ + filled_, bytes);
   filled_ += bytes;
-  return {};
+  return result;
 }
 
 Status Mapping::open_access(const std::vector<std::shared_ptr<const Device>>& devices) {

@@ -1,6 +1,6 @@
-// Foreign memory mapped into this process's view of a device, and how it is undone. Used by the
-// imports only (device_pool.h says what is checked and what the errors are). Any thread; all
-// functions call the driver.
+// Memory mapped into this process's view of a device, and how it is undone. Used by the imports
+// (device_pool.h says what is checked and what the errors are) and by device arenas. Any thread;
+// all functions call the driver.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +35,16 @@ class Mapping {
   static Result<Mapping> open_ipc(std::shared_ptr<const Device> device,
                                   const cuda::CUipcMemHandle& handle, const std::string& field);
 
-  // VMM allocations behind each other in a new range of `bytes`, which the devices that reach
-  // `device` may use too. First reserve(), then add() one by one, then open_access().
+  // VMM allocations behind each other in a new range of `bytes`, for those of the given devices
+  // that reach `device`. First reserve(), then add() or map() one by one, then open_access().
   static Result<Mapping> reserve(std::shared_ptr<const Device> device, uint64_t bytes);
   // `handle`: what cuMemImportFromShareableHandle takes: a descriptor as a pointer, or a
   // pointer to a fabric handle. Maps the allocation's first `bytes`.
   Status add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t bytes,
              const std::string& field);
+  // The same of an allocation of this process, whose handle stays the caller's. The driver's own
+  // answer; nothing is said of the device, which the caller has chosen.
+  Status map(cuda::CUmemGenericAllocationHandle allocation, uint64_t bytes);
   Status open_access(const std::vector<std::shared_ptr<const Device>>& devices);
 
   // Closes now, and says how many calls of the driver refused; there is nothing left to try then.
@@ -52,6 +55,7 @@ class Mapping {
   const std::shared_ptr<const Device>& device() const { return device_; }
 
  private:
+  cuda::CUresult map_next(cuda::CUmemGenericAllocationHandle allocation, uint64_t bytes);
   void swap(Mapping& other) noexcept {
     std::swap(device_, other.device_);
     std::swap(ipc_, other.ipc_);

@@ -49,6 +49,8 @@ Config Config::from_environment() {
   config.visible = visible_devices(config.machine_devices);
   config.memory_bytes = number("KVFERRY_FAKE_CUDA_MEMORY_MB", 1024) << 20;
   config.granularity = number("KVFERRY_FAKE_CUDA_GRANULARITY_KB", 2048) << 10;
+  config.fabric_granularity =
+      number("KVFERRY_FAKE_CUDA_FABRIC_GRANULARITY_KB", config.granularity >> 10) << 10;
   config.version = static_cast<int>(number("KVFERRY_FAKE_CUDA_VERSION", 13000));
   config.seed = number("KVFERRY_FAKE_CUDA_SEED", 1);
   config.delay_us = number("KVFERRY_FAKE_CUDA_DELAY_US", 100);

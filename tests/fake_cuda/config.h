@@ -13,9 +13,10 @@ struct Config {
   bool temporary = false;    // nobody named one: this process's own, removed at its end
   int machine_devices = 1;   // of the machine
   std::vector<int> visible;  // the machine's devices that this process sees; ordinals index it
-  uint64_t memory_bytes = uint64_t{1} << 30;  // of each
-  uint64_t granularity = uint64_t{2} << 20;   // of VMM allocations
-  int version = 13000;                        // of CUDA
+  uint64_t memory_bytes = uint64_t{1} << 30;        // of each
+  uint64_t granularity = uint64_t{2} << 20;         // of VMM allocations
+  uint64_t fabric_granularity = uint64_t{2} << 20;  // of those with a fabric handle
+  int version = 13000;                              // of CUDA
   uint64_t seed = 1;
   uint64_t delay_us = 100;
   std::set<std::string> lacks;  // features that this machine does not have

@@ -101,9 +101,10 @@ struct Setup {
   int version = 13000;        // of CUDA
   uint64_t memory_mb = 1024;  // of each device
   uint64_t seed = 1;
-  uint64_t delay_us = 100;   // longest delay of a piece of work
-  std::string lacks = {};    // e.g. "fabric,peer"
-  std::string visible = {};  // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
+  uint64_t delay_us = 100;             // longest delay of a piece of work
+  std::string lacks = {};              // e.g. "fabric,peer"
+  std::string visible = {};            // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
+  uint64_t fabric_granularity_kb = 0;  // 0: as of other VMM allocations
 };
 
 // A fake machine of a test: a new directory for its memory, in /dev/shm where there is one, and the
@@ -181,6 +182,9 @@ inline Machine::Machine(const std::string& library, const Setup& setup) : contro
                 {"KVFERRY_FAKE_CUDA_DELAY_US", std::to_string(setup.delay_us)},
                 {"KVFERRY_FAKE_CUDA_LACKS", setup.lacks}};
   if (!setup.visible.empty()) variables_.emplace_back("CUDA_VISIBLE_DEVICES", setup.visible);
+  if (setup.fabric_granularity_kb != 0)
+    variables_.emplace_back("KVFERRY_FAKE_CUDA_FABRIC_GRANULARITY_KB",
+                            std::to_string(setup.fabric_granularity_kb));
   for (const auto& [name, value] : variables_) ::setenv(name.c_str(), value.c_str(), 1);
   if (setup.visible.empty()) ::unsetenv("CUDA_VISIBLE_DEVICES");
   control_.reset();

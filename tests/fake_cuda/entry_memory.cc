@@ -73,7 +73,8 @@ CUresult cuMemGetInfo_v2(size_t* free, size_t* total) {
 CUresult cuMemAlloc_v2(CUdeviceptr* pointer, size_t bytes) {
   return call("cuMemAlloc", Needs::kContext, [&](Call& c) {
     if (pointer == nullptr || bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-    auto allocation = c.state.machine->allocate(MemoryKind::kLegacy, c.context->device, bytes, 0);
+    auto allocation =
+        c.state.machine->allocate({MemoryKind::kLegacy, c.context->device, 0, bytes, 0, 0});
     if (!allocation) return allocation.error();
     const Changing changing(c);
     AddressSpace& space = c.state.space;

@@ -37,7 +37,15 @@ CUresult check_properties(const Call& c, const CUmemAllocationProp* properties) 
     // The device can, but there is no channel that this user may use.
     if (!config.has("imex")) return CUDA_ERROR_NOT_PERMITTED;
   }
+  if (properties->allocFlags.gpuDirectRDMACapable != 0 && !config.has("rdma")) {
+    return CUDA_ERROR_NOT_SUPPORTED;
+  }
   return CUDA_SUCCESS;
+}
+
+uint64_t granularity_of(const Config& config, unsigned int handle_types) {
+  return (handle_types & CU_MEM_HANDLE_TYPE_FABRIC) != 0 ? config.fabric_granularity
+                                                         : config.granularity;
 }
 
 CUmemGenericAllocationHandle add_handle(State& all, std::shared_ptr<Allocation> allocation) {
@@ -114,8 +122,9 @@ CUresult cuMemGetAllocationGranularity(size_t* bytes, const CUmemAllocationProp*
       return CUDA_ERROR_INVALID_VALUE;
     }
     const CUresult result = check_properties(c, properties);
-    if (result == CUDA_SUCCESS) *bytes = c.state.config().granularity;
-    return result;
+    if (result != CUDA_SUCCESS) return result;
+    *bytes = granularity_of(c.state.config(), properties->requestedHandleTypes);
+    return CUDA_SUCCESS;
   });
 }
 
@@ -125,13 +134,14 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, size_t bytes,
     if (const CUresult result = check_properties(c, properties); result != CUDA_SUCCESS) {
       return result;
     }
+    const auto types = static_cast<unsigned int>(properties->requestedHandleTypes);
     if (handle == nullptr || flags != 0 || bytes == 0 ||
-        bytes % c.state.config().granularity != 0) {
+        bytes % granularity_of(c.state.config(), types) != 0) {
       return CUDA_ERROR_INVALID_VALUE;
     }
     auto allocation = c.state.machine->allocate(
-        MemoryKind::kVmm, c.state.machine_device(properties->location.id), bytes,
-        static_cast<unsigned int>(properties->requestedHandleTypes));
+        {MemoryKind::kVmm, c.state.machine_device(properties->location.id), 0, bytes, types,
+         properties->allocFlags.gpuDirectRDMACapable});
     if (!allocation) return allocation.error();
     *handle = add_handle(c.state, std::move(*allocation));
     return CUDA_SUCCESS;
@@ -183,13 +193,14 @@ CUresult cuMemMap(CUdeviceptr pointer, size_t bytes, size_t offset,
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
   return call("cuMemMap", Needs::kInit, [&](Call& c) {
     const auto found = c.state.handles.find(handle);
-    const uint64_t unit = c.state.config().granularity;
-    if (found == c.state.handles.end() || flags != 0 || offset != 0 || bytes == 0 ||
-        bytes % unit != 0 || pointer % unit != 0 || !reserved(c.state, pointer, bytes)) {
+    if (found == c.state.handles.end()) return CUDA_ERROR_INVALID_VALUE;
+    const Allocation& allocation = *found->second.allocation;
+    const uint64_t unit = granularity_of(c.state.config(), allocation.info().handle_types);
+    if (flags != 0 || offset != 0 || bytes == 0 || bytes % unit != 0 ||
+        pointer % c.state.config().granularity != 0 || !reserved(c.state, pointer, bytes) ||
+        bytes > allocation.info().bytes) {
       return CUDA_ERROR_INVALID_VALUE;
     }
-    const Allocation& allocation = *found->second.allocation;
-    if (bytes > allocation.info().bytes) return CUDA_ERROR_INVALID_VALUE;
     AddressSpace& space = c.state.space;
     if (space.overlaps(pointer, bytes)) return CUDA_ERROR_ALREADY_MAPPED;
     const Changing changing(c);
@@ -289,6 +300,7 @@ CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* properties,
     properties->type = CU_MEM_ALLOCATION_TYPE_PINNED;
     properties->requestedHandleTypes = static_cast<CUmemAllocationHandleType>(info.handle_types);
     properties->location = {CU_MEM_LOCATION_TYPE_DEVICE, c.state.ordinal_of(info.device)};
+    properties->allocFlags.gpuDirectRDMACapable = static_cast<unsigned char>(info.rdma);
     return CUDA_SUCCESS;
   });
 }

@@ -50,16 +50,17 @@ bool try_lock(const std::string& path) {
 
 std::string name_of(const AllocationInfo& info) {
   std::array<char, 128> text{};
-  std::snprintf(text.data(), text.size(), "mem.%c.%d.%016lx.%lu.%u", static_cast<char>(info.kind),
-                info.device, info.id, info.bytes, info.handle_types);
+  std::snprintf(text.data(), text.size(), "mem.%c.%d.%016lx.%lu.%u.%u",
+                static_cast<char>(info.kind), info.device, info.id, info.bytes, info.handle_types,
+                info.rdma);
   return text.data();
 }
 
 std::optional<AllocationInfo> parse(const char* name) {
   AllocationInfo info;
   char kind = 0;
-  if (std::sscanf(name, "mem.%c.%d.%lx.%lu.%u", &kind, &info.device, &info.id, &info.bytes,
-                  &info.handle_types) != 5) {
+  if (std::sscanf(name, "mem.%c.%d.%lx.%lu.%u.%u", &kind, &info.device, &info.id, &info.bytes,
+                  &info.handle_types, &info.rdma) != 6) {
     return std::nullopt;
   }
   info.kind = static_cast<MemoryKind>(kind);
@@ -228,24 +229,23 @@ uint64_t Machine::used_bytes(int device) {
   return used_bytes_locked(device);
 }
 
-Answer<std::shared_ptr<Allocation>> Machine::allocate(MemoryKind kind, int device, uint64_t bytes,
-                                                      unsigned int handle_types) {
+Answer<std::shared_ptr<Allocation>> Machine::allocate(AllocationInfo info) {
   const Lock lock(*this);
   reap_locked();
-  const uint64_t used = used_bytes_locked(device);
-  if (bytes > config_.memory_bytes || used + whole_pages(bytes) > config_.memory_bytes) {
+  const uint64_t used = used_bytes_locked(info.device);
+  if (info.bytes > config_.memory_bytes || used + whole_pages(info.bytes) > config_.memory_bytes) {
     return tl::unexpected(CUDA_ERROR_OUT_OF_MEMORY);
   }
   struct statvfs space {};
   if (::statvfs(config_.directory.c_str(), &space) == 0 &&
-      uint64_t{space.f_bavail} * space.f_frsize < bytes) {
+      uint64_t{space.f_bavail} * space.f_frsize < info.bytes) {
     return tl::unexpected(CUDA_ERROR_OUT_OF_MEMORY);
   }
-  const AllocationInfo info{kind, device, random_id(), bytes, handle_types};
+  info.id = random_id();
   const std::string file = path(name_of(info));
   OwnedFd fd(::open(file.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
   if (fd.get() < 0) return tl::unexpected(CUDA_ERROR_OPERATING_SYSTEM);
-  if (::ftruncate(fd.get(), static_cast<off_t>(whole_pages(bytes))) != 0 ||
+  if (::ftruncate(fd.get(), static_cast<off_t>(whole_pages(info.bytes))) != 0 ||
       ::flock(fd.get(), LOCK_SH | LOCK_NB) != 0) {
     ::unlink(file.c_str());
     return tl::unexpected(CUDA_ERROR_OPERATING_SYSTEM);

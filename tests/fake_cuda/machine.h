@@ -5,8 +5,10 @@
 // next.
 //
 // Files:
-//   mem.KIND.DEVICE.ID.BYTES.TYPES   KIND: l cuMemAlloc; f the same, given back by its owner while
-//                                    others have it open; v VMM. TYPES: its shareable handle types
+//   mem.KIND.DEVICE.ID.BYTES.TYPES.RDMA
+//                                    KIND: l cuMemAlloc; f the same, given back by its owner while
+//                                    others have it open; v VMM. TYPES: its shareable handle types.
+//                                    RDMA: 1 if it was asked for as gpuDirectRDMACapable
 //   proc.IDENTITY                    locked exclusively by a living process
 //   event.ID.IDENTITY                an interprocess event of that process
 //   fault.DEVICE                     written by tests: the device is broken, with that error
@@ -43,6 +45,7 @@ struct AllocationInfo {
   uint64_t id = 0;
   uint64_t bytes = 0;  // as asked for
   unsigned int handle_types = 0;
+  unsigned int rdma = 0;  // gpuDirectRDMACapable
 };
 
 // A file descriptor that closes, and that a forked child closes too: it would count as a user.
@@ -98,9 +101,8 @@ class Machine : public std::enable_shared_from_this<Machine> {
   uint64_t identity() const { return identity_; }
   bool alive(uint64_t identity) const;
 
-  // OUT_OF_MEMORY where the device has not so much left.
-  Answer<std::shared_ptr<Allocation>> allocate(MemoryKind kind, int device, uint64_t bytes,
-                                               unsigned int handle_types);
+  // With an id of its own. OUT_OF_MEMORY where the device has not so much left.
+  Answer<std::shared_ptr<Allocation>> allocate(AllocationInfo info);
   // INVALID_HANDLE if it does not exist any more.
   Answer<std::shared_ptr<Allocation>> find(uint64_t id, MemoryKind kind);
   // By a descriptor that some process exported; it stays the caller's.

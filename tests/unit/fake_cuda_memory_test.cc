@@ -162,6 +162,41 @@ TEST_CASE("VMM memory keeps to its granularity and its order of calls") {
   CHECK(gpu.machine->live().mappings + gpu.machine->live().reservations == 0);
 }
 
+TEST_CASE(
+    "VMM memory for fabric handles may be of larger units, and tells whether RDMA reaches it") {
+  const FakeGpu gpu({.fabric_granularity_kb = 8192});
+  const cuda::Api& api = gpu.api;
+  auto fabric = device_memory(0, cuda::CU_MEM_HANDLE_TYPE_FABRIC);
+  size_t unit = 0;
+  CHECK_OK(
+      api.cuMemGetAllocationGranularity(&unit, &fabric, cuda::CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+  CHECK(unit == 8 * kMiB);
+  const auto plain = device_memory(0, 0);
+  CHECK_OK(
+      api.cuMemGetAllocationGranularity(&unit, &plain, cuda::CU_MEM_ALLOC_GRANULARITY_MINIMUM));
+  CHECK(unit == 2 * kMiB);
+  cuda::CUmemGenericAllocationHandle handle = 0;
+  CHECK(api.cuMemCreate(&handle, 2 * kMiB, &fabric, 0) == cuda::CUDA_ERROR_INVALID_VALUE);
+  const bool reached = GENERATE(false, true);
+  fabric.allocFlags.gpuDirectRDMACapable = reached ? 1 : 0;
+  REQUIRE_OK(api.cuMemCreate(&handle, 8 * kMiB, &fabric, 0));
+  cuda::CUdeviceptr range = 0;
+  REQUIRE_OK(api.cuMemAddressReserve(&range, 8 * kMiB, 0, 0, 0));
+  CHECK(api.cuMemMap(range, 2 * kMiB, 0, handle, 0) == cuda::CUDA_ERROR_INVALID_VALUE);
+  CHECK_OK(api.cuMemMap(range, 8 * kMiB, 0, handle, 0));
+  cuda::CUmemAllocationProp told{};
+  CHECK_OK(api.cuMemGetAllocationPropertiesFromHandle(&told, handle));
+  CHECK((told.allocFlags.gpuDirectRDMACapable != 0) == reached);
+}
+
+TEST_CASE("Memory that RDMA reaches is refused where a device has no such") {
+  const FakeGpu gpu({.lacks = "rdma"});
+  auto properties = device_memory(0, 0);
+  properties.allocFlags.gpuDirectRDMACapable = 1;
+  cuda::CUmemGenericAllocationHandle handle = 0;
+  CHECK(gpu.api.cuMemCreate(&handle, 2 * kMiB, &properties, 0) == cuda::CUDA_ERROR_NOT_SUPPORTED);
+}
+
 TEST_CASE("VMM memory is touched by those devices only that were let in") {
   const FakeGpu gpu({.devices = 2});
   const cuda::CUstream stream = gpu.stream();
