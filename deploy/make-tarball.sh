@@ -148,6 +148,6 @@ tar -C "$stage" --sort=name --owner=0 --group=0 --numeric-owner --mtime="@$(git 
 echo "== checking what was packed"
 mkdir "$stage/check"
 tar -C "$stage/check" -xzf "$tarball"
-check_tree "$stage/check/$name" "$PWD" "$stage"
+check_tree "$stage/check/$name" "$PWD" "$stage" "$(realpath "$build")"
 printf 'kvferry tarball: %s (%s, kernels: %s, glibc %s or newer)\n' "$tarball" \
   "$(du -h "$tarball" | cut -f1)" "$has_kernels" "$glibc"
