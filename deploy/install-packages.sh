@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and testing kvferry needs on Debian 12. Does nothing where all is there.
-#   deploy/install-packages.sh [--tests]   --tests: also what only the tests need
+#   deploy/install-packages.sh [--tests|--tarball]
+#     --tests: also what only the tests need; --tarball: and what only packing needs
 set -euo pipefail
 
 packages=(
@@ -12,7 +13,8 @@ packages=(
 )
 tests=(catch2 librapidcheck-dev libbenchmark-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)
 
-[ "${1:-}" != --tests ] || packages+=("${tests[@]}")
+[ -z "${1:-}" ] || packages+=("${tests[@]}")
+[ "${1:-}" != --tarball ] || packages+=(binutils patchelf)
 
 missing=()
 for package in "${packages[@]}"; do

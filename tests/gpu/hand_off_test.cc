@@ -5,6 +5,7 @@
 #include <catch2/catch.hpp>
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -17,10 +18,11 @@ struct Run {
 };
 
 Run run_bench(const std::string& arguments) {
-  // The bench beside this program, or the build's.
-  const char* directory = std::getenv("KVFERRY_BIN");
-  const std::string program =
-      std::string(directory != nullptr ? directory : KVFERRY_BIN_DIR) + "/kvferry-bench";
+  // The bench beside this program, wherever both were copied, or of a directory that is named.
+  const char* const named = std::getenv("KVFERRY_BIN");
+  const std::filesystem::path directory =
+      named != nullptr ? named : std::filesystem::read_symlink("/proc/self/exe").parent_path();
+  const std::string program = (directory / "kvferry-bench").string();
   Run run;
   FILE* const pipe = ::popen((program + " " + arguments + " 2>&1").c_str(), "r");
   REQUIRE(pipe != nullptr);
