@@ -90,8 +90,7 @@ int fail_with(const client::Error& error, const DaemonPair* daemons) {
 void use_gpu(DaemonOptions& options) {
   std::vector<std::string> settings{"gpu.enabled=on"};
   const char* library = std::getenv("KVFERRY_CUDA_DRIVER");
-  if (library != nullptr && *library != 0)
-    settings.push_back("gpu.driver=" + std::string(library));
+  if (library != nullptr && *library != 0) settings.push_back("gpu.driver=" + std::string(library));
   options.settings.insert(options.settings.begin(), settings.begin(), settings.end());
 }
 
