@@ -18,7 +18,13 @@ Arena::Arena(const EngineConfig& config, std::size_t number)
   for (std::size_t before = 0; before < number; ++before)
     first_segment_ += static_cast<uint32_t>(config.arenas[before].segment_bytes.size());
   frame_count_ = buddy_.count_fitting_when_empty(frame_bytes_);
-  KVFERRY_CHECK(frame_count_ >= uint64_t{config.staged_ahead} + 2,
+  if (config.arenas[number].mapped) {
+    KVFERRY_CHECK(frame_count_ > 0, "a mapped arena holds a region of the largest chunk");
+    kept_ = share_[index(RegionKind::kLanding)] = frame_count_;
+    return;
+  }
+  kept_ = uint64_t{staged_ahead_} + 2;
+  KVFERRY_CHECK(frame_count_ >= kept_,
                 "the arena holds two regions of the largest chunk more than are staged ahead");
   share_[index(RegionKind::kLanding)] = frame_count_ - (uint64_t{config.staged_ahead} + 1);
   share_[index(RegionKind::kStaging)] = frame_count_ - 1;
@@ -189,7 +195,7 @@ bool Arena::exhausted(RegionKind kind) const {
 // ---- reservations -----------------------------------------------------------------------------
 
 uint64_t Arena::most_reserved() const {
-  const uint64_t kept = quarantined_frames_ + staged_ahead_ + 2;
+  const uint64_t kept = quarantined_frames_ + kept_;
   return frame_count_ > kept ? frame_count_ - kept : 0;
 }
 

@@ -11,6 +11,7 @@
 //   frames that a reservation has been promised and does not use are taken by nobody else, but by
 //   staging up to E + 1 frames and by the others' landing up to one: a promise made while the arena
 //   is full waits for those to come back, and stops nobody from giving them back.
+// A mapped arena is all for landing, holds one frame at least and promises nothing.
 #pragma once
 
 #include <array>
@@ -31,8 +32,8 @@ enum class RegionKind : uint8_t { kLanding = 0, kStaging = 1 };
 
 class Arena {
  public:
-  // Arena `number` of the configuration. It must hold at least E + 2 frames (configuration checks
-  // that; here it is an invariant).
+  // Arena `number` of the configuration. It must hold at least E + 2 frames, a mapped one one
+  // (configuration checks that; here it is an invariant).
   Arena(const EngineConfig& config, std::size_t number);
 
   // A region of at least `bytes` (> 0, at most the largest chunk), or nothing if the kind's share
@@ -49,7 +50,7 @@ class Arena {
 
   // How many frames all reservations together may be promised now, and in an empty arena.
   uint64_t most_reserved() const;
-  uint64_t most_reserved_ever() const { return frame_count_ - (uint64_t{staged_ahead_} + 2); }
+  uint64_t most_reserved_ever() const { return frame_count_ - kept_; }
   uint64_t asked() const { return asked_; }
   // Promises frames (0 < frames, asked() + frames <= most_reserved()) to a number not used before.
   // If quarantine later takes too much, the newest promises shrink first, and grow again after it.
@@ -73,6 +74,8 @@ class Arena {
   uint64_t used(RegionKind kind) const { return used_[index(kind)]; }
   uint64_t share(RegionKind kind) const { return share_[index(kind)]; }
   uint64_t region_count() const { return region_count_; }
+  // Whether every frame has a region that nobody knows when it comes back.
+  bool lost() const { return quarantined_frames_ == frame_count_; }
 
   // Ends the process unless `regions` are exactly the regions handed out, disjoint and of their
   // kind's frames, and the shares are respected.
@@ -112,6 +115,7 @@ class Arena {
   uint64_t frame_bytes_;
   uint64_t min_bytes_;
   uint32_t staged_ahead_;
+  uint64_t kept_ = 0;  // frames that are never promised
   uint32_t first_segment_ = 0;
   uint32_t segment_count_;
   memory::BuddyAllocator buddy_;

@@ -133,6 +133,12 @@ struct MakePacked {
   std::shared_ptr<const SendOp> send;
 };
 
+// An arena of a link's peer that this daemon has mapped (event ArenaMapped).
+struct PeerArena {
+  LinkId link;
+  uint32_t arena = 0;  // the peer's number
+  bool operator==(const PeerArena&) const = default;
+};
 // stream[offset, offset + bytes) of the plan from pages into the region, computing `check_kind`.
 struct Gather {
   CopyId copy;
@@ -141,6 +147,11 @@ struct Gather {
   uint64_t bytes = 0;
   memory::Region region;
   CheckKind check_kind = CheckKind::kNone;
+  // The region is the peer's: in this arena, segment and offset as the peer said. The executor
+  // fails the copy, with nothing written, unless the region lies in what it has mapped. No such
+  // Gather begins after its link's end, but one that runs goes on, and its CopyEnded must not come
+  // before its last write: that is what the peer is told.
+  std::optional<PeerArena> mapped;
 };
 // ... and back, after the bytes in the region have been compared with `check`.
 struct Scatter {
@@ -230,6 +241,14 @@ struct DropOffer {
   DescriptorId descriptor;
 };
 
+// Answer to ReleaseQuarantine.
+struct QuarantineReleased {
+  uint64_t call = 0;
+  uint32_t regions = 0;  // that are free now ...
+  uint64_t bytes = 0;    // ... and their bytes
+  uint32_t linked = 0;   // regions that were left: their peer's link is up
+};
+
 // For metrics and logs: one transfer's end on this side.
 struct TransferEnded {
   Role role = Role::kSender;
@@ -253,7 +272,7 @@ using Command =
                  CancelResolve, Compile, CompileCopy, MakePacked, Gather, Scatter, ClearTail,
                  LocalCopy, WatchCondition, UnwatchCondition, ConnectLane, ReopenLane, CloseLane,
                  TellLaneDown, CloseLink, SendMessage, SendRefuse, SendOffer, AcceptOffer,
-                 DropOffer, TransferEnded, Drained>;
+                 DropOffer, QuarantineReleased, TransferEnded, Drained>;
 using Commands = std::vector<Command>;
 
 }  // namespace kvferry::engine

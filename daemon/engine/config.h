@@ -10,9 +10,13 @@
 
 namespace kvferry::engine {
 
-// One group of segments; landing and staging share it under the floors.
+// One group of segments; landing and staging share it under the floors, unless it is `mapped`.
 struct ArenaConfig {
   std::vector<uint64_t> segment_bytes;
+  // For landing alone: its regions are lent to peers that have mapped it and write them by load and
+  // store. Nothing is staged in it and no layout names it. It holds at least one region of the
+  // largest chunk.
+  bool mapped = false;
 };
 
 struct EngineConfig {
@@ -54,6 +58,7 @@ struct EngineConfig {
   uint32_t max_reuse_entries_per_worker = 1 << 18;  // ... and the worker's oldest go first
   uint32_t reuse_copies = 8;                        // chunks copied at a time
   uint32_t local_copies = 8;                        // ... of legs within this daemon
+  uint32_t mapped_gathers = 64;                     // ... into regions of peers
 };
 
 }  // namespace kvferry::engine

@@ -19,6 +19,18 @@ std::vector<Arena> make_arenas(const EngineConfig& config) {
   return arenas;
 }
 
+void check_arenas(const std::vector<ArenaConfig>& arenas) {
+  KVFERRY_CHECK(!arenas.empty() && !arenas.front().mapped, "there is an arena in host memory");
+  bool mapped = false;
+  std::size_t segments = 0;
+  for (const ArenaConfig& arena : arenas) {
+    segments += arena.segment_bytes.size();
+    mapped = mapped || arena.mapped;
+  }
+  KVFERRY_CHECK(!mapped || (arenas.size() <= kMaxArenas && segments <= kMaxSegments),
+                "mapped arenas and their segments have numbers that can be told");
+}
+
 }  // namespace
 
 Core::Core(EngineConfig configuration)
@@ -31,7 +43,7 @@ Core::Core(EngineConfig configuration)
       claims(*this),
       reservations(*this, arenas.size()),
       reuse(*this) {
-  KVFERRY_CHECK(!arenas.empty(), "there is an arena in host memory");
+  check_arenas(config.arenas);
   for (uint32_t number = 0; number < arenas.size(); ++number)
     arena_by_segment_.insert(arena_by_segment_.end(), arenas[number].segment_count(), number);
 }
@@ -75,7 +87,11 @@ bool Core::well_formed(const OpRef& op, const TransferKey& key, const LayoutHand
                       : layout == nullptr                            ? "layout"
                                                                      : nullptr;
   if (field == nullptr) {
-    KVFERRY_CHECK(layout->arena < arenas.size(), "a layout's arena is one of the configuration's");
+    KVFERRY_CHECK(layout->arena < arenas.size() && !config.arenas[layout->arena].mapped,
+                  "a layout's arena is one of the configuration's, and not mapped");
+    KVFERRY_CHECK(!layout->mapped_arena || (*layout->mapped_arena < arenas.size() &&
+                                            config.arenas[*layout->mapped_arena].mapped),
+                  "a layout's mapped arena is one of the configuration's");
     return true;
   }
   reply_error(op, Code::kInvalidArgument, "BAD_TRANSFER", std::string("bad ") + field, field);
@@ -243,6 +259,20 @@ void Core::on(ReceiveEnded& event) {
 }
 void Core::on(OfferSendEnded& event) {
   sender.offer_send_ended(event.offer);
+}
+void Core::on(ArenaMapped& event) {
+  lanes.arena_mapped(event);
+}
+void Core::on(PeerProcessGone& event) {
+  if (event.boot == config.boot) return;
+  lanes.process_gone(event.boot);
+  receiver.process_gone(event.boot);
+}
+void Core::on(PeerUnmapped& event) {
+  if (lanes.find(event.link) == nullptr) receiver.peer_unmapped(event.link);
+}
+void Core::on(ReleaseQuarantine& event) {
+  receiver.release_quarantine(event);
 }
 void Core::on(RailsUp&) {
   lanes.rails_up();

@@ -12,7 +12,8 @@
 //   Timers    all that is timed
 //
 // Arenas stand side by side: each has its own queues and lines in Sender, Receiver and
-// Reservations, so that a full one holds up nobody who needs another.
+// Reservations, so that a full one holds up nobody who needs another. A mapped one has landing legs
+// alone.
 #pragma once
 
 #include "daemon/engine/arena.h"
@@ -121,6 +122,10 @@ class Core {
   void on(OfferIn& event);
   void on(ReceiveEnded& event);
   void on(OfferSendEnded& event);
+  void on(ArenaMapped& event);
+  void on(PeerProcessGone& event);
+  void on(PeerUnmapped& event);
+  void on(ReleaseQuarantine& event);
   void on(RailsUp& event);
   void on(RailsDied& event);
   void on(Drain& event);

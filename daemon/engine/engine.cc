@@ -47,6 +47,10 @@ const EngineStats& Engine::stats() const {
   return core_->stats;
 }
 
+Lent Engine::lent(const memory::Region& region) const {
+  return core_->receiver.lent(region);
+}
+
 void Engine::check_invariants() const {
   core_->check_invariants();
 }

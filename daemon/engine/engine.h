@@ -43,6 +43,9 @@ class Engine {
   EngineSnapshot snapshot(Time now) const;
   const EngineStats& stats() const;
 
+  // For tests: who may write that region of a mapped arena by itself now.
+  Lent lent(const memory::Region& region) const;
+
   // Verifies the invariants that connect its tables (regions, credits, chunks, legs); aborts with a
   // message at the first one that is broken. O(state); for tests and debug builds.
   void check_invariants() const;

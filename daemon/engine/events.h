@@ -338,6 +338,31 @@ struct ReceiveEnded {
 struct OfferSendEnded {
   OfferId offer;
 };
+// This daemon has mapped arena number `arena` of the link's peer: gathers here can write all its
+// segments. Never taken back while the link is up. Each mapping is told once for each link.
+struct ArenaMapped {
+  LinkId link;
+  uint32_t arena = 0;  // the peer's number
+};
+// That life of a peer has ended, seen on its process itself (same host): nothing of it writes any
+// more, its copies have ended with it. Evidence for every region that was lent to it; also ends its
+// link.
+struct PeerProcessGone {
+  BootId boot;
+};
+// The peer has unmapped all arenas of that (ended) link: nothing of it writes any more. Evidence
+// for every region that was lent over the link.
+struct PeerUnmapped {
+  LinkId link;
+};
+// An operator vouches for the same, of peers on other hosts: regions lent to this node, to this
+// life of it, or both where both are given. What the peer of a link that is up may write is never
+// released by this. Answered by QuarantineReleased.
+struct ReleaseQuarantine {
+  uint64_t call = 0;  // for the answer
+  std::string node;   // empty: any
+  std::optional<BootId> boot;
+};
 struct RailsUp {};
 // The rails process is gone: every request it had has ended, all lanes are down.
 struct RailsDied {};
@@ -353,6 +378,7 @@ using Event =
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
                  CopyCompiled, Packed, CopyEnded, ConditionMet, ConditionFailed, LinkUp, LinkEnded,
                  LaneConnected, LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn,
-                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, RailsUp, RailsDied, Drain>;
+                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, ArenaMapped, PeerProcessGone,
+                 PeerUnmapped, ReleaseQuarantine, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine

@@ -29,6 +29,12 @@ enum class Flaw : uint8_t {
   kRepayEarly,          // a page that is lent to a local receiver counts as read while it is read
   kTailFirst,           // a slice's tail is cleared beside its last chunks, not after them
   kPagesArena,          // a packed copy is staged in the arena of its pages
+  kFreeLent,            // a granted region of a mapped arena is freed when its transfer ends
+  kFreeUnproven,        // ... when the peer's END or its link's end has come before
+  kDrainEarly,          // DRAINED is answered while a gather writes
+  kKeepWritten,         // WRITTEN of a dropped slice leaves its credit LIVE
+  kForgetWritten,       // a resync tells no WRITTEN of dropped slices
+  kReuseWritten,        // a Revoke makes the credit of a written chunk usable again
   kSticky,              // an older message of another lane undoes a later fact
 };
 

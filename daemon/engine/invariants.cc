@@ -50,12 +50,15 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
   std::map<uint64_t, uint32_t> gathers;
   std::map<uint64_t, uint32_t> reads;
   std::map<std::pair<uint64_t, uint64_t>, uint32_t> packed_gathers;
+  std::map<PullId, uint32_t> writing;
   for (const auto& [copy, of] : packings_) {
     ++gathers[of.first];
     ++reads[of.first];
   }
   for (const auto& [id, staging] : stagings_) {
-    if (!staging.lent) regions.emplace_back(RegionKind::kStaging, staging.region);
+    if (staging.mapped && staging.gathering) ++writing[staging.pull];
+    if (!staging.lent && !staging.mapped)
+      regions.emplace_back(RegionKind::kStaging, staging.region);
     KVFERRY_CHECK(staging.wanted || staging.gathering || staging.sends > 0,
                   "staging that nobody wants or touches is freed");
     KVFERRY_CHECK(!staging.offered || newest_.contains(staging.offer),
@@ -74,15 +77,20 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     const TxChunk& chunk = slice.chunks.at(staging.chunk);
     KVFERRY_CHECK(!slice.dropped && chunk.staging == id, "wanted staging is its chunk's");
     const TxState expected = staging.gathering ? TxState::kGathering
+                             : staging.mapped  ? TxState::kWritten
                              : staging.offered ? TxState::kOffered
                                                : TxState::kStaged;
     KVFERRY_CHECK(chunk.state == expected, "a chunk's state fits its staging");
-    KVFERRY_CHECK(staging.lent || core_.arena_of(staging.region) == slice.arena,
+    KVFERRY_CHECK(staging.lent || staging.mapped || core_.arena_of(staging.region) == slice.arena,
                   "a chunk is staged in the arena of what it is gathered from");
     KVFERRY_CHECK(leg->second.staged.contains({staging.slice, staging.chunk}) ==
                       (expected == TxState::kStaged),
                   "a leg knows its staged chunks");
   }
+  uint32_t writes = 0;
+  for (const auto& [pull, count] : writing) writes += count;
+  KVFERRY_CHECK(writing == writing_ && writes == mapped_gathers_,
+                "gathers into peers' regions are counted");
   std::vector<uint64_t> ahead(turns_.size());
   for (const auto& [id, leg] : legs_) {
     ahead[leg.arena] += leg.ahead;
@@ -109,7 +117,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
         gathered += chunk.state > TxState::kGathering;
         const bool holds = chunk.state != TxState::kIdle && chunk.state != TxState::kAcked;
         KVFERRY_CHECK(holds == (chunk.staging != 0), "a chunk holds staging from gather to ack");
-        KVFERRY_CHECK(!holds || slice.arena == leg.arena || leg.link == kLoopedLink,
+        KVFERRY_CHECK(!holds || slice.arena == leg.arena || leg.link == kLoopedLink || leg.mapped,
                       "a leg has chunks in one arena");
         holding += holds;
       }
@@ -122,8 +130,10 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     KVFERRY_CHECK(ungathered == leg.ungathered && unacked == leg.unacked,
                   "a leg counts its slices");
     KVFERRY_CHECK(holding == leg.holding, "a leg counts the chunks that hold staging");
-    KVFERRY_CHECK(!leg.queued || leg.slices.at(leg.cursor.first).arena == leg.arena,
+    KVFERRY_CHECK(!leg.queued || leg.mapped || leg.slices.at(leg.cursor.first).arena == leg.arena,
                   "a leg waits for the arena of its next chunk");
+    KVFERRY_CHECK(!leg.mapped || (leg.staged.empty() && leg.ahead == 0 && leg.stray_offers.empty()),
+                  "a mapped leg stages and offers nothing");
   }
   for (std::size_t arena = 0; arena < turns_.size(); ++arena)
     KVFERRY_CHECK(ahead[arena] == turns_[arena].ahead_total, "chunks staged ahead are counted");
@@ -188,6 +198,7 @@ void Sender::check_packed() const {
 void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {
   std::map<uint64_t, uint64_t> held;
   std::map<uint64_t, uint64_t> granted;
+  std::map<uint64_t, uint64_t> lent;
   std::map<uint64_t, uint32_t> scatters;
   uint32_t loans = 0;
   for (const auto& [id, region] : regions_) {
@@ -207,6 +218,13 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     KVFERRY_CHECK(
         region.local || leg == legs_.end() || core_.arena_of(region.region) == leg->second.arena,
         "a leg lands in its layout's arena");
+    KVFERRY_CHECK(!region.mapped || (core_.config.arenas[core_.arena_of(region.region)].mapped &&
+                                     region.state != RegionState::kLanding),
+                  "no receive is posted into a mapped arena");
+    if (region.mapped && region.state == RegionState::kQuarantined) {
+      KVFERRY_CHECK(leg != legs_.end(), "who may write a lent region is known");
+      ++lent[region.leg];
+    }
     const bool live = leg != legs_.end() && (leg->second.state == RxLegState::kOpen ||
                                              leg->second.state == RxLegState::kUnsent);
     if (region.state != RegionState::kQuarantined) ++held[region.leg];
@@ -238,8 +256,15 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     const auto live_credits = granted.find(pull);
     KVFERRY_CHECK(leg.credits.size() == (live_credits == granted.end() ? 0 : live_credits->second),
                   "a LIVE credit has one region");
-    KVFERRY_CHECK(turns_[leg.arena].withdrawable.contains(pull) == !leg.credits.empty(),
-                  "LIVE credits are found");
+    KVFERRY_CHECK(
+        turns_[leg.arena].withdrawable.contains(pull) == (!leg.credits.empty() && !leg.mapped),
+        "LIVE credits are found, but those of mapped regions");
+    const auto lends = lent.find(pull);
+    KVFERRY_CHECK(leg.lent == (lends == lent.end() ? 0 : lends->second),
+                  "a leg counts what its sender may still write");
+    const bool linked = core_.lanes.find(leg.link) != nullptr;
+    KVFERRY_CHECK(linked || leg.lent > 0 || leg.state == RxLegState::kOpen,
+                  "a leg without a link waits for evidence, or for its transfer's others");
     if (leg.state == RxLegState::kEnded || leg.state == RxLegState::kReleased) {
       KVFERRY_CHECK(leg.held.empty() && !leg.queued, "an ended leg holds nothing");
       continue;

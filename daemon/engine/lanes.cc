@@ -17,9 +17,9 @@ uint64_t size_of(const ControlMessage& message) {
   uint64_t bytes = 256;
   if (const auto* pull = std::get_if<MsgPull>(&message)) {
     for (const GroupNeed& need : pull->needs) bytes += 32 + 16 * need.ranges.size();
-    bytes += 16 * pull->credits.size();
+    bytes += sizeof(CreditGrant) * pull->credits.size();
   } else if (const auto* update = std::get_if<MsgUpdate>(&message)) {
-    bytes += 16 * (update->credits.size() + update->acks.size());
+    bytes += sizeof(CreditGrant) * update->credits.size() + 16 * update->acks.size();
   } else if (const auto* slice = std::get_if<MsgSlice>(&message)) {
     for (const GroupRanges& ranges : slice->ranges) bytes += 16 + 16 * ranges.ranges.size();
     if (slice->aux) bytes += slice->aux->size();
@@ -46,6 +46,12 @@ const Link* Lanes::find(LinkId id) const {
 Link* Lanes::find_node(const std::string& node) {
   for (auto& [id, link] : links_)
     if (link.node == node) return &link;
+  return nullptr;
+}
+
+Link* Lanes::find_boot(const BootId& boot) {
+  for (auto& [id, link] : links_)
+    if (link.boot == boot && !link.looped()) return &link;
   return nullptr;
 }
 
@@ -87,6 +93,7 @@ void Lanes::link_up(const LinkUp& event) {
   link.check = event.check;
   link.lanes.resize(std::clamp<uint32_t>(event.lanes, 1, 256));
   link.heard = core_.now;
+  core_.receiver.link_up(link);
   for (uint32_t lane = 0; lane < link.lanes.size(); ++lane) connect(link, lane);
   core_.timers.set({TimerKind::kPing, link.id.value, 0}, core_.now + core_.config.ping_interval);
   core_.timers.set({TimerKind::kLinkSilence, link.id.value, 0},
@@ -95,6 +102,16 @@ void Lanes::link_up(const LinkUp& event) {
 
 void Lanes::link_ended(const LinkEnded& event) {
   if (find(event.link) != nullptr) end_link(event.link, event.reason, false);
+}
+
+void Lanes::process_gone(const BootId& boot) {
+  if (const Link* link = find_boot(boot)) end_link(LinkId{link->id}, Reason::kPeerLost, true);
+}
+
+void Lanes::arena_mapped(const ArenaMapped& event) {
+  Link* link = event.link == kLoopedLink ? nullptr : find(event.link);
+  if (link == nullptr || !link->mapped.insert(event.arena).second) return;
+  (void)send(*link, MsgMapped{event.arena});
 }
 
 void Lanes::end_link(LinkId id, Reason reason, bool close) {
@@ -432,6 +449,12 @@ void Lanes::deliver(Link& link, Role by, ControlMessage& message) {
     core_.sender.decline_in(link, *decline);
   } else if (const auto* drop = std::get_if<MsgDrop>(&message)) {
     core_.receiver.drop_in(link, *drop);
+  } else if (const auto* mapped = std::get_if<MsgMapped>(&message)) {
+    core_.receiver.mapped_in(link, *mapped);
+  } else if (const auto* written = std::get_if<MsgWritten>(&message)) {
+    core_.receiver.written_in(link, *written);
+  } else if (const auto* drained = std::get_if<MsgDrained>(&message)) {
+    core_.receiver.drained_in(link, *drained);
   }
 }
 

@@ -33,6 +33,9 @@ class Lanes {
   void message_in(MessageIn& event);
   void refuse_in(const RefuseIn& event);
   void offer_in(const OfferIn& event);
+  void arena_mapped(const ArenaMapped& event);
+  // That life of a peer is over: its link ends.
+  void process_gone(const BootId& boot);
   void rails_up();
   void rails_died();
   void timer(TimerKey key);
@@ -46,6 +49,7 @@ class Lanes {
   Link* find(LinkId id);
   const Link* find(LinkId id) const;
   Link* find_node(const std::string& node);
+  Link* find_boot(const BootId& boot);
   std::map<LinkId, Link>& all() { return links_; }
   const std::map<LinkId, Link>& all() const { return links_; }
 

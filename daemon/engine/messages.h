@@ -37,9 +37,22 @@ struct Check {
   bool operator==(const Check&) const = default;
 };
 
+// Numbers of arenas and segments that may travel are below these.
+inline constexpr uint32_t kMaxArenas = 256;
+inline constexpr uint32_t kMaxSegments = 65536;
+
+// Where a region of a mapped arena lies, as its receiver numbers the segments of all its arenas.
+struct RegionPlace {
+  uint32_t segment = 0;
+  uint64_t offset = 0;
+  bool operator==(const RegionPlace&) const = default;
+};
+
 struct CreditGrant {
   CreditId credit;
   uint64_t bytes = 0;  // of the region behind it
+  std::optional<RegionPlace> place =
+      {};  // of a mapped pull's region, which the sender writes itself
   bool operator==(const CreditGrant&) const = default;
 };
 
@@ -76,8 +89,11 @@ struct MsgPull {
   Digest16 cards;                    // digest of both card sets
   std::vector<GroupNeed> needs;      // per receiver group
   uint64_t remaining_ms = 0;         // of the receiver's deadline
-  std::vector<CreditGrant> credits;  // the first ones
+  std::vector<CreditGrant> credits;  // the first ones; none of a mapped pull
   uint64_t oldest = 0;               // the lowest pull of this link that is not closed
+  // A mapped pull, all its life: the sender gathers straight into this arena of the receiver's,
+  // which it has said to have mapped.
+  std::optional<uint32_t> mapped = {};
   bool operator==(const MsgPull&) const = default;
 };
 struct MsgUpdate {
@@ -132,6 +148,7 @@ struct MsgEnd {
   Outcome outcome = Outcome::kFailed;
   Reason reason = Reason::kNone;
   std::optional<Proof> proof;  // from R to an S that has no leg yet
+  bool mapped = false;         // from R, of a mapped pull: S answers DRAINED too
   bool operator==(const MsgEnd&) const = default;
 };
 struct MsgClaim {
@@ -160,9 +177,31 @@ struct MsgDrop {
   bool operator==(const MsgDrop&) const = default;
 };
 
+// From S: it has mapped this arena of R's, and gathers there what new pulls ask for. For the link's
+// life.
+struct MsgMapped {
+  uint32_t arena = 0;  // R's number
+  bool operator==(const MsgMapped&) const = default;
+};
+// From S: the chunk's gather into the mapped region of this credit has ended, well.
+struct MsgWritten {
+  PullId pull;
+  uint64_t slice = 0;
+  uint64_t chunk = 0;
+  CreditId credit;
+  Check check;
+  bool operator==(const MsgWritten&) const = default;
+};
+// From S, about a pull that R has ended: nothing of it writes to R's regions any more.
+struct MsgDrained {
+  PullId pull;
+  bool operator==(const MsgDrained&) const = default;
+};
+
 // Everything that takes a number in its lane's sequence.
-using ControlMessage = std::variant<MsgHello, MsgPing, MsgLaneDown, MsgPull, MsgUpdate, MsgSlice,
-                                    MsgEnd, MsgClaim, MsgDecline, MsgDrop>;
+using ControlMessage =
+    std::variant<MsgHello, MsgPing, MsgLaneDown, MsgPull, MsgUpdate, MsgSlice, MsgEnd, MsgClaim,
+                 MsgDecline, MsgDrop, MsgMapped, MsgWritten, MsgDrained>;
 
 // Where a message travels. `sequence` counts from 0 in each lane, epoch and direction; REFUSE and
 // OFFER have none.

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -27,7 +28,10 @@ struct LayoutHandle {
   Incarnation incarnation;
   uint32_t rank = 0;
   uint32_t dp_group = 0;
-  uint32_t arena = 0;  // where its chunks land and are staged: a number of EngineConfig::arenas
+  // Where its chunks land and are staged: a number of EngineConfig::arenas, of no mapped one.
+  uint32_t arena = 0;
+  // The mapped one where chunks land if their sender has mapped it; none: they land in `arena`.
+  std::optional<uint32_t> mapped_arena;
   // Blocks of layouts of one space hold the same where their hashes are the same; zero: no reuse.
   Digest16 reuse_space;
   std::vector<ReuseGroup> reuse_groups;  // as the layout's groups

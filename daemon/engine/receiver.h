@@ -7,6 +7,7 @@
 //   receiver_chunks.cc   offers, landing, scatter
 //   receiver_reuse.cc    blocks that the node has already
 //   receiver_local.cc    chunks of legs whose sender is on this daemon
+//   receiver_mapped.cc   chunks of legs whose sender writes the regions itself; evidence
 //   receiver_credits.cc  grants, withdrawal, PULL and UPDATE
 #pragma once
 
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "daemon/engine/snapshot.h"
 #include "daemon/engine/state.h"
 #include "daemon/engine/timers.h"
 
@@ -56,8 +58,17 @@ class Receiver {
   void drop_in(Link& link, const MsgDrop& message);
   void end_in(Link& link, const MsgEnd& message);
   void offer_in(Link& link, const OfferIn& event);
+  void mapped_in(Link& link, const MsgMapped& message);
+  void written_in(Link& link, const MsgWritten& message);
+  void drained_in(Link& link, const MsgDrained& message);
+
+  // Evidence about regions that were lent.
+  void process_gone(const BootId& boot);
+  void peer_unmapped(LinkId link);
+  void release_quarantine(const ReleaseQuarantine& event);
 
   // From Lanes.
+  void link_up(Link& link);
   void lane_down(Link& link, uint32_t lane, uint32_t epoch);
   void link_dead(Link& link);
   void resync(Link& link);
@@ -78,6 +89,8 @@ class Receiver {
   const std::map<uint64_t, Receive>& receives() const { return receives_; }
   const std::map<uint64_t, RxLeg>& legs() const { return legs_; }
   const std::map<uint64_t, RxRegion>& regions() const { return regions_; }
+  Lent lent(const memory::Region& region) const;
+  std::vector<LentView> lent() const;
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
 
  private:
@@ -134,8 +147,19 @@ class Receiver {
   void run_local();
   void copy_chunk(RxLeg& leg);
 
+  // receiver_mapped.cc
+  void choose_mapped(RxLeg& leg, const Link& link, const std::optional<uint32_t>& beside) const;
+  void written(RxLeg& leg, const MsgWritten& message);
+  void decide_writes(uint64_t pull);
+  void end_credits(RxLeg& leg);
+  void end_mapped(RxLeg& leg);
+  uint64_t free_lent(const RxLeg& leg);
+  void written_no_more(const std::vector<uint64_t>& pulls);
+
   // receiver_credits.cc
   uint64_t wanted(const RxLeg& leg) const;
+  bool no_room(const Receive& receive, const RxLeg& leg) const;
+  CreditGrant grant_of(const RxRegion& region) const;
   void update(RxLeg& leg);
   void leave_queues(RxLeg& leg);
   void grant(RxLeg& leg, const memory::Region& region);

@@ -187,6 +187,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   leg.expected_bytes = of.expected_bytes;
   leg.credit_bytes = std::min(link.chunk_bytes, of.expected_bytes);
   leg.context = of.context;
+  choose_mapped(leg, link, receive.layout->mapped_arena);
   leg.name = receive.name;
   leg.name.incarnation = receive.sender_incarnation;
   leg.turn = {receive.tenant, receive.worker.value, receive.id, leg.pull};
@@ -199,6 +200,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   message->receiver_incarnation = receive.layout->incarnation;
   message->cards = cards;
   message->needs = receive.op->needs;
+  if (leg.mapped) message->mapped = leg.arena;
   ProofFields fields;
   fields.pull = message->pull;
   fields.id = leg.name.id;
@@ -318,7 +320,7 @@ void Receiver::end_receive(Receive& receive, TransferState state, Reason reason)
 // Our side of the leg is terminal: its regions as the table says, END to the peer.
 void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
   leave_queues(leg);
-  while (!leg.credits.empty()) spend(leg, leg.credits.begin()->first);
+  end_credits(leg);
   for (const auto& [order, offer] : std::exchange(leg.held, {})) drop_offer(offer);
   for (auto it = regions_.begin(); it != regions_.end();) {
     RxRegion& region = it->second;
@@ -347,7 +349,9 @@ void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
   const bool pulled = leg.state != RxLegState::kUnsent;
   unsent_.erase(leg.pull);
   leg.state = outcome == Outcome::kReleased ? RxLegState::kReleased : RxLegState::kEnded;
-  if (!pulled || leg.peer_ended) {
+  if (leg.mapped && pulled) {
+    end_mapped(leg);
+  } else if (!pulled || leg.peer_ended) {
     // The peer never heard of it, or has told its end already.
     close_leg(leg.pull);
   } else {

@@ -18,7 +18,7 @@ void Receiver::offer_in(Link& link, const OfferIn& event) {
     drop_offer(offer);
     return;
   }
-  if (leg->send.counter != 0 && event.offer.send != leg->send) {
+  if (leg->mapped || (leg->send.counter != 0 && event.offer.send != leg->send)) {
     drop_offer(offer);
     core_.lanes.protocol_error(link.id);
     return;
@@ -330,6 +330,8 @@ void Receiver::scattered(RxRegion& region, const CopyEnded& event) {
     (local ? core_.stats.bytes_local : core_.stats.bytes_received) += bytes;
     ack(leg, {ordinal, chunk});
     core_.workers.changed(receive, Role::kReceiver);
+  } else if (leg.mapped) {
+    ack(leg, {ordinal, chunk});  // its WRITTEN need not be told again
   }
   update(leg);
   scatter_landed(receive);
@@ -377,7 +379,7 @@ void Receiver::rails_died() {
   // All lanes are down, so every posted receive is quarantined; now none can write any more.
   std::vector<uint64_t> evident;
   for (const auto& [id, region] : regions_)
-    if (region.state == RegionState::kQuarantined) evident.push_back(id);
+    if (region.state == RegionState::kQuarantined && !region.mapped) evident.push_back(id);
   for (const uint64_t id : evident) free_region(id);
 }
 

@@ -30,7 +30,8 @@ uint64_t Receiver::wanted(const RxLeg& leg) const {
   if (leg.state != RxLegState::kOpen && leg.state != RxLegState::kUnsent) return 0;
   if (!receives_.at(leg.receive).decided) return 0;
   uint64_t to_come = leg.known_chunks - leg.done_chunks;
-  if ((!leg.last || leg.compiling > 0) && leg.expected_bytes > leg.known_bytes)
+  // A mapped region is never withdrawn, so it is lent only for a chunk that is there to be written.
+  if (!leg.mapped && (!leg.last || leg.compiling > 0) && leg.expected_bytes > leg.known_bytes)
     to_come += ceil_div(leg.expected_bytes - leg.known_bytes, link->chunk_bytes);
   return std::min<uint64_t>({core_.config.leg_credits, link->max_credits, to_come});
 }
@@ -62,6 +63,12 @@ void Receiver::leave_queues(RxLeg& leg) {
   leg.passes = 0;
 }
 
+CreditGrant Receiver::grant_of(const RxRegion& region) const {
+  CreditGrant grant{CreditId{region.credit}, region.region.bytes};
+  if (region.mapped) grant.place = RegionPlace{region.region.segment, region.region.offset};
+  return grant;
+}
+
 void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   Receive& receive = receives_.at(leg.receive);
   RxRegion fresh;
@@ -72,11 +79,13 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   fresh.receive = leg.receive;
   fresh.credit = leg.next_credit++;
   leg.credits[fresh.credit] = fresh.id;
-  leg.new_credits.push_back({CreditId{fresh.credit}, region.bytes});
+  fresh.mapped = leg.mapped;
+  fresh.since = core_.now;  // mapped: that is all there is to know of its way here
+  leg.new_credits.push_back(grant_of(fresh));
   regions_.emplace(fresh.id, std::move(fresh));
   ++leg.regions_held;
   leg.passes = 0;
-  turns_[leg.arena].withdrawable.insert(leg.pull);
+  if (!leg.mapped) turns_[leg.arena].withdrawable.insert(leg.pull);
   receive.granted_any = true;
   if (!receive.moved) {
     receive.moved = true;
@@ -138,7 +147,7 @@ void Receiver::grant_reserved() {
       RxLeg* next = nullptr;
       for (const uint64_t pull : receive.legs) {
         RxLeg& leg = legs_.at(pull);
-        if (!leg.queued || leg.local) continue;
+        if (!leg.queued || leg.local || leg.mapped) continue;  // promises are of the other arena
         if (next == nullptr ||
             std::pair(!leg.heard, leg.regions_held) < std::pair(!next->heard, next->regions_held))
           next = &leg;
@@ -261,11 +270,14 @@ void Receiver::free_region(uint64_t id) {
   regions_.erase(it);
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
-  if (region.state != RegionState::kQuarantined) --leg->second.regions_held;
+  if (region.state != RegionState::kQuarantined)
+    --leg->second.regions_held;
+  else if (region.mapped)
+    --leg->second.lent;
   update(leg->second);
 }
 
-// A posted receive may still write it; only the end of that receive is evidence.
+// A posted receive, or the peer itself, may still write it; only evidence of its end frees it.
 void Receiver::quarantine(RxRegion& region) {
   region.state = RegionState::kQuarantined;
   core_.arenas[core_.arena_of(region.region)].quarantine(region.region);
@@ -274,6 +286,7 @@ void Receiver::quarantine(RxRegion& region) {
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
   --leg->second.regions_held;
+  if (region.mapped) ++leg->second.lent;
   update(leg->second);
 }
 
@@ -318,6 +331,13 @@ void Receiver::tell_oldest(Link& link) {
   if (core_.lanes.send(link, std::move(update))) link.oldest_told = now_oldest;
 }
 
+// Whether a leg whose PULL is due would have to wait for the arena.
+bool Receiver::no_room(const Receive& receive, const RxLeg& leg) const {
+  const Arena& arena = core_.arenas[leg.arena];
+  if (leg.mapped) return arena.exhausted(RegionKind::kLanding);  // it asks for none before a SLICE
+  return leg.credits.empty() && wanted(leg) > 0 && arena.promised(receive.reservation) == 0;
+}
+
 void Receiver::flush() {
   run_copies();
   run_local();
@@ -329,8 +349,7 @@ void Receiver::flush() {
     if (it == legs_.end()) continue;
     RxLeg& leg = it->second;
     Receive& receive = receives_.at(leg.receive);
-    if (!receive.op->wait_for_arena && leg.credits.empty() && wanted(leg) > 0 &&
-        core_.arenas[leg.arena].promised(receive.reservation) == 0) {
+    if (!receive.op->wait_for_arena && no_room(receive, leg)) {
       const uint64_t id = receive.id;
       end_receive(receive, TransferState::kFailed, Reason::kArenaExhausted);
       forget_if_done(id);

@@ -43,7 +43,12 @@ RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
 }
 
 void Receiver::answer_end(Link& link, const RxLeg& leg) {
-  MsgEnd end{PullId{core_.config.boot, leg.pull}, leg.name, leg.outcome, leg.reason, std::nullopt};
+  MsgEnd end{PullId{core_.config.boot, leg.pull},
+             leg.name,
+             leg.outcome,
+             leg.reason,
+             std::nullopt,
+             leg.mapped};
   if (!leg.heard) end.proof = leg.message->proof;
   (void)core_.lanes.send_end(link, Role::kReceiver, std::move(end));
 }
@@ -201,6 +206,7 @@ bool Receiver::compiled(Compiled& event) {
   if (leg.local) slice_to_copy(receive, leg, ordinal);
   update(leg);
   decide_held(pull);
+  decide_writes(pull);
   check_complete(receive.id);
   return true;
 }
@@ -253,6 +259,7 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
     if (region.leg != leg->pull || region.slice != message.slice) continue;
     if (region.state == RegionState::kLanded) {
       receive.landed.erase(region.id);
+      if (leg->mapped) ack(*leg, {region.slice, region.chunk});
       free_region(region.id);
     } else if (region.state == RegionState::kScattering) {
       // Goes on; nothing new is written over what it still writes.
@@ -263,7 +270,9 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
   leg->to_copy.erase(message.slice);
   std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
   update(*leg);
-  decide_held(leg->pull);
+  const uint64_t pull = leg->pull;
+  decide_held(pull);
+  decide_writes(pull);
 }
 
 // ---- completion -------------------------------------------------------------------------------
@@ -342,8 +351,8 @@ void Receiver::end_in(Link& link, const MsgEnd& message) {
     return;
   }
   leg.peer_ended = true;
-  if (leg.state != RxLegState::kOpen) {  // terminal or released: both sides have ended it
-    close_leg(leg.pull);
+  if (leg.state != RxLegState::kOpen) {    // terminal or released: both sides have ended it
+    if (!leg.mapped) close_leg(leg.pull);  // else DRAINED closes it
     return;
   }
   Receive& receive = receives_.at(leg.receive);
@@ -379,7 +388,7 @@ void Receiver::link_dead(Link& link) {
     RxLeg& leg = it->second;
     leg.peer_ended = true;  // there is nobody left to hear or say more
     if (leg.state == RxLegState::kReleased || leg.state == RxLegState::kEnded) {
-      close_leg(pull);
+      if (leg.lent == 0) close_leg(pull);  // else it waits for evidence
       continue;
     }
     Receive& receive = receives_.at(leg.receive);
@@ -414,7 +423,7 @@ void Receiver::resync_leg(Link& link, RxLeg& leg) {
   leg.new_credits.clear();
   leg.new_acks.clear();
   for (const auto& [credit, region] : leg.credits)
-    leg.new_credits.push_back({CreditId{credit}, regions_.at(region).region.bytes});
+    leg.new_credits.push_back(grant_of(regions_.at(region)));
   for (const auto& [ordinal, slice] : leg.slices) {
     if (slice.state != RxSlice::State::kCounts) continue;
     if (slice.count == 0) leg.new_acks.push_back({ordinal, 0});

@@ -5,6 +5,7 @@
 //   sender_pulls.cc   what receivers' daemons say: PULL, END, CLAIM, DECLINE, also before the Send
 //   sender_legs.cc    slices of a leg: compile, announce, ack; resync; revoke
 //   sender_chunks.cc  gather, offer, staging; chunks lent to receivers on this daemon
+//   sender_mapped.cc  chunks gathered straight into a receiver's mapped arena; DRAINED
 //   sender_needs.cc   what receivers need: RECEIVER_READY
 //   sender_packed.cc  packed copies: room for them, their making, their end
 #pragma once
@@ -136,6 +137,7 @@ class Sender {
                 Reason reason);
   void answer_end(Link& link, uint64_t pull, const PeerPull& ended);
   void forget_below(Link& link, uint64_t oldest);
+  void receiver_ended(Link& link, const MsgEnd& message);
   Place* place_for(Send& send, const TxLeg& leg, const PullResolved& event, Reason& refusal);
   bool proven(const Send& send, const std::string& node, const PullId& pull, uint32_t receiver_rank,
               const Digest16& cards, const Proof& proof) const;
@@ -188,6 +190,22 @@ class Sender {
   void give_back(Staging& staging);
   void free_if_done(uint64_t staging);
 
+  // sender_mapped.cc
+  bool bad_mapped(const Link& link, const MsgPull& pull) const;
+  void update_mapped(TxLeg& leg);
+  void gather_mapped();
+  void gather_into_peer(TxLeg& leg);
+  void written(TxLeg& leg, TxSlice& slice, Staging& staging);
+  static uint64_t idle_chunks(const TxLeg& leg);
+  void give_back_credits(TxLeg& leg, uint64_t ordinal, const std::vector<uint64_t>& idle);
+  void give_back_credit(TxLeg& leg, const std::pair<uint64_t, uint64_t>& of,
+                        const CreditGrant& credit, Check check);
+  // A gather into a peer's region has ended.
+  void writing_ended(const Staging& staging);
+  void ask_drained(Link& link, const PullId& pull);
+  void tell_drained(Link& link, const PullId& pull, const PeerPull& ended);
+  void resync_writes(Link& link, const TxLeg& leg);
+
   // sender_packed.cc
   bool packed_refused(const SendOp& op);
   void add_packed(Send& send, SendSlice& slice);
@@ -224,6 +242,10 @@ class Sender {
   };
   std::vector<Turns> turns_;  // by arena
   std::set<uint64_t> ready_;  // legs with something to offer
+  FairQueue mapped_turns_;    // mapped legs with a credit and a chunk to gather
+  // Gathers into peers' regions that run: of all, and of each pull.
+  uint32_t mapped_gathers_ = 0;
+  std::map<PullId, uint32_t> writing_;
 };
 
 }  // namespace kvferry::engine

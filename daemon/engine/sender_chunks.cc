@@ -35,6 +35,10 @@ bool Sender::same_arena(TxLeg& leg) {
 
 // After any change of credits or chunks: the leg's place in the queues, and whether it can offer.
 void Sender::update(TxLeg& leg) {
+  if (leg.mapped) {
+    update_mapped(leg);
+    return;
+  }
   const uint64_t credits = leg.credits.size() + leg.returned.size();
   const uint64_t pending = leg.gathering + leg.staged.size();
   const bool local = leg.link == kLoopedLink;  // needs neither credit nor staging
@@ -59,6 +63,11 @@ void Sender::update(TxLeg& leg) {
 
 void Sender::leave_queues(TxLeg& leg) {
   if (!leg.queued) return;
+  if (leg.mapped) {
+    leg.queued = false;
+    mapped_turns_.erase(leg.turn);
+    return;
+  }
   Turns& turns = turns_[leg.arena];
   (leg.queued_ahead ? turns.ahead : turns.credited).erase(leg.turn);
   turns.starving.erase(leg.turn);
@@ -101,6 +110,7 @@ void Sender::gather_all(uint32_t number) {
 }
 
 void Sender::flush() {
+  gather_mapped();
   for (uint32_t arena = 0; arena < turns_.size(); ++arena) gather_all(arena);
   const std::set<uint64_t> ready = ready_;
   for (const uint64_t leg : ready) offer(legs_.at(leg));
@@ -198,6 +208,7 @@ void Sender::gathered(Staging& staging, const CopyEnded& event) {
   const uint64_t send_id = send.id;
   staging.gathering = false;
   staging.check = event.check;
+  if (staging.mapped) writing_ended(staging);
   --send.gathers;
   if (staging.packed) {
     SendSlice& packed = send.sends[send.by_ordinal[staging.slice]];
@@ -222,6 +233,8 @@ void Sender::gathered(Staging& staging, const CopyEnded& event) {
         staging.offered = true;
         staging.since = core_.now;
         newest_[staging.offer] = staging.id;
+      } else if (staging.mapped) {
+        written(leg, slice, staging);
       } else {
         ++core_.stats.chunks_gathered;
         slice.chunks[staging.chunk].state = TxState::kStaged;
@@ -349,7 +362,7 @@ void Sender::ack_all(TxLeg& leg) {
     if (slice.dropped) continue;
     for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
       const TxState state = slice.chunks[chunk].state;
-      if (state == TxState::kStaged || state == TxState::kOffered)
+      if (state > TxState::kGathering && state != TxState::kAcked)
         chunk_acked(leg, slice, ordinal, chunk);
     }
   }
@@ -374,7 +387,7 @@ void Sender::free_if_done(uint64_t id) {
   if (it == stagings_.end()) return;
   Staging& staging = it->second;
   if (staging.wanted || staging.gathering || staging.sends > 0) return;
-  if (staging.region.bytes > 0) give_back(staging);
+  if (staging.region.bytes > 0 && !staging.mapped) give_back(staging);
   stagings_.erase(it);
 }
 

@@ -158,6 +158,7 @@ void Sender::announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice) {
 void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>& credits) {
   for (const CreditGrant& credit : credits) {
     if (credit.credit.value == 0 || credit.bytes == 0 ||
+        credit.place.has_value() != leg.mapped.has_value() ||
         leg.seen_credits.size() > 4 * uint64_t{link.max_credits}) {
       core_.lanes.protocol_error(link.id);
       return;
@@ -165,7 +166,8 @@ void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>
     // A credit is told again by each resync; it is used once.
     if (!enter_number(leg.seen_credits, credit.credit.value)) continue;
     leg.credits.push_back(credit);
-    // More than may be LIVE: the oldest have been withdrawn.
+    // More than may be LIVE: the oldest have been withdrawn, as a mapped leg's never are.
+    if (leg.mapped && leg.credits.size() > link.max_credits) core_.lanes.protocol_error(link.id);
     if (leg.credits.size() > link.max_credits) leg.credits.pop_front();
   }
   update(leg);
@@ -184,7 +186,7 @@ void Sender::update_in(Link& link, const MsgUpdate& message) {
       // Kept for its Send, as many as a leg may have.
       ParkedPull& parked = *it->second.parked;
       for (const CreditGrant& credit : message.credits)
-        if (parked.credits.size() < 4 * std::size_t{link.max_credits})
+        if (parked.credits.size() < 4 * std::size_t{link.max_credits} && !parked.pull->mapped)
           parked.credits.push_back(credit);
     } else {
       core_.dropped(DropCause::kLate);
@@ -212,7 +214,10 @@ void Sender::ack(TxLeg& leg, const Ack& of) {
   }
   TxSlice& slice = it->second;
   leg.acked_below = std::max(leg.acked_below, of.slice + 1);
-  if (slice.dropped) return;  // they crossed
+  if (slice.dropped) {  // they crossed
+    leg.dropped_writes.erase({of.slice, of.chunk});
+    return;
+  }
   if (slice.count == 0) {
     if (of.chunk == 0 && !slice.empty_acked) {
       slice.empty_acked = true;
@@ -329,10 +334,12 @@ void Sender::link_dead(Link& link) {
 }
 
 void Sender::resync(Link& link) {
+  for (const uint32_t arena : link.mapped) (void)core_.lanes.send(link, MsgMapped{arena});
   for (auto& [pull, entry] : link.pulls) {
     // Until the peer has closed the pull: that its END was seen says nothing of our answer to it.
     if (entry.kind == PeerPull::Kind::kEnded) {
       answer_end(link, pull, entry);
+      tell_drained(link, {link.boot, pull}, entry);
     } else if (entry.kind == PeerPull::Kind::kLeg) {
       TxLeg& leg = legs_.at(entry.leg);
       for (const auto& [ordinal, slice] : leg.slices)
@@ -345,6 +352,7 @@ void Sender::resync(Link& link) {
         if (!slice.dropped && slice.state == TxSlice::State::kAnnounced && !slice.all_acked())
           (void)tell_slice(leg, ordinal, slice);
       }
+      resync_writes(link, leg);
     }
   }
 }
@@ -417,8 +425,10 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
   else
     --leg.unacked;
   const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
+  std::vector<uint64_t> idle;
   for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
     const TxState state = slice.chunks[chunk].state;
+    if (state == TxState::kIdle) idle.push_back(chunk);
     if (state == TxState::kAcked)
       sends_.at(leg.send).record.bytes_done -=
           std::min(chunk_bytes, slice.bytes - chunk * chunk_bytes);
@@ -429,12 +439,19 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
     if (state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
     if (state == TxState::kOffered && !staging.lent)
       leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
+    // That of a gather which still runs is usable again when it ends; this one the peer spends.
+    if (state == TxState::kWritten)
+      leg.dropped_writes[{ordinal, chunk}] = {staging.credit.credit, staging.check};
+    if (state == TxState::kWritten && flawed(Flaw::kReuseWritten))
+      leg.credits.push_back(staging.credit);
     slice.chunks[chunk].staging = 0;
     unwant(staging.id);
   }
   slice.forget();
-  if (slice.state == TxSlice::State::kAnnounced)
+  if (slice.state == TxSlice::State::kAnnounced) {
     (void)core_.lanes.send(*core_.lanes.find(leg.link), MsgDrop{leg.pull->pull, ordinal});
+    if (leg.mapped) give_back_credits(leg, ordinal, idle);
+  }
   update(leg);
 }
 

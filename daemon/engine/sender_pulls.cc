@@ -63,6 +63,11 @@ void Sender::pull_in(Link& link, MsgPull& message) {
     core_.lanes.protocol_error(link.id);
     return;
   }
+  if (bad_mapped(link, message)) {
+    core_.lanes.protocol_error(link.id);
+    end_pull(link, pull, message.transfer, Outcome::kFailed, Reason::kProtocol);
+    return;
+  }
   auto kept = std::make_shared<MsgPull>(std::move(message));
   const std::vector<CreditGrant> credits = std::exchange(kept->credits, {});
   const NameAndRank name{kept->transfer, kept->sender_rank};
@@ -169,6 +174,7 @@ void Sender::accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> 
   leg.send = send.id;
   leg.in_time = !send.lease_over;
   leg.pull = std::move(pull);
+  leg.mapped = leg.pull->mapped;
   leg.turn = {send.tenant, send.worker.value, send.id, leg.id};
   ProofFields fields;
   fields.pull = leg.pull->pull;
@@ -291,10 +297,11 @@ void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outco
   entry.reason = reason;
   answer_end(link, pull, entry);
   if (link.ended_out <= core_.config.max_tombstones) return;
-  // Too many: the lowest ended one becomes history.
-  const auto lowest = std::find_if(link.pulls.begin(), link.pulls.end(), [](const auto& of) {
-    return of.second.kind == PeerPull::Kind::kEnded;
+  // Too many: the lowest ended one becomes history, but none that still writes to the peer.
+  const auto lowest = std::find_if(link.pulls.begin(), link.pulls.end(), [&](const auto& of) {
+    return of.second.kind == PeerPull::Kind::kEnded && !writing_.contains({link.boot, of.first});
   });
+  if (lowest == link.pulls.end()) return;
   link.oldest = std::max(link.oldest, lowest->first + 1);
   link.pulls.erase(lowest);
   --link.ended_out;
@@ -325,10 +332,19 @@ void Sender::end_in(Link& link, const MsgEnd& message) {
     core_.lanes.protocol_error(link.id);
     return;
   }
+  receiver_ended(link, message);
+  if (message.mapped) ask_drained(link, message.pull);
+}
+
+void Sender::receiver_ended(Link& link, const MsgEnd& message) {
   const uint64_t pull = message.pull.counter;
   const auto it = link.pulls.find(pull);
   if (it == link.pulls.end()) {
     core_.dropped(DropCause::kUnknownPull);
+    if (message.mapped) {  // kept, so that DRAINED is told until the peer has closed it
+      end_pull(link, pull, message.transfer, message.outcome, message.reason);
+      return;
+    }
     if (pull < link.oldest) return;
     // Nothing was ever heard of it, so there is nothing to end; the peer may close it.
     (void)core_.lanes.send_end(

@@ -63,6 +63,8 @@ EngineSnapshot Core::snapshot(Time at) const {
     view.legs_out = link.legs_out;
     view.legs_in = static_cast<uint32_t>(link.own_pulls.size());
     view.parked = static_cast<uint32_t>(link.parked.size());
+    view.mapped.assign(link.mapped.begin(), link.mapped.end());
+    view.lent_to.assign(link.lent.begin(), link.lent.end());
     view.silent_for = at - link.heard;
     snapshot.links.push_back(std::move(view));
   }
@@ -72,6 +74,7 @@ EngineSnapshot Core::snapshot(Time at) const {
     view.free_bytes = view.total_bytes;
     view.reserved_bytes = arena.reserved_frames() * arena.frame_bytes();
     view.segments = arena.segment_count();
+    view.mapped = config.arenas[snapshot.arenas.size()].mapped;
     snapshot.arenas.push_back(view);
   }
   for (const auto& [id, region] : receiver.regions()) {
@@ -93,6 +96,7 @@ EngineSnapshot Core::snapshot(Time at) const {
         break;
       case RegionState::kQuarantined:
         bytes = &view.quarantined_bytes;
+        ++view.quarantined_regions;
         break;
     }
     *bytes += region.region.bytes;
@@ -100,12 +104,13 @@ EngineSnapshot Core::snapshot(Time at) const {
     ++view.regions;
   }
   for (const auto& [id, staging] : sender.stagings()) {
-    if (staging.lent) continue;
+    if (staging.lent || staging.mapped) continue;
     ArenaView& view = snapshot.arenas[arena_of(staging.region)];
     view.staging_bytes += staging.region.bytes;
     view.free_bytes -= staging.region.bytes;
     ++view.regions;
   }
+  snapshot.lent = receiver.lent();
   snapshot.reservations = static_cast<uint32_t>(reservations.count());
   snapshot.workers = workers.count();
   snapshot.packed_bytes = sender.packed_bytes();

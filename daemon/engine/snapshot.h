@@ -46,6 +46,8 @@ struct LinkView {
   uint32_t legs_out = 0;  // as sender
   uint32_t legs_in = 0;   // as receiver
   uint32_t parked = 0;
+  std::vector<uint32_t> mapped;   // the peer's arenas that this daemon has mapped
+  std::vector<uint32_t> lent_to;  // own arenas that the peer has mapped
   Duration silent_for{};
 };
 
@@ -61,13 +63,34 @@ struct ArenaView {
   uint64_t staging_bytes = 0;
   uint64_t reserved_bytes = 0;  // promised, used or not; not part of the sum
   uint32_t regions = 0;
+  uint32_t quarantined_regions = 0;
   uint32_t segments = 0;
+  bool mapped = false;  // lent to peers, for landing alone
+};
+
+// Quarantined regions of a mapped arena: the transfer has ended, and that life of a peer may still
+// write them. A linked peer says so itself when it has ended (DRAINED); else only its process's end
+// or an operator's word frees them.
+struct LentView {
+  uint32_t arena = 0;
+  std::string node;
+  BootId boot;
+  bool linked = false;
+  uint32_t regions = 0;
+  uint64_t bytes = 0;
+};
+
+// A region that a peer may write by itself now (GRANTED or QUARANTINED); grant 0: none may.
+struct Lent {
+  uint64_t grant = 0;  // used once
+  bool quarantined = false;
 };
 
 struct EngineSnapshot {
   std::vector<TransferView> transfers;
   std::vector<LinkView> links;
   std::vector<ArenaView> arenas;  // as configured
+  std::vector<LentView> lent;     // by arena, node and boot
   uint32_t workers = 0;
   uint32_t reservations = 0;  // in line or promised
   uint64_t packed_bytes = 0;  // of packed copies, made or promised
@@ -105,11 +128,16 @@ struct EngineStats {
   uint64_t chunks_ahead = 0;  // of those: begun without a credit in hand
   uint64_t chunks_scattered = 0;
   uint64_t packed_made = 0;
-  uint64_t packed_refused = 0;  // Sends, for want of room
-  uint64_t chunks_local = 0;    // from page to page, of legs within this daemon
-  uint64_t bytes_local = 0;     // ... and their bytes; of neither of the next two
-  uint64_t bytes_sent = 0;      // acknowledged by receivers
-  uint64_t bytes_received = 0;  // scattered
+  uint64_t packed_refused = 0;    // Sends, for want of room
+  uint64_t chunks_local = 0;      // from page to page, of legs within this daemon
+  uint64_t bytes_local = 0;       // ... and their bytes; of neither of the next two
+  uint64_t chunks_written = 0;    // gathered straight into peers' regions
+  uint64_t chunks_mapped = 0;     // received so
+  uint64_t regions_drained = 0;   // quarantined ones that are free since a peer said DRAINED ...
+  uint64_t regions_proven = 0;    // ... since its process was seen to end ...
+  uint64_t regions_released = 0;  // ... since an operator said so
+  uint64_t bytes_sent = 0;        // acknowledged by receivers
+  uint64_t bytes_received = 0;    // scattered
   uint64_t reuse_commits = 0;
   uint64_t reuse_lookups = 0;      // by LookupReuse
   uint64_t reuse_lookup_hits = 0;  // groups of which it found something

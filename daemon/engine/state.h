@@ -71,6 +71,7 @@ struct PeerPull {
   Outcome outcome = Outcome::kFailed;  // kEnded: our END
   Reason reason = Reason::kNone;
   std::unique_ptr<TurnedAway> turned_away;  // kEnded, the peer's END has not come
+  bool drain_asked = false;                 // kEnded, mapped: the peer's END has come
 };
 
 // kLoopedLink has one too, without lanes: it never ends, and what is said on it comes straight back
@@ -97,10 +98,12 @@ struct Link {
   uint64_t oldest = 0;                  // pulls below that are not in `pulls` are history
   std::map<uint64_t, uint64_t> parked;  // order of arrival -> pull
   uint32_t legs_out = 0;
-  uint32_t ended_out = 0;  // tombstones
+  uint32_t ended_out = 0;     // tombstones
+  std::set<uint32_t> mapped;  // the peer's arenas that gathers here can write
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
   uint64_t oldest_told = 0;  // what the peer may forget, as last told by a message
+  std::set<uint32_t> lent;   // own arenas that the peer has mapped
 
   bool looped() const { return id == kLoopedLink; }
 };
@@ -149,7 +152,14 @@ struct Transfer {
 
 // ---- sender -----------------------------------------------------------------------------------
 
-enum class TxState : uint8_t { kIdle, kGathering, kStaged, kOffered, kAcked };
+enum class TxState : uint8_t {
+  kIdle,
+  kGathering,
+  kStaged,
+  kOffered,
+  kWritten,  // mapped: it lies in the peer's region, and WRITTEN is told until the ack
+  kAcked,
+};
 
 struct TxChunk {
   TxState state = TxState::kIdle;
@@ -192,9 +202,17 @@ struct StrayOffer {
   CreditGrant credit;
 };
 
+// A chunk of a slice that was dropped after its gather into the peer's region had ended: its
+// WRITTEN is told until the ack, or the region would stay with a credit that nobody uses.
+struct DroppedWrite {
+  CreditId credit;
+  Check check;
+};
+
 struct TxLeg {
   uint64_t id = 0;
   LinkId link;
+  std::optional<uint32_t> mapped;  // the peer's arena that its gathers write
   uint64_t send = 0;
   bool resolved = false;  // its receiver's place is known
   bool in_time = true;    // its PULL came before the lease was over
@@ -225,13 +243,15 @@ struct TxLeg {
   std::optional<CreditGrant> spent;           // the newest that was refused
   std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
   std::vector<StrayOffer> stray_offers;
-  bool queued = false;  // in one of the queues for staging
+  std::map<std::pair<uint64_t, uint64_t>, DroppedWrite> dropped_writes;  // by slice, chunk
+  bool queued = false;  // in one of the queues for staging, or for gathers into peers' regions
   bool queued_ahead = false;
   FairKey turn;
 };
 
 // A region that holds a chunk on its way out. Lives on after its leg until nobody reads it. A chunk
-// that is lent to a receiver on this daemon has no region: it is copied from page to page.
+// that is lent to a receiver on this daemon has no region: it is copied from page to page. That of
+// a mapped leg is the peer's, and the record lives until the ack, or until the gather ends.
 struct Staging {
   uint64_t id = 0;
   memory::Region region;
@@ -243,6 +263,8 @@ struct Staging {
   uint64_t bytes = 0;
   Check check;
   bool lent = false;
+  bool mapped = false;
+  PullId pull;                   // mapped
   bool gathering = true;         // lent: that copy runs
   bool packed = false;           // gathered from a packed copy
   bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
@@ -373,7 +395,7 @@ enum class RxLegState : uint8_t {
   kUnsent,  // its first PULL goes out with the next flush
   kOpen,
   kReleased,  // another dp group has the transfer
-  kEnded,     // our side is terminal; waits for the peer's END
+  kEnded,     // our side is terminal; waits for the peer's END, or DRAINED
 };
 
 struct RxLeg {
@@ -384,6 +406,11 @@ struct RxLeg {
   uint32_t dp_group = 0;  // the sender's
   uint32_t arena = 0;     // where it lands
   bool local = false;     // its sender is on this daemon
+  bool mapped = false;    // its sender writes its regions, which are in a mapped arena
+  BootId boot;            // mapped: the sender's daemon, ...
+  std::string node;       // ... which may write them beyond the link's life, ...
+  LinkId lent_over;       // ... by what it has mapped for this one
+  uint64_t lent = 0;      // mapped: QUARANTINED regions
   bool empty = false;
   bool carries_aux = false;
   bool any_dropped = false;  // a slice of it was
@@ -412,6 +439,8 @@ struct RxLeg {
   std::map<uint64_t, uint64_t> credits;  // LIVE: number -> region
   uint64_t regions_held = 0;             // QUARANTINED not counted
   std::map<uint64_t, HeldOffer> held;    // by order of arrival
+  // By credit, all LIVE: of slices that are being compiled.
+  std::map<uint64_t, MsgWritten> held_writes;
   // Chunks that wait, staged, for another credit than the one that was refused.
   std::set<std::pair<uint64_t, uint64_t>> refused;
   std::vector<CreditGrant> new_credits;  // for the next UPDATE
@@ -427,7 +456,9 @@ struct RxLeg {
 enum class RegionState : uint8_t { kGranted, kLanding, kLanded, kScattering, kQuarantined };
 
 // A landing region from grant to release. Its number is the landing's. A chunk of a local leg has
-// one without a byte of the arena, SCATTERING all its life.
+// one without a byte of the arena, SCATTERING all its life. One of a mapped leg goes from GRANTED
+// to LANDED, and what the peer may still write is QUARANTINED until there is evidence that it does
+// not.
 struct RxRegion {
   uint64_t id = 0;
   memory::Region region;
@@ -446,7 +477,8 @@ struct RxRegion {
   bool of_dropped = false;  // SCATTERING, its slice has been dropped since
   bool clearing = false;    // SCATTERING: the bytes are written, the slice's tail is being cleared
   bool local = false;
-  uint64_t loan = 0;  // local: what the sender lends, until the copy has ended
+  bool mapped = false;  // the sender's gather writes it: no receive is ever posted
+  uint64_t loan = 0;    // local: what the sender lends, until the copy has ended
 };
 
 struct Receive : Transfer {

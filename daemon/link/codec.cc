@@ -105,6 +105,22 @@ void group_number(Io& io, N& group, uint32_t& next, const char* field) {
   next = uint32_t{number} + 1;
 }
 
+// Of a region of `bytes`: whether it lies in the arena is for those who know the arena.
+template <typename Io, typename P>
+void region_place(Io& io, P& place, uint64_t bytes) {
+  io.number(place.segment, "credits.segment");
+  io.varint(place.offset, "credits.offset");
+  uint64_t end = 0;
+  io.demand(place.segment < kMaxSegments, "credits.segment");
+  io.demand(checked_add(place.offset, bytes, end), "credits.offset");
+}
+
+template <typename Io, typename A>
+void arena_number(Io& io, A& arena) {
+  io.number(arena, "arena");
+  io.demand(arena < kMaxArenas, "arena");
+}
+
 template <typename Io, typename V>
 void credit_list(Io& io, V& credits) {
   io.count(credits, kMaxCredits, 2, "credits");
@@ -112,6 +128,12 @@ void credit_list(Io& io, V& credits) {
     io.varint(grant.credit.value, "credits");
     io.varint(grant.bytes, "credits");
     if (!io.ok()) return;
+    if constexpr (Io::kReads) {
+      if (io.mapped()) grant.place.emplace();
+    }
+    io.demand(grant.place.has_value() == io.mapped(), "credits.place");
+    if (!io.ok()) return;
+    if (grant.place) region_place(io, *grant.place, grant.bytes);
   }
 }
 
@@ -169,11 +191,16 @@ void fields(Io& io, M& m) {
   io.number(m.remaining_ms, "remaining_ms");
   credit_list(io, m.credits);
   io.number(m.oldest, "oldest");
+  if (!io.mapped()) return;
+  io.demand(m.credits.empty(), "credits");  // they come after the first SLICE
+  if constexpr (Io::kReads) m.mapped.emplace();
+  arena_number(io, *m.mapped);
 }
 template <typename Io, Is<MsgUpdate> M>
 void fields(Io& io, M& m) {
   pull_ref(io, m.pull);
   credit_list(io, m.credits);
+  io.demand(!io.mapped() || !m.credits.empty(), "credits");
   io.count(m.acks, kMaxControlBytes / 2, 2, "acks");
   for (auto& ack : m.acks) {
     io.varint(ack.slice, "acks");
@@ -232,6 +259,7 @@ void fields(Io& io, M& m) {
   small_enum(io, m.outcome, 4, "outcome");
   reason_number(io, m.reason);
   optional(io, m.proof, "proof", [&](auto& proof) { io.bytes(proof.bytes, "proof"); });
+  if constexpr (Io::kReads) m.mapped = io.mapped();
 }
 // CLAIM and DECLINE begin alike.
 template <typename Io, typename M>
@@ -258,6 +286,23 @@ void fields(Io& io, M& m) {
   io.number(m.slice, "slice");
 }
 
+template <typename Io, Is<MsgMapped> M>
+void fields(Io& io, M& m) {
+  arena_number(io, m.arena);
+}
+template <typename Io, Is<MsgWritten> M>
+void fields(Io& io, M& m) {
+  pull_ref(io, m.pull);
+  io.number(m.slice, "slice");
+  io.number(m.chunk, "chunk");
+  io.number(m.credit.value, "credit");
+  chunk_check(io, m.check);
+}
+template <typename Io, Is<MsgDrained> M>
+void fields(Io& io, M& m) {
+  pull_ref(io, m.pull);
+}
+
 bool too_long(std::size_t size, bool has_aux) {
   return size > (has_aux ? kMaxBodyBytes : kMaxControlBytes);
 }
@@ -267,10 +312,23 @@ bool has_aux(const M& message) {
   return false;
 }
 
+// Whether the message says what only a mapped pull's does.
+template <typename M>
+bool is_mapped(const M& message) {
+  if constexpr (std::is_same_v<M, MsgPull>)
+    return message.mapped.has_value();
+  else if constexpr (std::is_same_v<M, MsgUpdate>)
+    return !message.credits.empty() && message.credits.front().place.has_value();
+  else if constexpr (std::is_same_v<M, MsgEnd>)
+    return message.mapped;
+  else
+    return false;
+}
+
 template <typename M>
 Status encode_one(const M& message, std::vector<uint8_t>& out) {
   const std::size_t start = out.size();
-  Writer writer(out);
+  Writer writer(out, is_mapped(message));
   fields(writer, message);
   if (!writer.ok()) return invalid(writer.fault(), "BAD_MESSAGE", "the message breaks a limit");
   if (too_long(out.size() - start, has_aux(message)))
@@ -279,9 +337,9 @@ Status encode_one(const M& message, std::vector<uint8_t>& out) {
 }
 
 template <typename M>
-Result<Message> decode_one(Bytes body) {
+Result<Message> decode_one(Bytes body, bool mapped = false) {
   M message;
-  Reader reader(body);
+  Reader reader(body, mapped);
   fields(reader, message);
   if (reader.ok()) reader.demand(reader.at_end(), "body");
   if (reader.ok()) reader.demand(!too_long(body.size(), has_aux(message)), "body");
@@ -307,7 +365,8 @@ bool valid_name(std::string_view name) {
 constexpr MessageType kControlTypes[] = {
     MessageType::kHello,   MessageType::kPing,  MessageType::kLaneDown, MessageType::kPull,
     MessageType::kUpdate,  MessageType::kSlice, MessageType::kEnd,      MessageType::kClaim,
-    MessageType::kDecline, MessageType::kDrop};
+    MessageType::kDecline, MessageType::kDrop,  MessageType::kMapped,   MessageType::kWritten,
+    MessageType::kDrained};
 static_assert(std::size(kControlTypes) == std::variant_size_v<ControlMessage>);
 static_assert(std::is_same_v<std::variant_alternative_t<6, ControlMessage>, MsgEnd>);
 
@@ -331,20 +390,36 @@ std::string_view name_of(MessageType type) {
       return "OFFER";
     case MessageType::kRefuse:
       return "REFUSE";
+    case MessageType::kWritten:
+      return "WRITTEN";
     case MessageType::kEnd:
       return "END";
+    case MessageType::kDrained:
+      return "DRAINED";
     case MessageType::kClaim:
       return "CLAIM";
     case MessageType::kDecline:
       return "DECLINE";
     case MessageType::kDrop:
       return "DROP";
+    case MessageType::kMapped:
+      return "MAPPED";
+    case MessageType::kPullMapped:
+      return "PULL_MAPPED";
+    case MessageType::kUpdateMapped:
+      return "UPDATE_MAPPED";
+    case MessageType::kEndMapped:
+      return "END_MAPPED";
   }
   return "UNKNOWN";
 }
 
 MessageType type_of(const ControlMessage& message) {
-  return kControlTypes[message.index()];
+  const MessageType plain = kControlTypes[message.index()];
+  if (!std::visit([](const auto& m) { return is_mapped(m); }, message)) return plain;
+  return plain == MessageType::kPull     ? MessageType::kPullMapped
+         : plain == MessageType::kUpdate ? MessageType::kUpdateMapped
+                                         : MessageType::kEndMapped;
 }
 
 MessageType type_of(const Message& message) {
@@ -398,6 +473,18 @@ Result<Message> decode_body(uint8_t type, Bytes body) {
       return decode_one<MsgDecline>(body);
     case MessageType::kDrop:
       return decode_one<MsgDrop>(body);
+    case MessageType::kMapped:
+      return decode_one<MsgMapped>(body);
+    case MessageType::kWritten:
+      return decode_one<MsgWritten>(body);
+    case MessageType::kDrained:
+      return decode_one<MsgDrained>(body);
+    case MessageType::kPullMapped:
+      return decode_one<MsgPull>(body, true);
+    case MessageType::kUpdateMapped:
+      return decode_one<MsgUpdate>(body, true);
+    case MessageType::kEndMapped:
+      return decode_one<MsgEnd>(body, true);
   }
   return invalid("type", "BAD_MESSAGE", "no message has this type");
 }

@@ -18,7 +18,8 @@
 
 namespace kvferry::link {
 
-// The number on the wire. Never reused; 9 and 11 are kept for WRITTEN and DRAINED of mapped arenas.
+// The number on the wire. Never reused. A message of a mapped pull that says more than others has a
+// number of its own, which goes to no peer that has not mapped an arena or had one mapped.
 enum class MessageType : uint8_t {
   kHello = 1,
   kPing = 2,
@@ -28,10 +29,16 @@ enum class MessageType : uint8_t {
   kSlice = 6,
   kOffer = 7,
   kRefuse = 8,
+  kWritten = 9,
   kEnd = 10,
+  kDrained = 11,
   kClaim = 12,
   kDecline = 13,
   kDrop = 14,
+  kMapped = 15,
+  kPullMapped = 16,
+  kUpdateMapped = 17,
+  kEndMapped = 18,
 };
 std::string_view name_of(MessageType type);
 

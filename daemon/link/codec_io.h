@@ -16,6 +16,9 @@ namespace kvferry::link {
 
 class Coder {
  public:
+  // Whether the message has the form of a mapped pull's, which its type says.
+  explicit Coder(bool mapped) : mapped_(mapped) {}
+  bool mapped() const { return mapped_; }
   bool ok() const { return fault_ == nullptr; }
   const char* fault() const { return fault_; }
   void demand(bool condition, const char* field) {
@@ -23,13 +26,14 @@ class Coder {
   }
 
  private:
+  bool mapped_;
   const char* fault_ = nullptr;
 };
 
 class Writer : public Coder {
  public:
   static constexpr bool kReads = false;
-  explicit Writer(std::vector<uint8_t>& out) : out_(out) {}
+  Writer(std::vector<uint8_t>& out, bool mapped) : Coder(mapped), out_(out) {}
 
   template <typename U>
   void number(const U& value, const char*) {
@@ -70,7 +74,7 @@ class Writer : public Coder {
 class Reader : public Coder {
  public:
   static constexpr bool kReads = true;
-  explicit Reader(Bytes in) : in_(in) {}
+  Reader(Bytes in, bool mapped) : Coder(mapped), in_(in) {}
 
   bool at_end() const { return at_ == in_.size(); }
   std::size_t left() const { return in_.size() - at_; }

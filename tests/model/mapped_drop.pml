@@ -14,6 +14,9 @@
  * BREAK        c0 may break
  * ABORT n      n cancels
  *
+ * RETURN       what a Revoke leaves without a chunk may be given back as WRITTEN of the dropped slice: a
+ *              credit in hand at once, that of a running gather when it ends
+ *
  * V_REUSE      a Revoke makes the credit of a written chunk usable again (only one of a gather is)
  * V_NOREPEAT   the resync repeats WRITTEN of chunks that count only (the receiver then keeps the region)
  * V_DROPKEEP   WRITTEN of a dropped slice leaves its credit live (it spends it)
@@ -25,6 +28,9 @@
 #endif
 #ifndef ABORT
 #define ABORT 0
+#endif
+#ifndef RETURN
+#define RETURN 0
 #endif
 #define NQ 4
 #define FREE 0
@@ -94,8 +100,10 @@ inline repeat(c){ if :: REPEATS(c) -> c1!(mWR+4*(c)+wq[c]) :: else fi }
 #ifdef V_GATHERDROP
 #define ENDS(c) :: d_step{ chk[c]==1 -> assert((reg==GRANTED && regq==wq[c]) || reg==QUAR); data=c+1; chk[c]=2; if :: !COUNTS(c) -> cs[wq[c]]=1 :: else fi; if :: S==1 -> SEND(mWR+4*c+wq[c]) :: S==2 && MAYDRAIN -> SEND(mDRAINED) :: else fi }
 #else
-#define ENDS(c) :: d_step{ chk[c]==1 -> printf("gather %d ends\n",c); assert((reg==GRANTED && regq==wq[c]) || reg==QUAR); data=c+1; if :: COUNTS(c) -> chk[c]=2; if :: S==1 -> SEND(mWR+4*c+wq[c]) :: else fi :: else -> chk[c]=3; cs[wq[c]]=1 fi; if :: MAYDRAIN -> SEND(mDRAINED) :: else fi }
+#define ENDS(c) :: d_step{ chk[c]==1 -> printf("gather %d ends\n",c); assert((reg==GRANTED && regq==wq[c]) || reg==QUAR); data=c+1; if :: COUNTS(c) -> chk[c]=2; if :: S==1 -> SEND(mWR+4*c+wq[c]) :: else fi :: else -> chk[c]=3; cs[wq[c]]=1 fi; if :: MAYDRAIN -> SEND(mDRAINED) :: else fi } \
+ :: d_step{ RETURN && S==1 && chk[c]==1 && !COUNTS(c) -> printf("gather %d ends, credit %d goes back\n",c,wq[c]); assert((reg==GRANTED && regq==wq[c]) || reg==QUAR); data=c+1; chk[c]=2; SEND(mWR+4*c+wq[c]) }
 #endif
+#define GIVEBACK(w) :: d_step{ RETURN && S==1 && rev && chk[0]==0 && cs[w]==1 -> printf("S gives credit %d back\n",w); cs[w]=2; chk[0]=2; wq[0]=w; SEND(mWR+w) }
 #define CREDIT(w) :: d_step{ mCR[w] && cs[w]==0 && S==1 -> cs[w]=1; printf("S gets credit %d\n",w) }
 active proctype M(){
  do
@@ -106,6 +114,7 @@ active proctype M(){
      if :: chk[0]==2 -> cs[wq[0]]=1 :: else fi;
 #endif
      SEND(mDROP); SEND(mSLICE1) }
+ GIVEBACK(0) GIVEBACK(1) GIVEBACK(2) GIVEBACK(3)
  GATHER(0,0) GATHER(0,1) GATHER(0,2) GATHER(0,3) GATHER(1,0) GATHER(1,1) GATHER(1,2) GATHER(1,3)
  ENDS(0) ENDS(1)
  CREDIT(0) CREDIT(1) CREDIT(2) CREDIT(3)

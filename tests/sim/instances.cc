@@ -114,8 +114,9 @@ void Workload::attach(Worker& worker) {
   }
   layout->node = worker.node;
   layout->arena = static_cast<uint32_t>(mix(world_.scenario.seed ^ mix(worker.id.value)) %
-                                        world_.scenario.arenas[worker.node].size());
+                                        world_.scenario.ordinary_arenas(worker.node));
   layout->pages_arena = layout->arena;
+  layout->mapped_arena = world_.scenario.mapped_arena(worker.node, worker.id.value);
   worker.layout = std::move(layout);
   worker.quiet_due = false;
   node.post(WorkerAttached{worker.id, "default", kSlots});

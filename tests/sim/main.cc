@@ -177,6 +177,12 @@ constexpr FlawCase kFlaws[] = {
     {"repay_early", Flaw::kRepayEarly, Profile::kClean},
     {"pages_arena", Flaw::kPagesArena, Profile::kClean},
     {"tail_first", Flaw::kTailFirst, Profile::kLossy},
+    {"free_lent", Flaw::kFreeLent, Profile::kEnds},
+    {"free_unproven", Flaw::kFreeUnproven, Profile::kEnds},
+    {"drain_early", Flaw::kDrainEarly, Profile::kEnds},
+    {"keep_written", Flaw::kKeepWritten, Profile::kRevoke},
+    {"forget_written", Flaw::kForgetWritten, Profile::kRevoke},
+    {"reuse_written", Flaw::kReuseWritten, Profile::kRevoke},
     {"sticky", Flaw::kSticky, Profile::kRevoke},
 };
 

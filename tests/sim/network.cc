@@ -48,6 +48,19 @@ std::optional<uint32_t> Network::peer_of(uint32_t node, LinkId link) const {
   return links_.at(found->first).ends[other(found->second)].node;
 }
 
+std::optional<std::pair<uint32_t, uint64_t>> Network::peer_life_of(uint32_t node,
+                                                                   LinkId link) const {
+  const auto found = find(node, link);
+  if (!found) return std::nullopt;
+  const End& peer = links_.at(found->first).ends[other(found->second)];
+  return std::pair(peer.node, peer.life);
+}
+
+bool Network::is_up(uint32_t node, LinkId link) const {
+  const auto found = find(node, link);
+  return found && links_.at(found->first).ends[found->second].up;
+}
+
 Network::Wire& Network::wire_of(const WireKey& key) {
   auto [at, fresh] = wires_.try_emplace(key);
   if (fresh) at->second.rails = links_.at(std::get<0>(key)).rails;
@@ -148,14 +161,62 @@ void Network::establish(uint32_t from, uint32_t to) {
       up.max_credits = world_.scenario.max_credits;
       up.check = world_.scenario.check;
       post(end, up);
+      map_arenas(index, side);
     });
   }
+}
+
+// What the peer lends is mapped some time after the handshake, if at all.
+void Network::map_arenas(uint64_t index, uint32_t side) {
+  const Link& link = links_.at(index);
+  const uint32_t node = link.ends[side].node;
+  const uint32_t peer = link.ends[other(side)].node;
+  if (!world_.scenario.maps(node, peer)) return;
+  Rng own(world_.scenario.seed ^ mix(0x3A9E00 + 2 * index + side));
+  const std::vector<ArenaConfig>& arenas = world_.scenario.arenas[peer];
+  for (uint32_t arena = 0; arena < arenas.size(); ++arena) {
+    if (!arenas[arena].mapped || own.chance(100)) continue;
+    world_.after(own.micros(0, own.chance(700) ? 500 : 50000), [this, index, side, arena] {
+      const Link& now = links_.at(index);
+      if (now.ends[side].up && alive(now.ends[other(side)]))
+        post(now.ends[side], ArenaMapped{now.ends[side].id, arena});
+    });
+  }
+}
+
+// After a link's end what was mapped for it goes with its last gather, and the peer on the same
+// host is told when it has ended the link too. Not always: other evidence has its turn.
+void Network::unmap_arenas(uint64_t index, uint32_t side) {
+  const Link& link = links_.at(index);
+  const End& writer = link.ends[side];
+  const End& owner = link.ends[other(side)];
+  if (!world_.scenario.maps(writer.node, owner.node) ||
+      !world_.scenario.one_host(writer.node, owner.node))
+    return;
+  const uint64_t draw = mix(world_.scenario.seed ^ mix(0x3A9D00 + 2 * index + side));
+  if (draw % 2 == 0) return;
+  const Duration pause = std::chrono::microseconds(50 + draw / 2 % 20000);
+  world_.after(pause, [this, index, side] { tell_unmapped(index, side); });
+}
+
+void Network::tell_unmapped(uint64_t index, uint32_t side) {
+  const Link& link = links_.at(index);
+  const End& writer = link.ends[side];
+  const End& owner = link.ends[other(side)];
+  if (!alive(writer) || !alive(owner) || !owner.told) return;
+  if (owner.up || world_.nodes[writer.node]->writes_over(writer.id)) {
+    world_.after(std::chrono::milliseconds(2), [this, index, side] { tell_unmapped(index, side); });
+    return;
+  }
+  ++world_.totals.unmapped;
+  post(owner, PeerUnmapped{owner.id});
 }
 
 void Network::end_link(uint64_t index, uint32_t side) {
   End& end = links_.at(index).ends[side];
   if (!end.up) return;
   end.up = false;
+  unmap_arenas(index, side);
   world_.workload->link_lost(end.node, links_.at(index).ends[other(side)].node);
   post(end, LinkEnded{end.id, Reason::kPeerLost});
 }
@@ -167,6 +228,7 @@ void Network::close_link(uint32_t node, LinkId id) {
   Link& link = links_.at(index);
   if (!link.ends[side].up) return;
   link.ends[side].up = false;
+  unmap_arenas(index, side);
   world_.note("node" + std::to_string(node) + " closes link " + std::to_string(index));
   world_.workload->link_lost(node, link.ends[other(side)].node);
   for (auto& [key, wire] : wires_)

@@ -39,6 +39,11 @@ class Network {
   void dial(uint32_t from, uint32_t to);
   // The node that a link of this node leads to.
   std::optional<uint32_t> peer_of(uint32_t node, LinkId link) const;
+  // ... and the life of it that had shaken hands.
+  std::optional<std::pair<uint32_t, uint64_t>> peer_life_of(uint32_t node, LinkId link) const;
+
+  // Whether that link is up as far as this side has been told.
+  bool is_up(uint32_t node, LinkId link) const;
 
   // Commands.
   void connect_lane(uint32_t node, const engine::LaneRef& lane);
@@ -117,6 +122,9 @@ class Network {
   void post(const End& end, engine::Event event);
   void handshake(uint32_t from, uint32_t to);
   void establish(uint32_t from, uint32_t to);
+  void map_arenas(uint64_t index, uint32_t side);
+  void unmap_arenas(uint64_t index, uint32_t side);
+  void tell_unmapped(uint64_t index, uint32_t side);
   void end_link(uint64_t index, uint32_t side);
   void break_wire(const WireKey& key);
   void lose_requests(const WireKey& key, uint32_t side);

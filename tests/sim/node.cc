@@ -38,6 +38,7 @@ EngineConfig config_for(const Scenario& scenario, uint32_t node, BootId boot, st
   config.lane_retry_first = milliseconds(5);
   config.lane_retry_most = milliseconds(100);
   config.landing_timeout = milliseconds(500);
+  config.mapped_gathers = static_cast<uint32_t>(1 + mix(scenario.seed ^ 0x3A98) % 8);
   config.max_packed_bytes = scenario.packed_bytes;
   if (scenario.reuse_entries != 0)
     config.max_reuse_entries_per_worker = static_cast<uint32_t>(scenario.reuse_entries);
@@ -58,6 +59,8 @@ const char* name_of(Use use) {
       return "a gather";
     case Use::kScatter:
       return "a scatter";
+    case Use::kPeer:
+      return "a peer's gather";
   }
   return "?";
 }
@@ -103,6 +106,7 @@ void Node::die() {
   engine_.reset();
   rails_up_ = false;
   inbox_.clear();
+  tell_of_death();
   uses_.clear();
   copies_.clear();
   copy_ids_.clear();
@@ -112,6 +116,20 @@ void Node::die() {
   scattered_bytes_.clear();
   world_.workload->daemon_died(index_);
   world_.after(rng_.micros(2000, 400000), [this] { start(); });
+}
+
+// Its copies have ended with it. Who runs on the same host sees that; of other hosts' arenas an
+// operator takes care (World::look_after_lent).
+void Node::tell_of_death() {
+  for (const auto& [key, copy] : copies_)
+    if (Node* peer = copy.peer ? peer_of(copy) : nullptr) peer->end_use(copy.use);
+  if (world_.scenario.mapped == 0) return;
+  Rng own(world_.scenario.seed ^ mix(0x3A9F00 + 16 * life_ + index_));
+  for (uint32_t n = 0; n < world_.nodes.size(); ++n) {
+    if (n == index_ || !world_.scenario.one_host(index_, n)) continue;
+    world_.after(own.micros(50, own.chance(500) ? 2000 : 800000),
+                 [this, n, boot = boot_] { world_.nodes[n]->post(PeerProcessGone{boot}); });
+  }
 }
 
 void Node::rails_die(Duration back_after) {
@@ -290,6 +308,7 @@ void Node::carry_out(Command& command) {
                         [&](const SendOffer& c) { network.send_offer(index_, c); },
                         [&](const AcceptOffer& c) { network.accept_offer(index_, c); },
                         [&](const DropOffer& c) { network.drop_offer(index_, c); },
+                        [&](const QuarantineReleased&) {},
                         [&](const TransferEnded&) {},
                         [&](const Drained&) {}},
              command);
@@ -418,10 +437,13 @@ void Node::check_copy(const Copy& copy) const {
     world_.workload->before_scatter(*copy.written(), copy.offset, copy.bytes);
 }
 
-// A chunk lands and is staged in the arena of its pages, a packed copy's in its own.
+// A chunk lands and is staged in the arena of its pages, a packed copy's in its own. It may land in
+// the mapped one beside it.
 uint32_t Node::check_arena(const Copy& copy) const {
   const uint32_t arena = arena_of_[copy.region.segment];
-  require(arena == copy.plan->layout->arena, "arena",
+  const uint32_t of_layout = copy.plan->layout->arena;
+  const bool beside = !copy.gather && copy.plan->layout->mapped_arena == arena;
+  require(arena == of_layout || beside, "arena",
           "a chunk's region lies in another arena than its layout's");
   return arena;
 }
@@ -437,8 +459,66 @@ Node::Copy Node::between_region_and_pages(const Command& command) {
   return copy;
 }
 
+// The node that the copy writes to, unless that life of it is over: then it writes to nobody.
+Node* Node::peer_of(const Copy& copy) const {
+  Node* peer = world_.nodes[copy.peer->first].get();
+  return peer->alive() && peer->life() == copy.peer->second ? peer : nullptr;
+}
+
+// From its first byte to its last a gather has the region that the peer's engine has granted for
+// it, whatever has become of the transfer.
+Lent Node::check_lent(const Copy& copy, const char* when) const {
+  const Node* peer = peer_of(copy);
+  if (peer == nullptr) return {};
+  const Lent lent = peer->engine().lent(copy.region);
+  if (lent.grant == 0 || (copy.grant != 0 && copy.grant != lent.grant))
+    throw Violation("lent", "a gather of " + name_ + " " + when + " a region that " + peer->name() +
+                                (lent.grant == 0 ? " takes for its own" : " has given to another"));
+  return lent;
+}
+
+bool Node::writes_over(LinkId link) const {
+  return std::any_of(copies_.begin(), copies_.end(), [&](const auto& entry) {
+    return entry.second.peer && entry.second.link == link;
+  });
+}
+
+void Node::start_mapped_gather(const Gather& command) {
+  Copy copy = between_region_and_pages(command);
+  copy.kind = command.check_kind;
+  check_copy(copy);
+  copy.peer = world_.network->peer_life_of(index_, command.mapped->link);
+  copy.link = command.mapped->link;
+  require(copy.peer.has_value(), "mapped", "a gather into an arena of a link that never was");
+  require(world_.scenario.maps(index_, copy.peer->first), "mapped",
+          "a gather into an arena that is not mapped");
+  if (!world_.network->is_up(index_, copy.link)) {
+    // Nothing of the peer is found here any more; the engine is to hear of it.
+    post(CopyEnded{copy.id, CopyOutcome::kFailed, {}});
+    return;
+  }
+  if (Node* peer = peer_of(copy)) {
+    require(peer->arena_of(copy.region) == command.mapped->arena &&
+                world_.scenario.arenas[copy.peer->first][command.mapped->arena].mapped,
+            "mapped", "a gather into another arena than the one it names");
+    copy.grant = check_lent(copy, "begins in").grant;
+    copy.use = peer->begin_use(Use::kPeer, command.region, "Gather");
+  }
+  const uint64_t key = command.copy.value;
+  copies_[key] = std::move(copy);
+  // Some outlive their link.
+  if (world_.mishap(world_.scenario.faults.slow_copy))
+    continue_copy(key, 3, rng_.micros(20000, 400000), false);
+  else
+    run_copy(key);
+}
+
 void Node::start_gather(const Gather& command) {
   require(copy_ids_.insert(command.copy).second, "copy", "a copy id is used twice");
+  if (command.mapped) {
+    start_mapped_gather(command);
+    return;
+  }
   Copy copy = between_region_and_pages(command);
   copy.kind = command.check_kind;
   require(copy.plan == nullptr || copy.plan->role == Role::kSender, "copy",
@@ -580,10 +660,7 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
   world_.after_on(index_, pause, [this, key, steps_left, pause, fails] {
     Copy& copy = copies_.at(key);
     if (steps_left == 0 || (fails && steps_left == 1)) {
-      end_copy(key, fails ? CopyOutcome::kFailed : CopyOutcome::kOk,
-               copy.gather && copy.destination == nullptr
-                   ? checksum(copy.region, copy.bytes, copy.kind)
-                   : Check{});
+      end_copy(key, fails ? CopyOutcome::kFailed : CopyOutcome::kOk, check_of(copy));
       return;
     }
     const uint64_t stop =
@@ -599,6 +676,13 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
       world_.workload->before_scatter(*copy.plan, copy.offset + copy.done, bytes);
       const std::vector<uint8_t> zeros(bytes);
       write_stream(*copy.plan, copy.offset + copy.done, bytes, zeros.data());
+    } else if (bytes != 0 && copy.peer) {
+      world_.workload->before_gather(*copy.plan, copy.offset + copy.done, bytes);
+      check_lent(copy, "writes");
+      Node* peer = peer_of(copy);
+      std::vector<uint8_t> nowhere(peer == nullptr ? bytes : 0);
+      read_stream(*copy.plan, copy.offset + copy.done, bytes,
+                  peer == nullptr ? nowhere.data() : peer->arena(copy.region, copy.done, bytes));
     } else if (bytes != 0) {
       uint8_t* there = arena(copy.region, copy.done, bytes);
       if (copy.gather) {
@@ -614,10 +698,26 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
   });
 }
 
+// Of what a gather has written, where it lies.
+Check Node::check_of(const Copy& copy) {
+  if (!copy.gather || copy.destination != nullptr) return {};
+  if (!copy.peer) return checksum(copy.region, copy.bytes, copy.kind);
+  Node* peer = peer_of(copy);
+  if (peer != nullptr) return peer->checksum(copy.region, copy.bytes, copy.kind);
+  Check nobodys;
+  nobodys.kind = copy.kind;
+  return nobodys;
+}
+
 void Node::end_copy(uint64_t key, CopyOutcome outcome, Check check) {
   const Copy copy = copies_.at(key);
   copies_.erase(key);
-  if (copy.use != 0) end_use(copy.use);
+  if (copy.peer) {
+    if (check_lent(copy, "ends in").quarantined) ++world_.totals.late_writes;
+    if (Node* peer = peer_of(copy)) peer->end_use(copy.use);
+  } else if (copy.use != 0) {
+    end_use(copy.use);
+  }
   if (copy.written() != nullptr && copy.packed == nullptr && outcome == CopyOutcome::kOk)
     scattered_bytes_[copy.written()->id] += copy.bytes;
   if (copy.packed != nullptr)

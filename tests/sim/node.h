@@ -10,6 +10,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -21,7 +22,7 @@
 namespace kvferry::sim {
 
 // What is going on with a stretch of the arena.
-enum class Use : uint8_t { kReceive, kSend, kGather, kScatter };
+enum class Use : uint8_t { kReceive, kSend, kGather, kScatter, kPeer };
 
 class Node {
  public:
@@ -49,6 +50,7 @@ class Node {
 
   // Arena bytes for the network.
   uint8_t* arena(const memory::Region& region, uint64_t offset, uint64_t bytes);
+  uint32_t arena_of(const memory::Region& region) const { return arena_of_.at(region.segment); }
   uint64_t begin_use(Use use, const memory::Region& region, const char* command);
   void end_use(uint64_t use);
 
@@ -56,6 +58,8 @@ class Node {
   bool copying(uint64_t side) const;
   bool copying_layout(const engine::LayoutHandle* layout) const;
   std::size_t uses() const { return uses_.size(); }
+  // Whether a gather into a region of that link's peer runs.
+  bool writes_over(LinkId link) const;
   std::size_t watches() const { return watches_.size(); }
   // A worker's word has moved, or a worker is gone.
   void words_changed();
@@ -75,6 +79,10 @@ class Node {
     bool gather = true;
     uint64_t use = 0;
     uint64_t done = 0;
+    // Of a gather into the region of a peer: that life of it, and what its engine has granted.
+    std::optional<std::pair<uint32_t, uint64_t>> peer;
+    LinkId link;
+    uint64_t grant = 0;
     std::shared_ptr<const SimPlan> destination;  // of a local copy: `plan` is its source
     bool clears = false;                         // writes zeros: `plan` is a tail
     std::shared_ptr<const SimLayout> packed;     // makes a packed copy: its answer says this ...
@@ -97,6 +105,10 @@ class Node {
   template <typename Command>
   static Copy between_region_and_pages(const Command& command);
   void start_gather(const engine::Gather& command);
+  void start_mapped_gather(const engine::Gather& command);
+  Node* peer_of(const Copy& copy) const;
+  engine::Lent check_lent(const Copy& copy, const char* when) const;
+  void tell_of_death();
   void start_scatter(const engine::Scatter& command);
   void start_clear_tail(const engine::ClearTail& command);
   void start_local_copy(const engine::LocalCopy& command);
@@ -111,6 +123,7 @@ class Node {
   void end_copy(uint64_t key, engine::CopyOutcome outcome, engine::Check check);
   void resolve(const engine::Resolve& command);
   void try_resolve(const engine::Resolve& command, uint32_t tries);
+  engine::Check check_of(const Copy& copy);
   engine::Check checksum(const memory::Region& region, uint64_t bytes, engine::CheckKind kind);
 
   World& world_;

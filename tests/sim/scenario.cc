@@ -1,5 +1,6 @@
 #include "tests/sim/scenario.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 
@@ -70,6 +71,22 @@ void chaos(Faults& faults, Rng& rng) {
   faults.stale_cards = rng.chance(100) ? 20 : 0;
 }
 
+// Beside some arenas, in half of all seeds, mapped ones. Drawn apart from the rest.
+void mapped(Scenario& s, bool tiny) {
+  if (mix(s.seed ^ 0x3A99) % 2 != 0) return;
+  s.mapped = 400 + static_cast<uint32_t>(mix(s.seed ^ 0x3A9A) % 601);
+  for (uint32_t n = 0; n < s.nodes; ++n) {
+    std::vector<engine::ArenaConfig>& arenas = s.arenas[n];
+    const std::size_t ordinary = arenas.size();
+    for (std::size_t i = 0; i < ordinary; ++i) {
+      const uint64_t draw = mix(s.seed ^ mix(0x3A9B00 + 16 * n + i));
+      if (draw % 4 == 0) continue;
+      const uint64_t regions = 1 + (tiny ? draw / 4 % 3 : draw / 4 % 24);
+      arenas.push_back({segments_of(regions, s.chunk_bytes), true});
+    }
+  }
+}
+
 Profile profile_of(Rng& rng) {
   const uint64_t roll = rng.below(100);
   if (roll < 8) return Profile::kClean;
@@ -122,6 +139,8 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
       s.arenas.back().push_back({segments_of(least + above, s.chunk_bytes)});
     }
   }
+
+  mapped(s, tiny);
 
   s.groups = rng.pick(1, 2);
   s.layers_per_group = rng.pick(1, 2);
@@ -177,6 +196,28 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
       break;
   }
   return s;
+}
+
+bool Scenario::maps(uint32_t from, uint32_t to) const {
+  return mix(seed ^ mix(0x3A9C00 + 16 * from + to)) % 1000 < mapped;
+}
+
+bool Scenario::one_host(uint32_t a, uint32_t b) const {
+  return mix(seed ^ mix(0x3A9D00 + 16 * std::min(a, b) + std::max(a, b))) % 2 == 0;
+}
+
+uint32_t Scenario::ordinary_arenas(uint32_t node) const {
+  return static_cast<uint32_t>(
+      std::count_if(arenas[node].begin(), arenas[node].end(),
+                    [](const engine::ArenaConfig& arena) { return !arena.mapped; }));
+}
+
+std::optional<uint32_t> Scenario::mapped_arena(uint32_t node, uint64_t worker) const {
+  const uint32_t ordinary = ordinary_arenas(node);
+  const uint64_t mapped_ones = arenas[node].size() - ordinary;
+  const uint64_t draw = mix(seed ^ mix(0x3A9C00 + worker));
+  if (mapped_ones == 0 || draw % 5 == 0) return std::nullopt;
+  return ordinary + static_cast<uint32_t>(draw / 5 % mapped_ones);
 }
 
 }  // namespace kvferry::sim

@@ -85,6 +85,7 @@ struct Scenario {
   uint32_t lanes = 1;
   uint64_t chunk_bytes = 256;
   std::vector<std::vector<engine::ArenaConfig>> arenas;  // of each node
+  uint32_t mapped = 0;  // of two daemons, in thousandths: one maps the other's mapped arenas
   uint32_t staged_ahead = 1;
   uint32_t leg_credits = 4;
   uint32_t max_credits = 64;
@@ -105,6 +106,15 @@ struct Scenario {
   Faults faults;
   Habits habits;
   bool check_each_step = true;
+
+  // Whether `from` maps what `to` lends, and whether it can see `to`'s process end.
+  bool maps(uint32_t from, uint32_t to) const;
+  bool one_host(uint32_t a, uint32_t b) const;
+  // Of that node; mapped ones come after them.
+  uint32_t ordinary_arenas(uint32_t node) const;
+  // For a layout of that worker: one of the node's mapped ones; none where there are none, and of
+  // every fifth worker.
+  std::optional<uint32_t> mapped_arena(uint32_t node, uint64_t worker) const;
 };
 
 // The scenario of a seed; `profile` absent: the seed says which.

@@ -41,6 +41,14 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"blocks evicted", e.reuse_evicted},
           {"chunks gathered", e.chunks_gathered},
           {"chunks staged ahead", e.chunks_ahead},
+          {"chunks written mapped", e.chunks_written},
+          {"chunks landed mapped", e.chunks_mapped},
+          {"written after the end", totals.late_writes},
+          {"asked over a later link", totals.asked_again},
+          {"unmapped after a link", totals.unmapped},
+          {"regions drained", e.regions_drained},
+          {"regions proven free", e.regions_proven},
+          {"regions released", e.regions_released},
           {"chunks scattered", e.chunks_scattered},
           {"chunks copied locally", e.chunks_local},
           {"offers sent", e.offers_sent},
@@ -78,6 +86,11 @@ void Totals::add(const engine::EngineStats& stats) {
   engine.reuse_evicted += stats.reuse_evicted;
   engine.chunks_ahead += stats.chunks_ahead;
   engine.chunks_gathered += stats.chunks_gathered;
+  engine.chunks_written += stats.chunks_written;
+  engine.chunks_mapped += stats.chunks_mapped;
+  engine.regions_drained += stats.regions_drained;
+  engine.regions_proven += stats.regions_proven;
+  engine.regions_released += stats.regions_released;
   engine.chunks_scattered += stats.chunks_scattered;
   engine.chunks_local += stats.chunks_local;
 }
@@ -103,6 +116,9 @@ void Totals::add(const Totals& run) {
   needs_told += run.needs_told;
   gathers_on_devices += run.gathers_on_devices;
   scatters_on_devices += run.scatters_on_devices;
+  late_writes += run.late_writes;
+  asked_again += run.asked_again;
+  unmapped += run.unmapped;
   gathers_beside += run.gathers_beside;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);

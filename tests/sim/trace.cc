@@ -100,7 +100,8 @@ std::string describe(const ControlMessage& message) {
           [](const MsgLaneDown& m) { return text("LANEDOWN ", m.lane, ".", m.epoch); },
           [](const MsgPull& m) {
             return text("PULL", of(m.pull), " transfer ", m.transfer.id, " rank ", m.sender_rank,
-                        "->", m.receiver_rank, of(m.credits), " oldest ", m.oldest);
+                        "->", m.receiver_rank, m.mapped ? " mapped" : "", of(m.credits), " oldest ",
+                        m.oldest);
           },
           [](const MsgUpdate& m) {
             std::string acks = " acks";
@@ -122,7 +123,13 @@ std::string describe(const ControlMessage& message) {
           [](const MsgDecline& m) {
             return text("DECLINE ", m.transfer.id, " rank ", m.sender_rank, "->", m.receiver_rank);
           },
-          [](const MsgDrop& m) { return text("DROP", of(m.pull), " slice ", m.slice); }},
+          [](const MsgDrop& m) { return text("DROP", of(m.pull), " slice ", m.slice); },
+          [](const MsgMapped& m) { return text("MAPPED arena ", m.arena); },
+          [](const MsgWritten& m) {
+            return text("WRITTEN", of(m.pull), " slice ", m.slice, " chunk ", m.chunk, " credit ",
+                        m.credit.value);
+          },
+          [](const MsgDrained& m) { return text("DRAINED", of(m.pull)); }},
       message);
 }
 
@@ -217,6 +224,15 @@ std::string describe(const Event& event) {
             return text("ReceiveEnded landing ", e.landing.value, e.ok ? " ok" : " error");
           },
           [](const OfferSendEnded& e) { return text("OfferSendEnded offer ", e.offer.value); },
+          [](const ArenaMapped& e) {
+            return text("ArenaMapped link ", e.link.value, " arena ", e.arena);
+          },
+          [](const PeerProcessGone& e) {
+            return text("PeerProcessGone ", static_cast<int>(e.boot.bytes[0]), ".",
+                        static_cast<int>(e.boot.bytes[1]));
+          },
+          [](const PeerUnmapped& e) { return text("PeerUnmapped link ", e.link.value); },
+          [](const ReleaseQuarantine& e) { return text("ReleaseQuarantine ", e.node); },
           [](const RailsUp&) { return std::string("RailsUp"); },
           [](const RailsDied&) { return std::string("RailsDied"); },
           [](const Drain& e) { return text("Drain until ", e.limit.ns); }},
@@ -254,7 +270,8 @@ std::string describe(const Command& command) {
                         c.side == Role::kSender ? " sender" : " receiver", of(c.offer));
           },
           [](const Gather& c) {
-            return text("Gather ", c.copy.value, " ", c.offset, "+", c.bytes, of(c.region));
+            return text("Gather ", c.copy.value, " ", c.offset, "+", c.bytes, of(c.region),
+                        c.mapped ? " of a peer" : "");
           },
           [](const Scatter& c) {
             return text("Scatter ", c.copy.value, " ", c.offset, "+", c.bytes, of(c.region));
@@ -293,6 +310,9 @@ std::string describe(const Command& command) {
           },
           [](const DropOffer& c) {
             return text("DropOffer", of(c.lane), " descriptor ", c.descriptor.value);
+          },
+          [](const QuarantineReleased& c) {
+            return text("QuarantineReleased ", c.regions, " bytes ", c.bytes, " linked ", c.linked);
           },
           [](const TransferEnded& c) {
             return text("TransferEnded ", c.label, " state ", static_cast<int>(c.state), " ",

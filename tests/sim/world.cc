@@ -1,5 +1,6 @@
 #include "tests/sim/world.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "tests/sim/network.h"
@@ -19,6 +20,8 @@ constexpr uint64_t kMostSteps = 3'000'000;
 constexpr Duration kRest = seconds(60);
 // ... and after that what is held is given back.
 constexpr Duration kTidy = seconds(3);
+// How often an operator looks at what is lent.
+constexpr Duration kLook = milliseconds(200);
 
 }  // namespace
 
@@ -97,8 +100,14 @@ void World::run() {
   plan_deaths();
   try {
     const Time rest{scenario.faults.until.count() + kRest.count()};
-    while (!workload->finished() && now_ < rest)
+    Time next_look{};
+    while (!workload->finished() && now_ < rest) {
+      if (now_ >= next_look) {
+        look_after_lent();
+        next_look = now_ + kLook;
+      }
       if (!step()) break;
+    }
     workload->check_finished();
     finish();
   } catch (const Violation&) {
@@ -138,6 +147,27 @@ void World::print_state() const {
   }
 }
 
+// An operator sees what is quarantined. Of a life that is over, on another host, he vouches for
+// that; to one that lives he has the daemon linked again, so that it can say so itself.
+void World::look_after_lent() {
+  if (scenario.mapped == 0) return;
+  for (const auto& node : nodes) {
+    if (!node->alive()) continue;
+    for (const engine::LentView& lent : node->snapshot().lent) {
+      if (lent.linked) continue;
+      const auto peer = std::find_if(nodes.begin(), nodes.end(),
+                                     [&](const auto& of) { return of->name() == lent.node; });
+      const uint32_t index = (*peer)->index();
+      if ((*peer)->alive() && (*peer)->boot() == lent.boot) {
+        ++totals.asked_again;
+        if (!network->link_up(node->index(), index)) network->dial(node->index(), index);
+      } else if (!scenario.one_host(node->index(), index)) {
+        node->post(engine::ReleaseQuarantine{1, lent.node, lent.boot});
+      }
+    }
+  }
+}
+
 // All has ended and is closed: what the daemons still hold must come back.
 void World::finish() {
   const auto tidy = [this] {
@@ -161,7 +191,8 @@ void World::finish() {
   while (now_ < limit) {
     if (now_ >= next_look) {
       if (tidy()) break;
-      next_look = now_ + milliseconds(200);
+      look_after_lent();
+      next_look = now_ + kLook;
     }
     if (!step()) break;
   }

@@ -66,6 +66,7 @@ class World {
   Duration moment();
   uint32_t some_node() { return static_cast<uint32_t>(rng.below(nodes.size())); }
   void finish();
+  void look_after_lent();
   void print_state() const;
 
   Time now_{};

@@ -50,6 +50,24 @@ TEST_CASE("without reservations landing leaves E + 1 frames and staging one") {
   CHECK(take_all(arena, RegionKind::kStaging, held) == 2);
 }
 
+TEST_CASE("a mapped arena is all for landing, from one frame on, and promises nothing") {
+  EngineConfig config = config_of(8, 1);
+  config.arenas.push_back({{kFrame}, true});
+  Arena arena(config, 1);
+  Held held;
+  CHECK(arena.most_reserved_ever() == 0);
+  CHECK(arena.most_reserved() == 0);
+  CHECK(arena.exhausted(RegionKind::kStaging));
+  CHECK_FALSE(arena.take(RegionKind::kStaging, kFrame));
+  CHECK(take_all(arena, RegionKind::kLanding, held) == 1);
+  CHECK_FALSE(arena.lost());
+  arena.quarantine(held[0].second);
+  CHECK(arena.lost());
+  arena.give_back(RegionKind::kLanding, held[0].second, true);
+  CHECK_FALSE(arena.lost());
+  CHECK(arena.take(RegionKind::kLanding, 16));
+}
+
 TEST_CASE("what is promised is taken by its owner only") {
   Arena arena(config_of(8, 1), 0);
   Held held;

@@ -44,6 +44,28 @@ class Maker {
             MsgDecline{transfer(), bytes<Proof>(), name(), bytes<Incarnation>(), rank(), rank()});
       case MessageType::kDrop:
         return ControlMessage(MsgDrop{pull_id(), u64()});
+      case MessageType::kMapped:
+        return ControlMessage(MsgMapped{arena()});
+      case MessageType::kWritten:
+        return ControlMessage(MsgWritten{pull_id(), u64(), u64(), {u64()}, check()});
+      case MessageType::kDrained:
+        return ControlMessage(MsgDrained{pull_id()});
+      case MessageType::kPullMapped: {
+        MsgPull m = pull();
+        m.credits.clear();
+        m.mapped = arena();
+        return ControlMessage(std::move(m));
+      }
+      case MessageType::kUpdateMapped: {
+        MsgUpdate m = update();
+        m.credits = lent_credits();
+        return ControlMessage(std::move(m));
+      }
+      case MessageType::kEndMapped: {
+        MsgEnd m = end();
+        m.mapped = true;
+        return ControlMessage(std::move(m));
+      }
     }
     return ControlMessage(MsgPing{});
   }
@@ -86,6 +108,14 @@ class Maker {
   std::vector<CreditGrant> credits() {
     std::vector<CreditGrant> out(below(kMaxCredits + 1));
     for (auto& grant : out) grant = {{u64()}, u64()};
+    return out;
+  }
+  uint32_t arena() { return static_cast<uint32_t>(below(kMaxArenas)); }
+  std::vector<CreditGrant> lent_credits() {
+    std::vector<CreditGrant> out(1 + below(kMaxCredits));
+    for (auto& grant : out)
+      grant = {
+          {u64()}, u64() >> 1, RegionPlace{static_cast<uint32_t>(below(kMaxSegments)), u64() >> 1}};
     return out;
   }
   Check check() { return {static_cast<CheckKind>(below(3)), bytes<Digest16>().bytes}; }
@@ -145,9 +175,12 @@ class Maker {
 };
 
 constexpr MessageType kAllTypes[] = {
-    MessageType::kHello,  MessageType::kPing,  MessageType::kLaneDown, MessageType::kPull,
-    MessageType::kUpdate, MessageType::kSlice, MessageType::kOffer,    MessageType::kRefuse,
-    MessageType::kEnd,    MessageType::kClaim, MessageType::kDecline,  MessageType::kDrop};
+    MessageType::kHello,      MessageType::kPing,         MessageType::kLaneDown,
+    MessageType::kPull,       MessageType::kUpdate,       MessageType::kSlice,
+    MessageType::kOffer,      MessageType::kRefuse,       MessageType::kEnd,
+    MessageType::kClaim,      MessageType::kDecline,      MessageType::kDrop,
+    MessageType::kMapped,     MessageType::kWritten,      MessageType::kDrained,
+    MessageType::kPullMapped, MessageType::kUpdateMapped, MessageType::kEndMapped};
 
 std::vector<uint8_t> encoded(const Message& message) {
   std::vector<uint8_t> body;
@@ -268,6 +301,47 @@ TEST_CASE("what breaks a limit is not encoded, and the field is named") {
   MsgSlice slice;
   slice.aux = std::string(kMaxAuxBytes + 1, 'x');
   CHECK(field_of_refusal(slice) == "aux");
+}
+
+TEST_CASE("what only a mapped pull says has its own type, and breaks no limit") {
+  MsgPull pull = small_pull();
+  pull.mapped = 2;
+  CHECK(field_of_refusal(pull).empty());
+  CHECK(type_of(ControlMessage(pull)) == MessageType::kPullMapped);
+  pull.mapped = kMaxArenas;
+  CHECK(field_of_refusal(pull) == "arena");
+  pull.mapped = 2;
+  pull.credits.push_back({{1}, 64});
+  CHECK(field_of_refusal(pull) == "credits.place");
+  pull.credits[0].place = RegionPlace{};
+  CHECK(field_of_refusal(pull) == "credits");
+  CHECK(field_of_refusal(MsgMapped{kMaxArenas}) == "arena");
+
+  MsgUpdate update;
+  CHECK(type_of(ControlMessage(update)) == MessageType::kUpdate);
+  update.credits.push_back({{1}, 64, RegionPlace{kMaxSegments - 1, UINT64_MAX - 64}});
+  CHECK(field_of_refusal(update).empty());
+  CHECK(type_of(ControlMessage(update)) == MessageType::kUpdateMapped);
+  update.credits[0].place->offset += 1;  // its end is beyond all numbers
+  CHECK(field_of_refusal(update) == "credits.offset");
+  update.credits[0].place = RegionPlace{kMaxSegments, 0};
+  CHECK(field_of_refusal(update) == "credits.segment");
+  update.credits[0].place = RegionPlace{};
+  update.credits.push_back({{2}, 64});
+  CHECK(field_of_refusal(update) == "credits.place");
+  std::swap(update.credits[0], update.credits[1]);
+  CHECK(field_of_refusal(update) == "credits.place");
+
+  // The bytes that say nothing of a mapped pull are those of daemons that know none.
+  MsgEnd end;
+  std::vector<uint8_t> plain = encoded(ControlMessage(end));
+  end.mapped = true;
+  CHECK(encoded(ControlMessage(end)) == plain);
+  CHECK(type_of(ControlMessage(end)) == MessageType::kEndMapped);
+  // An UPDATE of a mapped pull without a credit is one like any other.
+  plain = encoded(ControlMessage(MsgUpdate{}));
+  CHECK(decode_body(number(MessageType::kUpdate), plain));
+  CHECK_FALSE(decode_body(number(MessageType::kUpdateMapped), plain));
 }
 
 TEST_CASE("an aux of 64 KiB fits beside a slice, more than 64 KiB without aux does not") {

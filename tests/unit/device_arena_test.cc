@@ -519,6 +519,84 @@ TEST_CASE("A handle of an arena that has gone opens nothing, a descriptor does")
   CHECK(world.machine->device_bytes(0) == 0);
 }
 
+TEST_CASE("Fabric memory that lies elsewhere is mapped through a device that is here") {
+  const World world(gpus(2));
+  const auto arena = world.arena(ArenaKind::kFabricVmm, {kGranule, kGranule});
+  const auto& second = world.devices->all()[1];
+  auto segments = export_all(*arena);
+  // A device of another machine has no number here, and says nothing to this one.
+  for (ExportedSegment& segment : segments) segment.device_uuid.fill(0xee);
+  std::vector<ExportedSegment> copies;
+  for (const ExportedSegment& segment : segments) copies.push_back(again(segment));
+  CHECK(reason_of(DeviceArenaView::open(second, std::move(copies))) ==
+        "ARENA_WRONG_DEVICE segments[0]");
+  const uint64_t owned = world.held();
+  {
+    auto view = DeviceArenaView::open(second, std::move(segments), world.devices->all(),
+                                      MemoryHome::kElsewhere);
+    INFO((view ? "" : view.error().to_string()));
+    REQUIRE(view);
+    const Region place{1, 4096, 64};
+    for (const auto& device : world.devices->all()) {
+      const std::vector<uint8_t> data(64, static_cast<uint8_t>(device->facts().ordinal + 1));
+      const Device::Current current(*device);
+      const cuda::Api& api = device->api();
+      REQUIRE(api.cuMemcpyHtoDAsync(*(*view)->address_of(place), data.data(), data.size(),
+                                    nullptr) == cuda::CUDA_SUCCESS);
+      REQUIRE(api.cuStreamSynchronize(nullptr) == cuda::CUDA_SUCCESS);
+      CHECK(world.read(*arena->address_of(place), 64) == data);
+    }
+    CHECK((*view)->close() == 0);
+    CHECK(world.held() == owned);
+    CHECK_FALSE((*view)->address_of(place));
+    CHECK((*view)->close() == 0);
+  }
+  // Nothing else comes from elsewhere.
+  for (const ArenaKind kind : {ArenaKind::kDeviceVmm, ArenaKind::kCudaMalloc}) {
+    const auto other = world.arena(kind, {kGranule});
+    CHECK(reason_of(DeviceArenaView::open(world.device, export_all(*other), {},
+                                          MemoryHome::kElsewhere)) ==
+          "ARENA_SEGMENT_INVALID segments[0]");
+  }
+}
+
+TEST_CASE("A view is touched by those devices that it is opened for") {
+  const bool both = GENERATE(true, false);
+  World world(gpus(2));
+  auto arena = world.arena(ArenaKind::kDeviceVmm, {kGranule});
+  const auto& second = world.devices->all()[1];
+  auto view = DeviceArenaView::open(
+      world.device, export_all(*arena),
+      both ? world.devices->all() : std::vector<std::shared_ptr<const Device>>{});
+  REQUIRE(view);
+  {
+    const Device::Current current(*second);
+    const uint64_t word = 7;
+    const cuda::Api& api = second->api();
+    const bool copied = api.cuMemcpyHtoDAsync(*(*view)->address_of({0, 0, 8}), &word, sizeof word,
+                                              nullptr) == cuda::CUDA_SUCCESS &&
+                        api.cuStreamSynchronize(nullptr) == cuda::CUDA_SUCCESS;
+    CHECK(copied == both);
+  }
+  view->reset();
+  arena.reset();
+  if (both) return;
+  // What the lost context held may be lost with it.
+  world.device.reset();
+  world.devices.reset();
+  world.machine->reset();
+}
+
+TEST_CASE("A view that the driver will not close says so") {
+  const World world;
+  const auto arena = world.arena(ArenaKind::kDeviceVmm, {kGranule});
+  auto view = DeviceArenaView::open(world.device, export_all(*arena));
+  REQUIRE(view);
+  world.machine->fail("cuMemUnmap", 1, cuda::CUDA_ERROR_INVALID_VALUE);
+  CHECK((*view)->close() == 1);
+  CHECK((*view)->close() == 0);
+}
+
 // ---- a device that is down ---------------------------------------------------------------------
 
 TEST_CASE("A device that is down has no arenas, and the other has") {
