@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the rails process against the second UCX release that is supported (1.22, from its PyPI
-# wheel) and runs the process ring with it. The rest of the daemon does not link UCX.
+# wheel) and runs the process ring with it; its CUDA module runs over the fake driver. The rest of
+# the daemon does not link UCX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . deploy/lib.sh
@@ -18,4 +19,7 @@ step "configuring with UCX $version" "$logs/ucx122-configure.log" \
 step "building kvferry-rails with UCX $version" "$logs/ucx122-build.log" \
   cmake --build build/ucx122 --target kvferry-rails
 echo "== process ring with UCX $version"
-KVFERRY_RAILS_BINARY="$PWD/build/ucx122/bin/kvferry-rails" ctest --preset dev -L proc --no-tests=error
+rails=$PWD/build/ucx122/bin/kvferry-rails
+KVFERRY_RAILS_BINARY=$rails KVFERRY_RAILS_WITH_CUDA=$rails \
+  KVFERRY_RAILS_CUDA_DRIVER=$PWD/build/dev/lib/driver-for-ucx/libcuda.so.1 \
+  ctest --preset dev -L proc --no-tests=error

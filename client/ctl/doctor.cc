@@ -31,13 +31,14 @@ std::size_t count(const Findings& findings, Grade grade) {
 }  // namespace
 
 Findings run_doctor(const System& system, const DoctorOptions& options,
-                    const std::optional<DaemonFacts>& daemon, const RunChild& run_child) {
+                    const std::optional<DaemonFacts>& daemon, const RunChild& run_child,
+                    const AskRails& ask_rails) {
   GpuFindings gpus = check_gpus(system, options, run_child);
   Findings out = check_sockets(system, options);
   append(out, check_daemon(daemon, options));
   append(out, std::move(gpus.findings));
   append(out, check_namespaces(system, options, gpus.usable));
-  append(out, check_ucx(daemon, run_child, gpus.usable));
+  append(out, check_ucx(daemon, ask_rails, gpus.usable));
   append(out, check_limits(system, options, gpus.usable));
   return out;
 }

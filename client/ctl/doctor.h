@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "client/ctl/doctor_child.h"
+#include "daemon/rails/rails_capabilities.h"
 
 namespace kvferry::ctl {
 
@@ -69,6 +70,10 @@ struct DoctorOptions {
 
 // Runs one part of a check in a process of its own.
 using RunChild = std::function<ChildAnswer(const ChildRequest&)>;
+// Asks the rails process of this machine what its UCX can do.
+using AskRails = std::function<Result<rails::RailsCapabilities>()>;
+// The one beside this program.
+AskRails installed_rails(const DoctorOptions& options);
 
 // ---- The checks
 // ----------------------------------------------------------------------------------
@@ -78,7 +83,7 @@ Findings check_daemon(const std::optional<DaemonFacts>& daemon, const DoctorOpti
 // `gpu`: there is one that works, so that what concerns GPUs only is worth a word.
 Findings check_limits(const System& system, const DoctorOptions& options, bool gpu);
 Findings check_namespaces(const System& system, const DoctorOptions& options, bool gpu);
-Findings check_ucx(const std::optional<DaemonFacts>& daemon, const RunChild& run_child, bool gpu);
+Findings check_ucx(const std::optional<DaemonFacts>& daemon, const AskRails& ask_rails, bool gpu);
 
 struct GpuFindings {
   Findings findings;
@@ -90,7 +95,8 @@ GpuFindings check_gpus(const System& system, const DoctorOptions& options,
 
 // All of them, in the order in which they are shown.
 Findings run_doctor(const System& system, const DoctorOptions& options,
-                    const std::optional<DaemonFacts>& daemon, const RunChild& run_child);
+                    const std::optional<DaemonFacts>& daemon, const RunChild& run_child,
+                    const AskRails& ask_rails);
 
 // ---- The report
 // ----------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <charconv>
+#include <chrono>
+#include <cstdlib>
 #include <sstream>
 #include <utility>
 
@@ -15,6 +17,8 @@ namespace {
 constexpr uint64_t kMiB = uint64_t{1} << 20;
 // What container runtimes give unless told otherwise.
 constexpr uint64_t kDefaultShmBytes = 64 * kMiB;
+// A CUDA driver may take its time to start.
+constexpr Duration kRailsLimit = std::chrono::seconds(20);
 
 Finding ok(std::string check, std::string text) {
   return {std::move(check), Grade::kOk, std::move(text), {}};
@@ -190,7 +194,34 @@ Findings check_namespaces(const System& system, const DoctorOptions& options, bo
            apart == Grade::kOk ? "" : advice}};
 }
 
-Findings check_ucx(const std::optional<DaemonFacts>& daemon, const RunChild& run_child, bool gpu) {
+AskRails installed_rails(const DoctorOptions& options) {
+  std::string driver = options.cuda_driver;
+  if (const char* const named = std::getenv("KVFERRY_CUDA_DRIVER"); driver.empty() && named)
+    driver = named;
+  return [driver] { return rails::query_capabilities({}, driver, kRailsLimit); };
+}
+
+namespace {
+
+std::string list(const std::vector<std::string>& words) {
+  std::string out;
+  for (const std::string& word : words) out += (out.empty() ? "" : ", ") + word;
+  return out;
+}
+
+// Each once, without its devices.
+std::vector<std::string> names_of_transports(const rails::RailsCapabilities& told) {
+  std::vector<std::string> out;
+  for (const std::string& one : told.transports) {
+    std::string name = one.substr(0, one.find('/'));
+    if (std::find(out.begin(), out.end(), name) == out.end()) out.push_back(std::move(name));
+  }
+  return out;
+}
+
+}  // namespace
+
+Findings check_ucx(const std::optional<DaemonFacts>& daemon, const AskRails& ask_rails, bool gpu) {
   Findings out;
   if (daemon && !daemon->ucx_version.empty()) {
     std::string transports;
@@ -204,20 +235,28 @@ Findings check_ucx(const std::optional<DaemonFacts>& daemon, const RunChild& run
       out.back() = problem("ucx of the daemon", out.back().text,
                            "kvferryctl rails and the daemon's log say why");
   }
-  const ChildAnswer installed = run_child({});
-  if (!installed.ok) {
-    out.push_back(daemon ? note("ucx here", installed.text, "nothing, if the daemon brings its own")
-                         : problem("ucx here", installed.text,
-                                   "kvferry-rails needs it: install libucx0, or UCX 1.22 where "
-                                   "there is a GPU, and set LD_LIBRARY_PATH or ldconfig"));
+  const char* const check = "ucx here";
+  const auto told = ask_rails();
+  if (!told && told.error().reason == "RAILS_NOT_FOUND") {
+    out.push_back(note(check, "not looked at: there is no kvferry-rails beside this program",
+                       "nothing where only workers run; else install kvferryd whole"));
     return out;
   }
-  if (gpu && installed.text.find("cuda") == std::string::npos)
-    out.push_back(note("ucx here", installed.text,
+  if (!told) {
+    out.push_back(problem(check, told.error().message,
+                          "run kvferry-rails --capabilities: it says what it lacks; it needs the "
+                          "UCX that it was built with, by LD_LIBRARY_PATH or ldconfig"));
+    return out;
+  }
+  const std::string text = told->ucx_version + " (" + told->executable +
+                           "), memory: " + list(told->memory_types) +
+                           ", transports: " + list(names_of_transports(*told));
+  if (gpu && !told->has_cuda())
+    out.push_back(note(check, text + "; " + told->cuda_missing,
                        "without CUDA in UCX bytes go through pinned host memory; UCX 1.22 with "
                        "CUDA sends from the GPU. Both ends of a link need the same release"));
   else
-    out.push_back(ok("ucx here", installed.text));
+    out.push_back(ok(check, text));
   return out;
 }
 

@@ -1,6 +1,5 @@
 #include "client/ctl/doctor_child.h"
 
-#include <dlfcn.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
@@ -10,10 +9,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdlib>
 #include <cstring>
-#include <filesystem>
-#include <initializer_list>
 #include <iostream>
 #include <utility>
 #include <vector>
@@ -237,38 +233,6 @@ ChildAnswer import_memory(const Wire& wire) {
   return wire.task == ChildTask::kImportIpc ? import_ipc(**gpu, wire) : import_vmm(**gpu, wire);
 }
 
-// "1.13.1 (/usr/lib/x86_64-linux-gnu/libucp.so.0), memory: host".
-ChildAnswer find_ucx() {
-  // It shall say nothing on the standard output, and take nothing of this process.
-  for (const auto& [name, value] : std::initializer_list<std::pair<const char*, const char*>>{
-           {"UCX_LOG_LEVEL", "fatal"},
-           {"UCX_HANDLE_ERRORS", "none"},
-           {"UCX_VFS_ENABLE", "n"},
-           {"UCX_MEM_MMAP_HOOK_MODE", "none"},
-           {"UCX_WARN_UNUSED_ENV_VARS", "n"}})
-    ::setenv(name, value, 1);
-  void* library = ::dlopen("libucp.so.0", RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) return {false, "no libucp.so.0"};
-  using VersionText = const char* (*)();
-  const auto version = reinterpret_cast<VersionText>(::dlsym(library, "ucp_get_version_string"));
-  Dl_info info{};
-  if (version == nullptr || ::dladdr(reinterpret_cast<void*>(version), &info) == 0)
-    return {false, "libucp.so.0 does not tell its version"};
-  namespace fs = std::filesystem;
-  std::error_code ignored;
-  const fs::path path = fs::canonical(info.dli_fname, ignored);
-  std::string memory = "host";
-  const auto has = [&](const char* what) {
-    for (const fs::path& in : {path.parent_path() / "ucx", path.parent_path()})
-      for (fs::directory_iterator it(in, ignored), end; !ignored && it != end;
-           it.increment(ignored))
-        if (it->path().filename().string().rfind(what, 0) == 0) return true;
-    return false;
-  };
-  if (has("libuct_cuda.so") || has("libuct_cuda-")) memory += ", cuda";
-  return {true, std::string(version()) + " (" + path.string() + "), memory: " + memory};
-}
-
 }  // namespace
 
 int child_main() {
@@ -280,7 +244,7 @@ int child_main() {
     got += static_cast<std::size_t>(n);
   }
   wire.cuda_driver[sizeof wire.cuda_driver - 1] = '\0';
-  const ChildAnswer answer = wire.task == ChildTask::kUcx ? find_ucx() : import_memory(wire);
+  const ChildAnswer answer = import_memory(wire);
   std::string line = answer.text;
   std::replace(line.begin(), line.end(), '\n', ' ');
   std::cout << line << std::endl;

@@ -1,7 +1,6 @@
 // The part of `kvferryctl doctor` that has to run in another process: importing memory that its
-// parent has on a GPU, as a daemon would, and loading UCX, which takes signals and memory hooks
-// when it is loaded. The parent starts itself again with the hidden command `doctor-child`, gives
-// one request on standard input and takes one line from standard output.
+// parent has on a GPU, as a daemon would. The parent starts itself again with the hidden command
+// `doctor-child`, gives one request on standard input and takes one line from standard output.
 #pragma once
 
 #include <array>
@@ -14,12 +13,12 @@ namespace kvferry::ctl {
 inline constexpr std::size_t kTrialBytes = 64 * 1024;  // that are compared
 inline constexpr char kChildCommand[] = "doctor-child";
 
-enum class ChildTask : uint32_t { kUcx = 1, kImportIpc = 2, kImportFd = 3, kImportFabric = 4 };
+enum class ChildTask : uint32_t { kImportIpc = 1, kImportFd = 2, kImportFabric = 3 };
 
 struct ChildRequest {
-  ChildTask task = ChildTask::kUcx;
-  std::string cuda_driver;           // imports: the library
-  std::array<uint8_t, 16> uuid{};    // imports: the device
+  ChildTask task = ChildTask::kImportIpc;
+  std::string cuda_driver;           // the library
+  std::array<uint8_t, 16> uuid{};    // the device
   std::array<uint8_t, 64> handle{};  // imports by value
   int fd = -1;                       // imports by descriptor
   uint64_t offset = 0;               // where the trial's bytes begin in the allocation

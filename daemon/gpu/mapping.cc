@@ -92,7 +92,7 @@ Result<Mapping> Mapping::reserve(std::shared_ptr<const Device> device, uint64_t 
 }
 
 Status Mapping::add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t bytes,
-                    const std::string& field) {
+                    const std::string& field, MemoryHome home) {
   const cuda::Api& api = device_->api();
   const Device::Current current(*device_);
   KVFERRY_RETURN_IF_ERROR(current.status());
@@ -105,8 +105,9 @@ Status Mapping::add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t
   KVFERRY_RETURN_IF_ERROR(
       device_->check(api.cuMemGetAllocationPropertiesFromHandle(&properties, allocation.get()),
                      "cuMemGetAllocationPropertiesFromHandle"));
-  if (properties.location.type != cuda::CU_MEM_LOCATION_TYPE_DEVICE ||
-      properties.location.id != device_->facts().ordinal)
+  if (home == MemoryHome::kDevice &&
+      (properties.location.type != cuda::CU_MEM_LOCATION_TYPE_DEVICE ||
+       properties.location.id != device_->facts().ordinal))
     return wrong_device(*device_, field);
   // Larger than the allocation, it is refused: so the size that was told need not be believed.
   const cuda::CUresult mapped = map_next(allocation.get(), bytes);

@@ -16,6 +16,12 @@
 
 namespace kvferry::gpu {
 
+// Where imported memory lies, as far as this machine knows.
+enum class MemoryHome : uint8_t {
+  kDevice,     // on the device through which it is mapped: anything else is refused
+  kElsewhere,  // perhaps on one of another machine, which has no number here: fabric handles alone
+};
+
 // Owns what an import has opened or mapped; closes it when it goes. Move-only.
 class Mapping {
  public:
@@ -41,7 +47,7 @@ class Mapping {
   // `handle`: what cuMemImportFromShareableHandle takes: a descriptor as a pointer, or a
   // pointer to a fabric handle. Maps the allocation's first `bytes`.
   Status add(void* handle, cuda::CUmemAllocationHandleType type, uint64_t bytes,
-             const std::string& field);
+             const std::string& field, MemoryHome home = MemoryHome::kDevice);
   // The same of an allocation of this process, whose handle stays the caller's. The driver's own
   // answer; nothing is said of the device, which the caller has chosen.
   Status map(cuda::CUmemGenericAllocationHandle allocation, uint64_t bytes);

@@ -38,15 +38,20 @@ class SpawnPlan {
   SpawnPlan& operator=(const SpawnPlan&) = delete;
 
   // What the child has: its descriptors, and signals as a fresh process has them.
-  int prepare(int channel) {
+  int prepare(const ChildProcess::Ends& ends) {
     sigset_t none;
     sigset_t all;
     sigemptyset(&none);
     sigfillset(&all);
     int error = posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
-    if (error == 0) error = posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
-    if (error == 0) error = posix_spawn_file_actions_adddup2(&actions, channel, kChannelFd);
-    if (error == 0) error = posix_spawn_file_actions_addclosefrom_np(&actions, kChannelFd + 1);
+    if (error == 0)
+      error = ends.output >= 0
+                  ? posix_spawn_file_actions_adddup2(&actions, ends.output, 1)
+                  : posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_WRONLY, 0);
+    if (error == 0 && ends.channel >= 0)
+      error = posix_spawn_file_actions_adddup2(&actions, ends.channel, kChannelFd);
+    const int first_other = ends.channel >= 0 ? kChannelFd + 1 : kChannelFd;
+    if (error == 0) error = posix_spawn_file_actions_addclosefrom_np(&actions, first_other);
     if (error == 0) error = posix_spawnattr_setsigmask(&attributes, &none);
     if (error == 0) error = posix_spawnattr_setsigdefault(&attributes, &all);
     if (error == 0)
@@ -62,7 +67,8 @@ class SpawnPlan {
 
 Result<ChildProcess> ChildProcess::spawn(const std::string& path,
                                          const std::vector<std::string>& arguments,
-                                         const std::vector<std::string>& environment, int channel) {
+                                         const std::vector<std::string>& environment,
+                                         const Ends& ends) {
   std::vector<std::string> argument_copy;
   argument_copy.reserve(arguments.size() + 1);
   argument_copy.push_back(path);
@@ -71,11 +77,15 @@ Result<ChildProcess> ChildProcess::spawn(const std::string& path,
   const std::vector<char*> argv = pointers_to(argument_copy);
   const std::vector<char*> envp = pointers_to(environment_copy);
 
-  // A channel that is descriptor 0, 1 or 2 would be lost to the actions before it.
-  UniqueFd high(::fcntl(channel, F_DUPFD_CLOEXEC, kChannelFd + 1));
-  if (!high) return fail_errno("RAILS_SPAWN_FAILED", "fcntl(F_DUPFD_CLOEXEC)", errno);
+  // An end that is descriptor 0, 1 or 2 would be lost to the actions before it.
+  const auto high = [](int fd) { return UniqueFd(::fcntl(fd, F_DUPFD_CLOEXEC, kChannelFd + 1)); };
+  UniqueFd channel, output;
+  if (ends.channel >= 0 && !(channel = high(ends.channel)))
+    return fail_errno("RAILS_SPAWN_FAILED", "fcntl(F_DUPFD_CLOEXEC)", errno);
+  if (ends.output >= 0 && !(output = high(ends.output)))
+    return fail_errno("RAILS_SPAWN_FAILED", "fcntl(F_DUPFD_CLOEXEC)", errno);
   SpawnPlan plan;
-  if (const int error = plan.prepare(high.get()); error != 0)
+  if (const int error = plan.prepare({channel.get(), output.get()}); error != 0)
     return fail_errno("RAILS_SPAWN_FAILED", "posix_spawn set-up", error);
   pid_t pid = -1;
   const int error =

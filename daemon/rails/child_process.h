@@ -31,12 +31,17 @@ class ChildProcess {
   // A child must have been reaped; an owner calls end() first.
   ~ChildProcess() = default;
 
+  // What the child gets of us.
+  struct Ends {
+    int channel = -1;  // its descriptor 3; -1: none
+    int output = -1;   // its standard output; -1: /dev/null
+  };
   // Runs `path` with `arguments` (without argv[0]) and exactly `environment`. The child has
-  // /dev/null as its input and output, our standard error, and `channel` as descriptor 3; nothing
-  // else. Fails with RAILS_SPAWN_FAILED.
+  // /dev/null as its input, our standard error, and `ends`; nothing else. Fails with
+  // RAILS_SPAWN_FAILED.
   static Result<ChildProcess> spawn(const std::string& path,
                                     const std::vector<std::string>& arguments,
-                                    const std::vector<std::string>& environment, int channel);
+                                    const std::vector<std::string>& environment, const Ends& ends);
 
   int pidfd() const { return pidfd_.get(); }
   int pid() const { return pid_; }

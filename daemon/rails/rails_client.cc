@@ -6,9 +6,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
+#include <iterator>
 #include <unordered_map>
 
+#include "daemon/rails/rails_capabilities.h"
 #include "daemon/rails/rails_process.h"
 
 namespace kvferry::rails {
@@ -16,27 +17,6 @@ namespace {
 
 // How often the process is asked whether it lives while records keep coming.
 constexpr Duration kAliveCheck = std::chrono::milliseconds(5);
-
-Result<std::string> find_executable(const std::string& configured) {
-  std::vector<std::string> candidates;
-  if (!configured.empty()) {
-    candidates.push_back(configured);
-  } else {
-    std::error_code error;
-    const auto self = std::filesystem::read_symlink("/proc/self/exe", error);
-    if (!error) {
-      const auto folder = self.parent_path();
-      candidates.push_back((folder / "kvferry-rails").string());
-      candidates.push_back((folder / "../libexec/kvferry/kvferry-rails").string());
-    }
-  }
-  std::string tried;
-  for (const std::string& path : candidates) {
-    if (::access(path.c_str(), X_OK) == 0) return path;
-    tried += (tried.empty() ? "" : ", ") + path;
-  }
-  return invalid("rails.executable", "RAILS_NOT_FOUND", "no executable at " + tried);
-}
 
 template <std::size_t N>
 bool copy_name(char (&out)[N], const std::string& name) {
@@ -70,6 +50,51 @@ Status check_rails(const RailsConfig& config) {
   if (!SharedLayout::make(config.limits, static_cast<uint32_t>(config.rails.size())))
     return invalid("rails.limits", "RAILS_CONFIG_INVALID", "a count is zero or too large");
   return {};
+}
+
+// Of a device segment only what can be seen without a driver.
+Status check_segment(const Segment& segment, const std::string& field) {
+  const auto wrong = [&](std::string what) {
+    return invalid(field, "SEGMENT_INVALID", std::move(what));
+  };
+  if (!is_segment_kind(segment.kind)) return wrong("no such kind of memory");
+  if (segment.bytes == 0) return wrong("has no bytes");
+  const bool given = segment.handle != SegmentHandle{};
+  const bool named = segment.device_uuid != DeviceUuid{};
+  if (!has_handle(segment.kind) && given) return wrong("its kind has no handle");
+  if (!has_descriptor(segment.kind) && segment.fd >= 0) return wrong("its kind has no descriptor");
+  if (segment.kind == SegmentKind::kHost) {
+    if (named) return wrong("host memory is on no device");
+    if (auto sealed = check_sealed(segment.fd, segment.bytes); !sealed) {
+      Error error = std::move(sealed).error();
+      error.field = field;
+      return tl::unexpected<Error>(std::move(error));
+    }
+    return {};
+  }
+  if (!named) return wrong("names no device");
+  if (has_handle(segment.kind) && !given) return wrong("lacks its handle");
+  if (has_descriptor(segment.kind) && ::fcntl(segment.fd, F_GETFD) < 0)
+    return wrong("lacks its descriptor");
+  return {};
+}
+
+// Fills in the set-up's segments; the descriptors of those that have one, in their order.
+Result<std::vector<UniqueFd>> take_segments(std::span<const Segment> segments, Setup& setup) {
+  if (segments.empty() || segments.size() > kMaxSegments)
+    return invalid("segments", "SEGMENT_INVALID",
+                   "1 to " + std::to_string(kMaxSegments) + " segments are possible");
+  std::vector<UniqueFd> fds;
+  setup.segment_count = static_cast<uint32_t>(segments.size());
+  for (std::size_t i = 0; i < segments.size(); ++i) {
+    const Segment& segment = segments[i];
+    KVFERRY_RETURN_IF_ERROR(check_segment(segment, "segments[" + std::to_string(i) + "]"));
+    setup.segments[i] = {segment.kind, 0, segment.bytes, segment.device_uuid, segment.handle};
+    if (!has_descriptor(segment.kind)) continue;
+    if (!fds.emplace_back(::fcntl(segment.fd, F_DUPFD_CLOEXEC, 4)))
+      return fail_errno("SEGMENT_INVALID", "fcntl(F_DUPFD_CLOEXEC)", errno);
+  }
+  return fds;
 }
 
 uint64_t load(const std::atomic<uint64_t>& counter) {
@@ -458,7 +483,7 @@ Status RailsClient::Impl::check_region(const Region& region) const {
   uint64_t end = 0;
   if (region.segment >= plan_.setup.segment_count || region.bytes == 0 ||
       !checked_add(region.offset, region.bytes, end) ||
-      end > plan_.setup.segment_bytes[region.segment])
+      end > plan_.setup.segments[region.segment].bytes)
     return invalid("region", "REGION_INVALID", "outside its segment");
   return {};
 }
@@ -584,17 +609,19 @@ Status RailsClient::Impl::drop(DescriptorId descriptor) {
 Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
                                                        std::span<const Segment> segments) {
   KVFERRY_RETURN_IF_ERROR(check_rails(config));
-  auto executable = find_executable(config.executable);
+  auto executable = find_rails_executable(config.executable);
   if (!executable) return tl::unexpected<Error>(executable.error());
   auto environment = make_rails_environment(config.ucx);
   if (!environment) return tl::unexpected<Error>(environment.error());
-  if (segments.empty() || segments.size() > kMaxSegments)
-    return invalid("segments", "SEGMENT_INVALID",
-                   "1 to " + std::to_string(kMaxSegments) + " segments are possible");
-
   RailsProcess::Plan plan;
   plan.executable = std::move(*executable);
   plan.environment = std::move(*environment);
+  const bool on_device = std::any_of(segments.begin(), segments.end(),
+                                     [](const Segment& s) { return is_on_device(s.kind); });
+  if (on_device) {
+    auto more = inherited_driver_environment();
+    std::move(more.begin(), more.end(), std::back_inserter(plan.environment));
+  }
   for (const std::string& line : config.unchecked_environment) {
     const std::string name = line.substr(0, line.find('=') + 1);
     std::erase_if(plan.environment, [&](const std::string& l) { return l.starts_with(name); });
@@ -602,7 +629,11 @@ Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
   }
   Setup& setup = plan.setup;
   setup.rail_count = static_cast<uint32_t>(config.rails.size());
-  setup.segment_count = static_cast<uint32_t>(segments.size());
+  auto fds = take_segments(segments, setup);
+  if (!fds) return tl::unexpected<Error>(fds.error());
+  for (const UniqueFd& fd : *fds) plan.segment_fds.push_back(fd.get());
+  if (!copy_name(setup.cuda_driver, config.cuda_driver))
+    return invalid("gpu.driver", "RAILS_CONFIG_INVALID", "the path is too long");
   setup.limits = config.limits;
   setup.spin_ns = static_cast<uint64_t>(std::max<int64_t>(config.spin.count(), 0));
   setup.port_first = config.ucx.port_first;
@@ -611,15 +642,7 @@ Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
     if (!copy_name(setup.rails[i].transport, config.rails[i].transport) ||
         !copy_name(setup.rails[i].device, config.rails[i].device))
       return invalid("rails", "RAILS_CONFIG_INVALID", "a name is too long");
-  std::vector<UniqueFd> fds;
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    KVFERRY_RETURN_IF_ERROR(check_sealed(segments[i].fd, segments[i].bytes));
-    UniqueFd& fd = fds.emplace_back(::fcntl(segments[i].fd, F_DUPFD_CLOEXEC, 4));
-    if (!fd) return fail_errno("SEGMENT_INVALID", "fcntl(F_DUPFD_CLOEXEC)", errno);
-    setup.segment_bytes[i] = segments[i].bytes;
-    plan.segment_fds.push_back(fd.get());
-  }
-  auto impl = std::make_unique<Impl>(std::move(config), std::move(plan), std::move(fds));
+  auto impl = std::make_unique<Impl>(std::move(config), std::move(plan), std::move(*fds));
   return std::unique_ptr<RailsClient>(new RailsClient(std::move(impl)));
 }
 

@@ -53,17 +53,27 @@ struct RailsConfig {
   Duration spin =
       std::chrono::microseconds(20);  // longest spin of a rail's thread before it sleeps
   Limits limits;
-  Duration ready_timeout = std::chrono::seconds(15);  // from start to on_ready
+  // From start to on_ready. With device segments the process starts the CUDA driver, makes a
+  // context on each device and has two self-tests for each rail.
+  Duration ready_timeout = std::chrono::seconds(30);
   Duration backoff_first = std::chrono::milliseconds(100);
   Duration backoff_limit = std::chrono::seconds(10);
+  // The CUDA driver's library, which the process loads when there are device segments. Empty: the
+  // default name.
+  std::string cuda_driver;
   // "NAME=value" lines set last, past the deny list; for tests, never from a configuration file.
   std::vector<std::string> unchecked_environment;
 };
 
-// A memfd that the rails map, sealed against shrinking.
+// An arena segment that the rails map and register. A descriptor is duplicated and keeps the memory
+// alive; a handle is a value that does not: the allocation must outlive the client, as each life of
+// the process imports it anew.
 struct Segment {
-  int fd = -1;
+  int fd = -1;  // kHost: a memfd sealed against shrinking; kDeviceVmm: what the driver exported
   uint64_t bytes = 0;
+  SegmentKind kind = SegmentKind::kHost;
+  SegmentHandle handle{};    // kFabricVmm, kCudaMalloc
+  DeviceUuid device_uuid{};  // of all but kHost
 };
 
 struct RailInfo {
@@ -149,7 +159,10 @@ class RailsClient {
   };
 
   // Fails with RAILS_CONFIG_INVALID, UCX_OVERRIDE_DENIED, UCX_OVERRIDE_INVALID, PORT_RANGE_INVALID,
-  // SEGMENT_INVALID (not sealed against shrinking, smaller than told, too many) or RAILS_NOT_FOUND.
+  // SEGMENT_INVALID (host: not sealed against shrinking, smaller than told; device: no UUID, no
+  // bytes, a descriptor or handle that its kind has not, or lacks; too many) or RAILS_NOT_FOUND.
+  // What lies behind a device segment is found out by the process: one that cannot import or
+  // register it ends with status 78 and says why.
   static Result<std::unique_ptr<RailsClient>> make(RailsConfig config,
                                                    std::span<const Segment> segments);
   ~RailsClient();

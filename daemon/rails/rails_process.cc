@@ -49,7 +49,8 @@ Result<std::unique_ptr<RailsProcess>> RailsProcess::spawn(const Plan& plan) {
   process->channel_ = std::move(channel->ours);
   // Before the child exists: what lies in the channel when it looks is complete.
   KVFERRY_RETURN_IF_ERROR(process->send_setup(plan, memory->get(), their_doorbells));
-  auto child = ChildProcess::spawn(plan.executable, {}, plan.environment, channel->theirs.get());
+  auto child =
+      ChildProcess::spawn(plan.executable, {}, plan.environment, {channel->theirs.get(), -1});
   if (!child) return tl::unexpected<Error>(child.error());
   process->child_ = std::move(*child);
   return process;

@@ -6,6 +6,7 @@
 // Included by both processes; knows nothing of UCX.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -107,16 +108,49 @@ struct RailCounters {
   std::atomic<uint64_t> operations;      // a gauge
 };
 
+// Where an arena segment's memory lies, and what gives the rails access to it.
+enum class SegmentKind : uint32_t {
+  kHost = 0,        // a memfd: its descriptor
+  kDeviceVmm = 1,   // GPU memory of cuMemCreate: its descriptor
+  kFabricVmm = 2,   // GPU memory of cuMemCreate: its fabric handle
+  kCudaMalloc = 3,  // GPU memory of cuMemAlloc: its CUDA IPC handle
+};
+constexpr bool is_segment_kind(SegmentKind kind) {
+  return kind <= SegmentKind::kCudaMalloc;
+}
+constexpr bool is_on_device(SegmentKind kind) {
+  return kind != SegmentKind::kHost;
+}
+constexpr bool has_descriptor(SegmentKind kind) {
+  return kind == SegmentKind::kHost || kind == SegmentKind::kDeviceVmm;
+}
+constexpr bool has_handle(SegmentKind kind) {
+  return !has_descriptor(kind);
+}
+
+// Of a CUDA IPC or fabric handle, and of a device's UUID, as the driver gives them.
+using SegmentHandle = std::array<uint8_t, 64>;
+using DeviceUuid = std::array<uint8_t, 16>;
+
 struct SetupRail {
   char transport[8] = {};  // "tcp" or "shm"
   char device[48] = {};    // empty: whichever UCX takes
 };
 
+struct SetupSegment {
+  SegmentKind kind = SegmentKind::kHost;
+  uint32_t reserved = 0;
+  uint64_t bytes = 0;
+  DeviceUuid device_uuid{};  // zero for host memory
+  SegmentHandle handle{};    // zero for kinds that have a descriptor
+};
+
 // The one message from main over the channel, with descriptors by SCM_RIGHTS in this order: shared
-// memory, one doorbell per rail, one memfd per segment.
+// memory, one doorbell per rail, then one for each segment whose kind has a descriptor, in the
+// segments' order.
 struct Setup {
   static constexpr uint32_t kMagic = 0x6b766672;
-  static constexpr uint32_t kVersion = 1;
+  static constexpr uint32_t kVersion = 2;
   uint32_t magic = kMagic;
   uint32_t version = kVersion;
   uint32_t rail_count = 0;
@@ -126,7 +160,8 @@ struct Setup {
   uint32_t port_first = 0;  // 0: any
   uint32_t port_last = 0;
   SetupRail rails[kMaxRails];
-  uint64_t segment_bytes[kMaxSegments] = {};
+  SetupSegment segments[kMaxSegments];
+  char cuda_driver[256] = {};  // the driver's library; empty: the default name
 };
 static_assert(std::is_trivially_copyable_v<Setup>);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <string_view>
 
 namespace kvferry::rails {
@@ -9,13 +10,16 @@ namespace {
 
 // What a promise of the daemon rests on. A trailing '*' stands for any rest.
 constexpr std::array kDenied = std::to_array<std::string_view>({
-    "PROTO_*",         // evidence that a request ended exists in protocol v1 only
-    "HANDLE_ERRORS",   // signal handlers
-    "ERROR_*",         //
-    "DEBUG_*",         //
-    "ASYNC_*",         //
-    "VFS_*",           // a socket of UCX's own
-    "MEM_*",           // memory hooks
+    "PROTO_*",        // evidence that a request ended exists in protocol v1 only
+    "HANDLE_ERRORS",  // signal handlers
+    "ERROR_*",        //
+    "DEBUG_*",        //
+    "ASYNC_*",        //
+    "VFS_*",          // a socket of UCX's own
+    "MEM_*",          // memory hooks
+    "MEMTYPE_CACHE",  // works by the hooks
+    "RNDV_SCHEME",    // copies to and from devices are over when their request is
+    "RNDV_SHM_PPLN_ENABLE",
     "MODULE*",         // loads code
     "CONFIG_*",        //
     "LOG_*",           // writes files
@@ -38,7 +42,7 @@ constexpr std::array kDenied = std::to_array<std::string_view>({
     "CMA_*",               // the peer's process would do the writing
     "KNEM_*",
     "XPMEM_*",
-    "CUDA_IPC_*",
+    "CUDA_*",
     "SOCKADDR_*",
     "WARN_UNUSED_ENV_VARS",
 });
@@ -54,6 +58,10 @@ std::string_view bare(std::string_view name) {
   constexpr std::string_view kPrefix = "UCX_";
   return name.starts_with(kPrefix) ? name.substr(kPrefix.size()) : name;
 }
+
+// What the CUDA driver reads that decides which devices there are, or who speaks to them.
+constexpr const char* kDriverVariables[] = {"CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER",
+                                            "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"};
 
 }  // namespace
 
@@ -90,6 +98,8 @@ Result<std::vector<std::string>> make_rails_environment(const UcxSettings& setti
       {"DEBUG_SIGNO", "0"},
       {"VFS_ENABLE", "n"},
       {"MEM_MMAP_HOOK_MODE", "none"},
+      {"MEM_CUDA_HOOK_MODE", "none"},
+      {"MEMTYPE_CACHE", "n"},
       {"TCP_CM_REUSEADDR", "y"},
       {"TCP_PUT_ENABLE", "n"},
       {"TCP_TX_SEG_SIZE", std::to_string(settings.tcp_segment_bytes)},
@@ -105,6 +115,14 @@ Result<std::vector<std::string>> make_rails_environment(const UcxSettings& setti
   std::vector<std::string> lines;
   lines.reserve(names.size());
   for (const auto& [name, value] : names) lines.push_back("UCX_" + name + "=" + value);
+  return lines;
+}
+
+std::vector<std::string> inherited_driver_environment() {
+  std::vector<std::string> lines;
+  for (const char* const name : kDriverVariables)
+    if (const char* const value = std::getenv(name); value != nullptr)
+      lines.push_back(std::string(name) + "=" + value);
   return lines;
 }
 

@@ -1,6 +1,6 @@
 // The environment of the rails process: everything UCX reads comes from here, nothing is inherited.
-// UCX takes most of it when its libraries are loaded, so it has to stand before exec. Pure; any
-// thread.
+// UCX takes most of it when its libraries are loaded, so it has to stand before exec. The CUDA
+// driver's few variables are the exception. Any thread.
 #pragma once
 
 #include <cstdint>
@@ -27,5 +27,9 @@ Status check_ucx_overrides(const std::map<std::string, std::string>& overrides);
 
 // "NAME=value" lines, complete. Fails as check_ucx_overrides does, and with PORT_RANGE_INVALID.
 Result<std::vector<std::string>> make_rails_environment(const UcxSettings& settings);
+
+// "NAME=value" lines of our own environment that say which GPUs the CUDA driver shows and whether
+// through MPS: the rails have to see the daemon's devices. For a process that loads the driver.
+std::vector<std::string> inherited_driver_environment();
 
 }  // namespace kvferry::rails

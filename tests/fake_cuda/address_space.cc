@@ -85,13 +85,23 @@ void AddressSpace::give_back(uint64_t base) {
 }
 
 bool AddressSpace::map_bytes(uint64_t address, uint64_t bytes, const Allocation& allocation) {
-  return ::mmap(shadow(address), round_up(bytes, kPage), PROT_READ | PROT_WRITE,
-                MAP_SHARED | MAP_FIXED, allocation.fd(), 0) != MAP_FAILED;
+  const auto map = [&](void* at) {
+    return ::mmap(at, round_up(bytes, kPage), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                  allocation.fd(), 0) != MAP_FAILED;
+  };
+  if (!map(shadow(address))) return false;
+  if (!host_visible_ || map(reinterpret_cast<void*>(address))) return true;
+  unmap_bytes(address, bytes);
+  return false;
 }
 
 void AddressSpace::unmap_bytes(uint64_t address, uint64_t bytes) {
-  (void)::mmap(shadow(address), round_up(bytes, kPage), PROT_NONE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  const auto unmap = [&](void* at) {
+    (void)::mmap(at, round_up(bytes, kPage), PROT_NONE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  };
+  unmap(shadow(address));
+  if (host_visible_) unmap(reinterpret_cast<void*>(address));
 }
 
 Range& AddressSpace::add(Range range) {

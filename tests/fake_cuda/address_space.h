@@ -1,6 +1,7 @@
 // This process's view of device memory: which addresses exist, what lies there, and who may touch
-// it. A device address is never a host address: its pages are PROT_NONE. The bytes are mapped at
-// the address plus a constant, which only this class knows.
+// it. A device address is no host address, as its pages are PROT_NONE, unless the machine is one
+// whose device memory the host sees. The bytes are mapped at the address plus a constant, which
+// only this class knows.
 //
 // Addresses are used again as late as can be, so that use after free meets nothing. Guarded by the
 // caller: changes under State::map_mutex held exclusively, look-ups under it held shared.
@@ -54,6 +55,9 @@ class AddressSpace {
   uint64_t take(uint64_t bytes, uint64_t alignment);
   void give_back(uint64_t base);
 
+  // From now on device memory is also mapped at its own address. While nothing is mapped.
+  void set_host_visible(bool visible) { host_visible_ = visible; }
+
   std::byte* shadow(uint64_t address) const { return shadow_base_ + (address - base_); }
   // Maps the allocation's first `bytes` at the address; false if the host is out of something.
   bool map_bytes(uint64_t address, uint64_t bytes, const Allocation& allocation);
@@ -75,6 +79,7 @@ class AddressSpace {
  private:
   uint64_t base_ = 0;
   std::byte* shadow_base_ = nullptr;
+  bool host_visible_ = false;
   uint64_t cursor_ = 0;
   uint64_t next_number_ = 1;
   std::map<uint64_t, uint64_t> taken_;  // base -> bytes, with the gap

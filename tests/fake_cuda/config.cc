@@ -54,6 +54,7 @@ Config Config::from_environment() {
   config.version = static_cast<int>(number("KVFERRY_FAKE_CUDA_VERSION", 13000));
   config.seed = number("KVFERRY_FAKE_CUDA_SEED", 1);
   config.delay_us = number("KVFERRY_FAKE_CUDA_DELAY_US", 100);
+  config.host_visible = number("KVFERRY_FAKE_CUDA_HOST_VISIBLE", 0) != 0;
   for (const std::string& feature : split(text("KVFERRY_FAKE_CUDA_LACKS"), ',')) {
     config.lacks.insert(feature);
   }

@@ -19,6 +19,7 @@ struct Config {
   int version = 13000;                              // of CUDA
   uint64_t seed = 1;
   uint64_t delay_us = 100;
+  bool host_visible = false;    // device memory lies at its address for the host, too
   std::set<std::string> lacks;  // features that this machine does not have
   // KVFERRY_FAKE_CUDA_FAIL=function:nth:code
   std::string fail_function;

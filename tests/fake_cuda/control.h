@@ -105,6 +105,7 @@ struct Setup {
   std::string lacks = {};              // e.g. "fabric,peer"
   std::string visible = {};            // CUDA_VISIBLE_DEVICES, e.g. "1,0"; empty: all
   uint64_t fabric_granularity_kb = 0;  // 0: as of other VMM allocations
+  bool host_visible = false;           // the host reads and writes device memory at its address
 };
 
 // A fake machine of a test: a new directory for its memory, in /dev/shm where there is one, and the
@@ -185,6 +186,7 @@ inline Machine::Machine(const std::string& library, const Setup& setup) : contro
   if (setup.fabric_granularity_kb != 0)
     variables_.emplace_back("KVFERRY_FAKE_CUDA_FABRIC_GRANULARITY_KB",
                             std::to_string(setup.fabric_granularity_kb));
+  if (setup.host_visible) variables_.emplace_back("KVFERRY_FAKE_CUDA_HOST_VISIBLE", "1");
   for (const auto& [name, value] : variables_) ::setenv(name.c_str(), value.c_str(), 1);
   if (setup.visible.empty()) ::unsetenv("CUDA_VISIBLE_DEVICES");
   control_.reset();

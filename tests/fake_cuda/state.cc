@@ -41,6 +41,7 @@ void after_fork_in_child() {
 void configure(State& all) {
   all.machine = Machine::open(Config::from_environment());
   const Config& config = all.config();
+  all.space.set_host_visible(config.host_visible);
   all.random.seed(config.seed);
   all.fail_function = config.fail_function;
   all.fail_in = config.fail_nth;

@@ -231,7 +231,7 @@ class RawMain {
     plan.environment = *make_rails_environment({});
     plan.setup.rail_count = 1;
     plan.setup.segment_count = 1;
-    plan.setup.segment_bytes[0] = 1 << 20;
+    plan.setup.segments[0].bytes = 1 << 20;
     std::strcpy(plan.setup.rails[0].transport, "tcp");
     std::strcpy(plan.setup.rails[0].device, "lo");
     plan.segment_fds = {memory_.get()};

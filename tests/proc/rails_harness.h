@@ -12,6 +12,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,9 +50,11 @@ class Node : public RailsEvents {
     REQUIRE(mapping);
     arena_ = std::move(*mapping);
     const Segment segment = {memory_.get(), arena_bytes};
-    auto made = RailsClient::make(std::move(config), {&segment, 1});
-    if (!made) FAIL(made.error().to_string());
-    client = std::move(*made);
+    make_client(std::move(config), {&segment, 1});
+  }
+  // With an arena that the caller looks after.
+  Node(RailsConfig config, std::span<const Segment> segments) {
+    make_client(std::move(config), segments);
   }
 
   uint8_t* arena() const { return reinterpret_cast<uint8_t*>(arena_.base()); }
@@ -101,6 +104,12 @@ class Node : public RailsEvents {
   std::function<void(LandingId, bool)> receive_handler;
 
  private:
+  void make_client(RailsConfig config, std::span<const Segment> segments) {
+    auto made = RailsClient::make(std::move(config), segments);
+    if (!made) FAIL(made.error().to_string());
+    client = std::move(*made);
+  }
+
   UniqueFd memory_;
   Mapping arena_;
 };

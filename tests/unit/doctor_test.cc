@@ -76,8 +76,18 @@ DaemonFacts healthy() {
   return {"0.1.0", true, "", "1.22.0", {"tcp", "tcp", "shm"}, {"host shared_host"}};
 }
 
-ChildAnswer ucx(const ChildRequest&) {
-  return {true, "1.22.0 (/opt/libucp.so.0), memory: host, cuda"};
+Result<rails::RailsCapabilities> ucx() {
+  rails::RailsCapabilities told;
+  told.executable = "/opt/kvferry-rails";
+  told.ucx_version = "1.22.0";
+  told.ucx_built_for = "1.22";
+  told.memory_types = {"host", "cuda"};
+  told.transports = {"cuda_copy/cuda", "tcp/eth0", "tcp/lo"};
+  return told;
+}
+
+ChildAnswer no_child(const ChildRequest&) {
+  return {false, "not started"};
 }
 
 ChildAnswer second_process(const ChildRequest& request) {
@@ -109,7 +119,7 @@ void check_form(const Findings& findings) {
 }  // namespace
 
 TEST_CASE("a machine without a GPU where all is well has no problems") {
-  const Findings findings = run_doctor(FakeSystem(), options(), healthy(), ucx);
+  const Findings findings = run_doctor(FakeSystem(), options(), healthy(), no_child, ucx);
   INFO(doctor_text(findings));
   check_form(findings);
   CHECK(doctor_exit(findings) == 0);
@@ -207,23 +217,40 @@ TEST_CASE("a daemon in another PID namespace is a note where there is a GPU") {
   check_form(check_namespaces(system, options(), true));
 }
 
-TEST_CASE("UCX that is missing matters to a machine without a daemon") {
-  const auto none = [](const ChildRequest&) { return ChildAnswer{false, "no libucp.so.0"}; };
-  const auto host_only = [](const ChildRequest&) {
-    return ChildAnswer{true, "1.13.1, memory: host"};
+TEST_CASE(
+    "what the rails process says of its UCX is told, and what it lacks where there is a GPU") {
+  CHECK(find(check_ucx({}, ucx, true), "ucx here").text ==
+        "1.22.0 (/opt/kvferry-rails), memory: host, cuda, transports: cuda_copy, tcp");
+  CHECK(grade(check_ucx({}, ucx, true), "ucx here") == Grade::kOk);
+  const auto host_only = [] {
+    auto told = ucx();
+    told->memory_types = {"host"};
+    told->cuda_missing = "no transport cuda_copy";
+    return told;
   };
-  CHECK(grade(check_ucx({}, none, false), "ucx here") == Grade::kProblem);
-  CHECK(grade(check_ucx(healthy(), none, false), "ucx here") == Grade::kNote);
   CHECK(grade(check_ucx({}, host_only, false), "ucx here") == Grade::kOk);
   CHECK(grade(check_ucx({}, host_only, true), "ucx here") == Grade::kNote);
-  CHECK(grade(check_ucx({}, ucx, true), "ucx here") == Grade::kOk);
+  CHECK(find(check_ucx({}, host_only, true), "ucx here").text.find("; no transport cuda_copy") !=
+        std::string::npos);
+  // Where only workers run there is none.
+  const auto none = []() -> Result<rails::RailsCapabilities> {
+    return invalid("rails.executable", "RAILS_NOT_FOUND", "no executable at x");
+  };
+  CHECK(grade(check_ucx({}, none, true), "ucx here") == Grade::kNote);
+  const auto broken = []() -> Result<rails::RailsCapabilities> {
+    return fail(Code::kInternal, "CAPABILITIES_INVALID", "ended with status 127");
+  };
+  CHECK(grade(check_ucx(healthy(), broken, false), "ucx here") == Grade::kProblem);
+  for (const auto& findings : {check_ucx({}, ucx, true), check_ucx({}, host_only, true),
+                               check_ucx({}, none, false), check_ucx({}, broken, false)})
+    check_form(findings);
 }
 
 TEST_CASE("device nodes without a driver are a problem, and so is a driver without devices") {
   FakeSystem system;
-  CHECK(grade(check_gpus(system, options(), ucx).findings, "cuda driver") == Grade::kNote);
+  CHECK(grade(check_gpus(system, options(), no_child).findings, "cuda driver") == Grade::kNote);
   system.nodes["/dev/nvidiactl"] = {S_IFCHR | 0666U, 0, 0, true};
-  const GpuFindings found = check_gpus(system, options(), ucx);
+  const GpuFindings found = check_gpus(system, options(), no_child);
   CHECK(grade(found.findings, "cuda driver") == Grade::kProblem);
   CHECK_FALSE(found.usable);
   check_form(found.findings);
@@ -335,6 +362,9 @@ TEST_CASE("the program tells, and exits with what it found") {
   CHECK(status == 1);
   CHECK(text.find("PROBLEM  worker socket: no /nonexistent/s\n") == 0);
   CHECK(text.find("\nnote     daemon: none answers on /nonexistent/a\n") != std::string::npos);
+  // The one that is built beside it.
+  CHECK(text.find("     ucx here: 1.") != std::string::npos);
+  CHECK(text.find("/kvferry-rails), memory: host") != std::string::npos);
   const auto json = nlohmann::json::parse(run("--json " + sockets, status));
   CHECK(status == 1);
   CHECK(json["problems"].get<int>() >= 1);

@@ -1,6 +1,9 @@
 // kvferry-rails: the process that speaks UCX. Started by kvferryd alone, with its channel as
 // descriptor 3 and an environment made for it; it maps arenas and the rings, and nothing else. It
 // dies with its parent.
+//
+// With --capabilities [--cuda-driver LIBRARY] it prints as one JSON object what its UCX can do.
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -13,9 +16,15 @@
 #include <cerrno>
 #include <cstdio>
 #include <mutex>
+#include <optional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <thread>
+#include <vector>
 
+#include "daemon/rails/process/capabilities.h"
+#include "daemon/rails/process/device_segments.h"
 #include "daemon/rails/process/listeners.h"
 #include "daemon/rails/process/rail.h"
 #include "daemon/rails/process/rail_thread.h"
@@ -43,6 +52,13 @@ constexpr int kExitConfiguration = 78;
   ::_exit(status);
 }
 
+// Of the preparation: what no restart will mend, but for memory and devices that others may free or
+// mend.
+int preparation_status(const Error& error) {
+  const bool passing = error.code == Code::kUnavailable || error.code == Code::kResourceExhausted;
+  return passing ? kExitInternal : kExitConfiguration;
+}
+
 void confine() {
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
   ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -51,7 +67,8 @@ void confine() {
   ::signal(SIGPIPE, SIG_IGN);
 }
 
-void run_rail(const ProcessSetup& setup, uint32_t index, std::mutex& one_at_a_time) {
+void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t index,
+              std::mutex& one_at_a_time) {
   const std::string name =
       "rail" + std::to_string(index) + "-" + setup.setup.rails[index].transport;
   ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
@@ -60,8 +77,10 @@ void run_rail(const ProcessSetup& setup, uint32_t index, std::mutex& one_at_a_ti
     // One after the other: which listener is whose is seen by comparing before and after.
     const std::lock_guard lock(one_at_a_time);
     const auto before = tcp_listeners();
-    auto made = Rail::make(setup, index);
-    if (!made) die(kExitInternal, made.error());
+    auto made = Rail::make(setup, index, device);
+    if (!made)
+      die(made.error().code == Code::kFailedPrecondition ? kExitConfiguration : kExitInternal,
+          made.error());
     rail = std::move(*made);
     const auto listeners = added_listeners(before, tcp_listeners());
     if (!listeners.empty())
@@ -70,7 +89,24 @@ void run_rail(const ProcessSetup& setup, uint32_t index, std::mutex& one_at_a_ti
     const uint16_t port = listeners.empty() ? uint16_t{0} : listeners.front().port;
     if (auto status = rail->announce(port); !status) die(kExitInternal, status.error());
   }
+  // UCX pushes the context of the memory that it copies; its progress and wake-up take whichever is
+  // current, as long as there is one.
+  std::optional<gpu::Device::Current> current;
+  if (device != nullptr)
+    if (const Status& entered = current.emplace(*device).status(); !entered)
+      die(kExitInternal, entered.error());
   RailThread(setup, index, *rail).run();
+}
+
+// Everything that has to be right before a rail is made.
+Result<DeviceSegments> prepare(ProcessSetup& setup) {
+  // Forks its peers, so it comes before the driver and UCX; they are reaped when it goes.
+  SelfTest test(setup.setup);
+  auto devices = DeviceSegments::import(setup);
+  if (!devices) return devices;
+  if (devices->first_device() != nullptr) KVFERRY_RETURN_IF_ERROR(check_device_memory());
+  KVFERRY_RETURN_IF_ERROR(test.run(devices->devices()));
+  return devices;
 }
 
 int run() {
@@ -83,12 +119,12 @@ int run() {
   }
   auto setup = receive_setup(kChannel, std::chrono::seconds(10));
   if (!setup) die(kExitInternal, setup.error());
-  // Its peers are reaped before we may die.
-  const Status tested = SelfTest(setup->setup).run();
-  if (!tested) die(kExitConfiguration, tested.error());
+  const auto devices = prepare(*setup);
+  if (!devices) die(preparation_status(devices.error()), devices.error());
   std::mutex one_at_a_time;
   for (uint32_t i = 0; i < setup->setup.rail_count; ++i)
-    std::thread(run_rail, std::cref(*setup), i, std::ref(one_at_a_time)).detach();
+    std::thread(run_rail, std::cref(*setup), devices->first_device(), i, std::ref(one_at_a_time))
+        .detach();
 
   // Main closes its end, or writes anything, when it is done with us. No teardown: an exit ends
   // every request at once, which is what it is for.
@@ -100,9 +136,43 @@ int run() {
   }
 }
 
+// The answer alone goes to the standard output; UCX's words go to standard error.
+int print_capabilities(const std::string& cuda_driver) {
+  const int output = ::fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, kChannel + 1);
+  if (output < 0 || ::dup2(STDERR_FILENO, STDOUT_FILENO) < 0) return kExitInternal;
+  auto answer = capabilities_json(cuda_driver);
+  if (!answer) {
+    std::fprintf(stderr, "kvferry-rails: %s\n", answer.error().message.c_str());
+    return kExitInternal;
+  }
+  *answer += '\n';
+  std::string_view left = *answer;
+  while (!left.empty()) {
+    const ssize_t written = ::write(output, left.data(), left.size());
+    if (written < 0 && errno == EINTR) continue;
+    if (written <= 0) return kExitInternal;
+    left.remove_prefix(static_cast<std::size_t>(written));
+  }
+  return 0;
+}
+
+int run(std::span<char* const> arguments) {
+  const std::vector<std::string_view> all(arguments.begin(), arguments.end());
+  if (all.size() < 2) return run();
+  const bool driver = all.size() == 4 && all[2] == "--cuda-driver";
+  if (all[1] != "--capabilities" || (all.size() != 2 && !driver)) {
+    std::fputs("usage: kvferry-rails --capabilities [--cuda-driver LIBRARY]\n", stderr);
+    return kExitUsage;
+  }
+  confine();
+  // No teardown of UCX and the driver here either.
+  const int status = print_capabilities(driver ? std::string(all[3]) : std::string());
+  ::_exit(status);
+}
+
 }  // namespace
 }  // namespace kvferry::rails
 
-int main() {
-  return kvferry::rails::run();
+int main(int argc, char** argv) {
+  return kvferry::rails::run({argv, static_cast<std::size_t>(argc)});
 }

@@ -31,10 +31,8 @@ std::span<const uint8_t> as_bytes(const void* at, std::size_t bytes) {
 
 ucp_request_param_t request_param(void* user_data) {
   ucp_request_param_t param = {};
-  param.op_attr_mask =
-      UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
   param.user_data = user_data;
-  param.memory_type = UCS_MEMORY_TYPE_HOST;
   return param;
 }
 
@@ -47,10 +45,11 @@ Rail::Rail(const ProcessSetup& setup, uint32_t index)
       counters_(*setup.layout.counters(setup.shared.base(), index)),
       outbox_(setup.layout, setup.shared.base(), index, setup.doorbells[index].get()) {}
 
-Result<std::unique_ptr<Rail>> Rail::make(const ProcessSetup& setup, uint32_t index) {
+Result<std::unique_ptr<Rail>> Rail::make(const ProcessSetup& setup, uint32_t index,
+                                         const gpu::Device* device) {
   std::unique_ptr<Rail> rail(new Rail(setup, index));
   t_rail = rail.get();
-  auto worker = UcxWorker::make(setup.setup.rails[index], setup.segments, {});
+  auto worker = UcxWorker::make(setup.setup.rails[index], setup.segments, {nullptr, device});
   if (!worker) return tl::unexpected<Error>(worker.error());
   rail->worker_ = std::move(*worker);
   KVFERRY_RETURN_IF_ERROR(
@@ -117,9 +116,9 @@ std::byte* Rail::region(const Record& command) const {
   uint64_t end = 0;
   if (command.segment >= setup_.segments.size() || command.bytes == 0 ||
       !checked_add(command.offset, command.bytes, end) ||
-      end > setup_.segments[command.segment].bytes())
+      end > setup_.segments[command.segment].bytes)
     return nullptr;
-  return setup_.segments[command.segment].base() + command.offset;
+  return setup_.segments[command.segment].base + command.offset;
 }
 
 Rail::Lane* Rail::open_lane(uint64_t key) {
@@ -263,11 +262,14 @@ void Rail::send(const Record& command, bool offer) {
   param.cb.send = &Rail::on_sent;
   void* request = nullptr;
   if (offer) {
+    worker_->name_memory(param, command.segment);
     param.flags = UCP_AM_SEND_FLAG_RNDV;
     request = ucp_am_send_nbx(lane->endpoint, kOfferMessageId, bytes.data(), bytes.size(), data,
                               command.bytes, &param);
     count(counters_.offers_sent);
   } else {
+    param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+    param.memory_type = UCS_MEMORY_TYPE_HOST;
     param.flags = UCP_AM_SEND_FLAG_EAGER;
     request = ucp_am_send_nbx(lane->endpoint, kControlMessageId, nullptr, 0, bytes.data(),
                               bytes.size(), &param);
@@ -316,6 +318,7 @@ void Rail::accept(const Record& command) {
     return refuse_receive(command, status);
   }
   ucp_request_param_t param = request_param(operation);
+  worker_->name_memory(param, command.segment);
   param.cb.recv_am = &Rail::on_received;
   void* const request =
       ucp_am_recv_data_nbx(worker_->handle(), held.descriptor, data, command.bytes, &param);

@@ -20,8 +20,9 @@ namespace kvferry::rails {
 
 class Rail {
  public:
-  // Makes the worker and its handlers. `setup` outlives the rail.
-  static Result<std::unique_ptr<Rail>> make(const ProcessSetup& setup, uint32_t index);
+  // Makes the worker and its handlers. `setup` outlives the rail; `device` is of UcxWorker::Tuning.
+  static Result<std::unique_ptr<Rail>> make(const ProcessSetup& setup, uint32_t index,
+                                            const gpu::Device* device);
   Rail(const Rail&) = delete;
   Rail& operator=(const Rail&) = delete;
 

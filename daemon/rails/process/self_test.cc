@@ -27,6 +27,10 @@ constexpr uint64_t kOfferBytes = 64ULL << 20;
 constexpr uint64_t kMarkedBytes = 1ULL << 20;
 constexpr uint64_t kMarkStride = 4096;
 constexpr Duration kStepLimit = std::chrono::seconds(3);
+// Of a peer's start: where UCX has CUDA that starts the driver in each process.
+constexpr Duration kStartLimit = std::chrono::seconds(10);
+// A peer whose turn has not come by then is not needed any more; its parent's death ends it anyhow.
+constexpr Duration kPeerLimit = std::chrono::minutes(5);
 // How fast a dead peer is noticed over shared memory in the test.
 constexpr const char* kKeepalive = "100ms";
 constexpr std::size_t kAddressLimit = 16 * 1024;
@@ -72,17 +76,23 @@ void ignore_send(void*, ucs_status_t, void*) {}
 
 // --- The child: offers and sends until it is killed.
 
-int run_peer(const SetupRail& rail, int channel) {
+int run_peer(const SetupRail& rail, int channel, bool wait) {
+  // Its worker listens, and the port range has room for one of ours and one peer of each rail. What
+  // takes time, UCX's modules and their drivers, it does at once.
+  if (wait) {
+    if (!UcxContext::make({"self"}) || receive_bytes(channel, kPeerLimit).empty()) return 1;
+  }
   auto memory = make_sealed_memfd("kvferry-selftest", kOfferBytes);
   if (!memory) return 1;
   auto data = Mapping::map(memory->get(), kOfferBytes);
   if (!data) return 1;
   std::fill_n(data->base(), kMarkedBytes, std::byte{0xA5});
-  auto worker = UcxWorker::make(rail, {&*data, 1}, {kKeepalive});
+  const SegmentMemory segment = {data->base(), kOfferBytes, false};
+  auto worker = UcxWorker::make(rail, {&segment, 1}, {kKeepalive});
   if (!worker) return 1;
   auto address = (*worker)->address();
   if (!address || !send_bytes(channel, *address)) return 1;
-  const auto theirs = receive_bytes(channel, kStepLimit);
+  const auto theirs = receive_bytes(channel, kStartLimit);
   if (theirs.empty()) return 1;
   auto endpoint = (*worker)->connect(theirs, &ignore_error, nullptr);
   if (!endpoint) return 1;
@@ -101,11 +111,68 @@ int run_peer(const SetupRail& rail, int channel) {
 
 // --- The parent.
 
-bool anything_landed(const Mapping& arena) {
-  for (uint64_t at = 0; at < kMarkedBytes; at += kMarkStride)
-    if (*static_cast<volatile std::byte*>(arena.base() + at) != std::byte{0}) return true;
-  return false;
-}
+// Where the receive lands: zeroed, of the host or of a device.
+class Landing {
+ public:
+  static Result<std::unique_ptr<Landing>> make(const gpu::Device* device) {
+    std::unique_ptr<Landing> landing(new Landing(device));
+    KVFERRY_RETURN_IF_ERROR(device != nullptr ? landing->allocate() : landing->map());
+    return landing;
+  }
+  ~Landing() {
+    if (segment_.on_device)
+      (void)device_->check(
+          device_->api().cuMemFree(reinterpret_cast<cuda::CUdeviceptr>(segment_.base)),
+          "cuMemFree");
+  }
+  Landing(const Landing&) = delete;
+  Landing& operator=(const Landing&) = delete;
+
+  const SegmentMemory& segment() const { return segment_; }
+
+  Result<bool> anything_landed() {
+    const std::byte* bytes = segment_.base;
+    if (device_ != nullptr) {
+      seen_.resize(kMarkedBytes);
+      KVFERRY_RETURN_IF_ERROR(device_->check(
+          device_->api().cuMemcpyDtoHAsync(seen_.data(), reinterpret_cast<cuda::CUdeviceptr>(bytes),
+                                           kMarkedBytes, nullptr),
+          "cuMemcpyDtoHAsync"));
+      KVFERRY_RETURN_IF_ERROR(
+          device_->check(device_->api().cuStreamSynchronize(nullptr), "cuStreamSynchronize"));
+      bytes = seen_.data();
+    }
+    for (uint64_t at = 0; at < kMarkedBytes; at += kMarkStride)
+      if (*static_cast<const volatile std::byte*>(bytes + at) != std::byte{0}) return true;
+    return false;
+  }
+
+ private:
+  explicit Landing(const gpu::Device* device) : device_(device) {}
+  Status map() {
+    auto memory = make_sealed_memfd("kvferry-selftest", kOfferBytes);
+    if (!memory) return tl::unexpected<Error>(memory.error());
+    auto mapped = Mapping::map(memory->get(), kOfferBytes);
+    if (!mapped) return tl::unexpected<Error>(mapped.error());
+    mapping_ = std::move(*mapped);
+    segment_ = {mapping_.base(), kOfferBytes, false};
+    return {};
+  }
+  Status allocate() {
+    const cuda::Api& api = device_->api();
+    cuda::CUdeviceptr address = 0;
+    KVFERRY_RETURN_IF_ERROR(device_->check(api.cuMemAlloc(&address, kOfferBytes), "cuMemAlloc"));
+    segment_ = {reinterpret_cast<std::byte*>(address), kOfferBytes, true};
+    KVFERRY_RETURN_IF_ERROR(
+        device_->check(api.cuMemsetD8Async(address, 0, kOfferBytes, nullptr), "cuMemsetD8Async"));
+    return device_->check(api.cuStreamSynchronize(nullptr), "cuStreamSynchronize");
+  }
+
+  const gpu::Device* device_;
+  SegmentMemory segment_;
+  Mapping mapping_;
+  std::vector<std::byte> seen_;
+};
 
 struct Receiver {
   void* offer = nullptr;
@@ -158,38 +225,80 @@ Status check_signals() {
   return {};
 }
 
+// Accepts the offer and kills its sender while the data comes: that is when protocol v2 loses the
+// receive.
+Status kill_in_the_middle(UcxWorker& worker, Receiver& receiver, Landing& landing, pid_t& peer) {
+  ucp_request_param_t param = {};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.recv_am = &Receiver::on_end;
+  param.user_data = &receiver;
+  worker.name_memory(param, 0);
+  void* const request = ucp_am_recv_data_nbx(worker.handle(), receiver.offer,
+                                             landing.segment().base, kOfferBytes, &param);
+  if (!UCS_PTR_IS_PTR(request)) return failed("the receive was not posted");
+  Status looked;
+  const bool landed = progress_until(worker, kStepLimit, [&] {
+    if (receiver.ended) return true;
+    const auto seen = landing.anything_landed();
+    if (!seen) looked = tl::unexpected<Error>(seen.error());
+    return !seen || *seen;
+  });
+  KVFERRY_RETURN_IF_ERROR(looked);
+  if (!landed) return failed("no data arrived");
+  if (receiver.ended) return failed("the receive ended before the peer did");
+  reap(peer);
+  if (!progress_until(worker, kStepLimit, [&] { return receiver.ended.has_value(); }))
+    return failed(
+        "a receive whose peer was killed does not end; is UCX's protocol v2 switched on?");
+  if (*receiver.ended == UCS_OK) return failed("a receive ended well without its data");
+  return {};
+}
+
 }  // namespace
 
 SelfTest::SelfTest(const Setup& setup) : setup_(setup) {
-  for (uint32_t i = 0; i < setup.rail_count; ++i) {
-    Peer& peer = peers_.emplace_back();
-    auto pair = make_socket_pair(SOCK_SEQPACKET);
-    if (!pair) continue;
-    const pid_t parent = ::getpid();
-    peer.pid = ::fork();
-    if (peer.pid == 0) {
-      ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-      // The parent may have died before the line above.
-      if (::getppid() != parent) ::_exit(1);
-      ::_exit(run_peer(setup.rails[i], pair->theirs.get()));
-    }
-    peer.channel = std::move(pair->ours);
+  for (uint32_t rail = 0; rail < setup.rail_count; ++rail) trials_.emplace_back().rail = rail;
+  // Every rail and every device once; all pairs would take too long.
+  const uint32_t devices = device_count(setup);
+  for (uint32_t i = 0; devices != 0 && i < std::max(devices, setup.rail_count); ++i) {
+    Trial& trial = trials_.emplace_back();
+    trial.rail = i % setup.rail_count;
+    trial.device = i % devices;
   }
+  for (Trial& trial : trials_) fork_peer(trial);
+}
+
+void SelfTest::fork_peer(Trial& trial) {
+  auto pair = make_socket_pair(SOCK_SEQPACKET);
+  if (!pair) return;
+  const pid_t parent = ::getpid();
+  trial.peer = ::fork();
+  if (trial.peer == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    // The parent may have died before the line above.
+    if (::getppid() != parent) ::_exit(1);
+    ::_exit(run_peer(setup_.rails[trial.rail], pair->theirs.get(), trial.device != kNoDevice));
+  }
+  trial.channel = std::move(pair->ours);
 }
 
 SelfTest::~SelfTest() {
-  for (Peer& peer : peers_) reap(peer.pid);
+  for (Trial& trial : trials_) reap(trial.peer);
 }
 
-Status SelfTest::run() {
+Status SelfTest::run(std::span<const std::shared_ptr<const gpu::Device>> devices) {
   KVFERRY_RETURN_IF_ERROR(check_signals());
-  for (uint32_t i = 0; i < setup_.rail_count; ++i) {
-    auto status = test_rail(setup_.rails[i], peers_[i]);
+  for (Trial& trial : trials_) {
+    const gpu::Device* const device =
+        trial.device == kNoDevice ? nullptr : devices[trial.device].get();
+    auto status = run_trial(trial, device);
     if (status) continue;
+    const SetupRail& rail = setup_.rails[trial.rail];
     Error error = status.error();
-    error.message = "self-test of rail " + std::to_string(i) + " (" + setup_.rails[i].transport +
-                    (setup_.rails[i].device[0] != '\0' ? "/" : "") + setup_.rails[i].device +
-                    "): " + error.message;
+    error.message = "self-test of rail " + std::to_string(trial.rail) + " (" + rail.transport +
+                    (rail.device[0] != '\0' ? "/" : "") + rail.device + ")" +
+                    (device != nullptr ? " and " + gpu::to_string(device->facts().uuid) : "") +
+                    ": " + error.message;
     return tl::unexpected<Error>(std::move(error));
   }
   // Without memory hooks protocol v2 has been seen to pass as well (1.22); evidence that requests
@@ -200,14 +309,19 @@ Status SelfTest::run() {
   return {};
 }
 
-Status SelfTest::test_rail(const SetupRail& rail, Peer& peer) {
-  if (peer.pid <= 0) return failed("no peer could be forked");
-  auto memory = make_sealed_memfd("kvferry-selftest", kOfferBytes);
-  if (!memory) return tl::unexpected<Error>(memory.error());
-  auto arena = Mapping::map(memory->get(), kOfferBytes);
-  if (!arena) return tl::unexpected<Error>(arena.error());
+Status SelfTest::run_trial(Trial& trial, const gpu::Device* device) {
+  const SetupRail& rail = setup_.rails[trial.rail];
+  if (trial.peer <= 0) return failed("no peer could be forked");
+  static constexpr uint8_t kGo[] = {1};
+  if (device != nullptr && !send_bytes(trial.channel.get(), kGo))
+    return failed("the peer did not start");
+  std::optional<gpu::Device::Current> current;
+  if (device != nullptr) KVFERRY_RETURN_IF_ERROR(current.emplace(*device).status());
+  auto landing = Landing::make(device);
+  if (!landing) return tl::unexpected<Error>(landing.error());
+  const SegmentMemory& segment = (*landing)->segment();
   const auto before = tcp_listeners();
-  auto made = UcxWorker::make(rail, {&*arena, 1}, {kKeepalive});
+  auto made = UcxWorker::make(rail, {&segment, 1}, {kKeepalive, device});
   if (!made) return tl::unexpected<Error>(made.error());
   UcxWorker& worker = **made;
   if (!is_shm(rail))
@@ -218,31 +332,19 @@ Status SelfTest::test_rail(const SetupRail& rail, Peer& peer) {
   KVFERRY_RETURN_IF_ERROR(worker.set_handler(kOfferMessageId, &Receiver::on_offer, &receiver));
   auto address = worker.address();
   if (!address) return tl::unexpected<Error>(address.error());
-  const auto theirs = receive_bytes(peer.channel.get(), kStepLimit);
-  if (theirs.empty() || !send_bytes(peer.channel.get(), *address))
+  const auto theirs = receive_bytes(trial.channel.get(), kStartLimit);
+  if (theirs.empty() || !send_bytes(trial.channel.get(), *address))
     return failed("the peer did not start");
   auto endpoint = worker.connect(theirs, &ignore_error, nullptr);
   if (!endpoint) return tl::unexpected<Error>(endpoint.error());
   progress_until(worker, kStepLimit, [&] { return receiver.offer != nullptr || receiver.eager; });
   if (receiver.offer == nullptr)
     return failed(receiver.eager ? "an offer arrived eagerly" : "no offer arrived");
-  ucp_request_param_t param = {};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.cb.recv_am = &Receiver::on_end;
-  param.user_data = &receiver;
-  void* const request =
-      ucp_am_recv_data_nbx(worker.handle(), receiver.offer, arena->base(), kOfferBytes, &param);
-  if (!UCS_PTR_IS_PTR(request)) return failed("the receive was not posted");
-  // In the middle of its data: that is when protocol v2 loses the receive.
-  if (!progress_until(worker, kStepLimit,
-                      [&] { return receiver.ended || anything_landed(*arena); }))
-    return failed("no data arrived");
-  if (receiver.ended) return failed("the receive ended before the peer did");
-  reap(peer.pid);
-  if (!progress_until(worker, kStepLimit, [&] { return receiver.ended.has_value(); }))
-    return failed(
-        "a receive whose peer was killed does not end; is UCX's protocol v2 switched on?");
-  if (*receiver.ended == UCS_OK) return failed("a receive ended well without its data");
+  if (auto status = kill_in_the_middle(worker, receiver, **landing, trial.peer); !status) {
+    // The process ends now; a worker that is destroyed with a request under way would abort it.
+    static_cast<void>(made->release());
+    return status;
+  }
   close_endpoint(worker, *endpoint);
   return check_signals();
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <set>
 #include <string>
 
 namespace kvferry::rails {
@@ -47,6 +48,21 @@ Result<Received> receive_message(int channel) {
   return received;
 }
 
+template <std::size_t N>
+bool ends(const char (&text)[N]) {
+  return std::find(std::begin(text), std::end(text), '\0') != std::end(text);
+}
+
+Status check_segment(const SetupSegment& segment) {
+  if (!is_segment_kind(segment.kind)) return wrong("kind of a segment");
+  if (segment.bytes == 0) return wrong("size of a segment");
+  if (is_on_device(segment.kind) != (segment.device_uuid != DeviceUuid{}))
+    return wrong("device of a segment");
+  if (has_handle(segment.kind) != (segment.handle != SegmentHandle{}))
+    return wrong("handle of a segment");
+  return {};
+}
+
 Status check(const Received& received) {
   const Setup& setup = received.setup;
   if (setup.magic != Setup::kMagic || setup.version != Setup::kVersion)
@@ -54,17 +70,26 @@ Status check(const Received& received) {
   if (setup.rail_count == 0 || setup.rail_count > kMaxRails || setup.segment_count == 0 ||
       setup.segment_count > kMaxSegments)
     return wrong("counts");
-  if (received.fds.size() != 1 + setup.rail_count + setup.segment_count)
-    return wrong("number of descriptors");
-  const auto ends = [](const auto& text) {
-    return std::find(std::begin(text), std::end(text), '\0') != std::end(text);
-  };
+  std::size_t descriptors = 1 + setup.rail_count;
+  for (uint32_t i = 0; i < setup.segment_count; ++i) {
+    KVFERRY_RETURN_IF_ERROR(check_segment(setup.segments[i]));
+    if (has_descriptor(setup.segments[i].kind)) ++descriptors;
+  }
+  if (received.fds.size() != descriptors) return wrong("number of descriptors");
   for (const SetupRail& rail : setup.rails)
     if (!ends(rail.transport) || !ends(rail.device)) return wrong("names");
+  if (!ends(setup.cuda_driver)) return wrong("names");
   return {};
 }
 
 }  // namespace
+
+uint32_t device_count(const Setup& setup) {
+  std::set<DeviceUuid> uuids;
+  for (uint32_t i = 0; i < setup.segment_count; ++i)
+    if (is_on_device(setup.segments[i].kind)) uuids.insert(setup.segments[i].device_uuid);
+  return static_cast<uint32_t>(uuids.size());
+}
 
 Result<ProcessSetup> receive_setup(int channel, Duration limit) {
   pollfd wait = {channel, POLLIN, 0};
@@ -80,15 +105,22 @@ Result<ProcessSetup> receive_setup(int channel, Duration limit) {
   auto shared = Mapping::map(received->fds[0].get(), layout->total_bytes());
   if (!shared) return tl::unexpected<Error>(shared.error());
 
-  ProcessSetup result{setup, *layout, std::move(*shared), {}, {}};
-  for (uint32_t i = 0; i < setup.rail_count; ++i)
-    result.doorbells.push_back(std::move(received->fds[1 + i]));
+  ProcessSetup result{setup, *layout, std::move(*shared), {}, {}, {}, {}};
+  auto next_fd = received->fds.begin() + 1;
+  for (uint32_t i = 0; i < setup.rail_count; ++i) result.doorbells.push_back(std::move(*next_fd++));
   for (uint32_t i = 0; i < setup.segment_count; ++i) {
-    const int fd = received->fds[1 + setup.rail_count + i].get();
-    KVFERRY_RETURN_IF_ERROR(check_sealed(fd, setup.segment_bytes[i]));
-    auto segment = Mapping::map(fd, setup.segment_bytes[i]);
-    if (!segment) return tl::unexpected<Error>(segment.error());
-    result.segments.push_back(std::move(*segment));
+    const SetupSegment& told = setup.segments[i];
+    SegmentMemory& segment =
+        result.segments.emplace_back(SegmentMemory{nullptr, told.bytes, is_on_device(told.kind)});
+    UniqueFd& fd = result.device_fds.emplace_back();
+    if (has_descriptor(told.kind)) fd = std::move(*next_fd++);
+    if (segment.on_device) continue;
+    KVFERRY_RETURN_IF_ERROR(check_sealed(fd.get(), told.bytes));
+    auto mapped = Mapping::map(fd.get(), told.bytes);
+    if (!mapped) return tl::unexpected<Error>(mapped.error());
+    segment.base = mapped->base();
+    result.host_memory.push_back(std::move(*mapped));
+    fd.reset();
   }
   return result;
 }

@@ -1,6 +1,10 @@
 #include "daemon/rails/process/ucx_worker.h"
 
+#include <algorithm>
+#include <optional>
 #include <string_view>
+
+#include "daemon/rails/process/device_memory.h"
 
 namespace kvferry::rails {
 namespace {
@@ -10,74 +14,71 @@ const char* transports_of(const SetupRail& rail) {
   return std::string_view(rail.transport) == "shm" ? "posix" : "tcp";
 }
 
-// ucp_config_t with its release.
-class UcxConfig {
- public:
-  UcxConfig() = default;
-  ~UcxConfig() {
-    if (config != nullptr) ucp_config_release(config);
-  }
-  UcxConfig(const UcxConfig&) = delete;
-  UcxConfig& operator=(const UcxConfig&) = delete;
-  Status set(const char* key, const char* value) {
-    const ucs_status_t status = ucp_config_modify(config, key, value);
-    if (status != UCS_OK) return fail_ucx(std::string("ucp_config_modify ") + key, status);
-    return {};
-  }
-  ucp_config_t* config = nullptr;
-};
+bool any_on_device(std::span<const SegmentMemory> segments) {
+  return std::any_of(segments.begin(), segments.end(),
+                     [](const SegmentMemory& segment) { return segment.on_device; });
+}
 
 }  // namespace
 
-tl::unexpected<Error> fail_ucx(std::string_view call, ucs_status_t status) {
-  return fail(Code::kInternal, "UCX_FAILED", std::string(call) + ": " + ucs_status_string(status));
-}
-
 Result<std::unique_ptr<UcxWorker>> UcxWorker::make(const SetupRail& rail,
-                                                   std::span<const Mapping> segments,
+                                                   std::span<const SegmentMemory> segments,
                                                    const Tuning& tuning) {
   std::unique_ptr<UcxWorker> worker(new UcxWorker());
-  KVFERRY_RETURN_IF_ERROR(worker->init_context(rail, tuning));
-  KVFERRY_RETURN_IF_ERROR(worker->register_segments(segments));
+  // With a context current UCX would pin the host segments for CUDA, which nothing here profits by.
+  std::optional<gpu::Device::Current> current;
+  const auto enter = [&]() -> Status {
+    if (tuning.device == nullptr) return {};
+    return current.emplace(*tuning.device).status();
+  };
+  KVFERRY_RETURN_IF_ERROR(enter());
+  UcxContext::Options options{transports_of(rail), rail.device, tuning.keepalive};
+  const char* const copies = device_memory_use().transport;
+  if (any_on_device(segments) && copies != nullptr) options.transports += std::string(",") + copies;
+  auto context = UcxContext::make(options);
+  if (!context) return tl::unexpected<Error>(context.error());
+  worker->context_ = std::move(*context);
+  current.reset();
+  for (const SegmentMemory& segment : segments)
+    KVFERRY_RETURN_IF_ERROR(worker->register_segment(segment));
+  KVFERRY_RETURN_IF_ERROR(enter());
   KVFERRY_RETURN_IF_ERROR(worker->init_worker());
   return worker;
 }
 
-Status UcxWorker::init_context(const SetupRail& rail, const Tuning& tuning) {
-  UcxConfig config;
-  ucs_status_t status = ucp_config_read(nullptr, nullptr, &config.config);
-  if (status != UCS_OK) return fail_ucx("ucp_config_read", status);
-  KVFERRY_RETURN_IF_ERROR(config.set("TLS", transports_of(rail)));
-  if (rail.device[0] != '\0') KVFERRY_RETURN_IF_ERROR(config.set("NET_DEVICES", rail.device));
-  if (tuning.keepalive != nullptr)
-    KVFERRY_RETURN_IF_ERROR(config.set("KEEPALIVE_INTERVAL", tuning.keepalive));
-  ucp_params_t params = {};
-  params.field_mask = UCP_PARAM_FIELD_FEATURES;
-  params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
-  status = ucp_init(&params, config.config, &context_);
-  if (status != UCS_OK) return fail_ucx("ucp_init", status);
+Status UcxWorker::register_segment(const SegmentMemory& segment) {
+  ucp_mem_map_params_t params = {};
+  params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH |
+                      UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE;
+  params.address = segment.base;
+  params.length = segment.bytes;
+  params.memory_type = segment.on_device ? device_memory_use().type : UCS_MEMORY_TYPE_HOST;
+  ucp_mem_h memory = nullptr;
+  const ucs_status_t status = ucp_mem_map(context_.handle(), &params, &memory);
+  if (status != UCS_OK && segment.on_device)
+    return fail(Code::kFailedPrecondition, "DEVICE_MEMORY_REFUSED",
+                "UCX does not register " + std::to_string(segment.bytes) +
+                    " bytes of GPU memory: " + ucs_status_string(status));
+  if (status != UCS_OK) return fail_ucx("ucp_mem_map", status);
+  registered_.push_back({memory, segment.on_device});
   return {};
 }
 
-Status UcxWorker::register_segments(std::span<const Mapping> segments) {
-  for (const Mapping& segment : segments) {
-    ucp_mem_map_params_t params = {};
-    params.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH;
-    params.address = segment.base();
-    params.length = segment.bytes();
-    ucp_mem_h memory = nullptr;
-    const ucs_status_t status = ucp_mem_map(context_, &params, &memory);
-    if (status != UCS_OK) return fail_ucx("ucp_mem_map", status);
-    registered_.push_back(memory);
-  }
-  return {};
+void UcxWorker::name_memory(ucp_request_param_t& param, std::size_t segment) const {
+  const Registered& memory = registered_[segment];
+  param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+  param.memory_type = UCS_MEMORY_TYPE_HOST;
+  if (!memory.on_device) return;
+  param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
+  param.memory_type = device_memory_use().type;
+  param.memh = memory.handle;
 }
 
 Status UcxWorker::init_worker() {
   ucp_worker_params_t params = {};
   params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   params.thread_mode = UCS_THREAD_MODE_SINGLE;
-  ucs_status_t status = ucp_worker_create(context_, &params, &worker_);
+  ucs_status_t status = ucp_worker_create(context_.handle(), &params, &worker_);
   if (status != UCS_OK) return fail_ucx("ucp_worker_create", status);
   status = ucp_worker_get_efd(worker_, &event_fd_);
   if (status != UCS_OK) return fail_ucx("ucp_worker_get_efd", status);
@@ -86,8 +87,7 @@ Status UcxWorker::init_worker() {
 
 UcxWorker::~UcxWorker() {
   if (worker_ != nullptr) ucp_worker_destroy(worker_);
-  for (ucp_mem_h memory : registered_) ucp_mem_unmap(context_, memory);
-  if (context_ != nullptr) ucp_cleanup(context_);
+  for (const Registered& memory : registered_) ucp_mem_unmap(context_.handle(), memory.handle);
 }
 
 Result<std::vector<uint8_t>> UcxWorker::address() const {

@@ -1,4 +1,5 @@
 // One UCX context and worker bound to one transport and device, with the arena segments registered.
+// With segments in GPU memory the context has UCX's copies to and from it beside its transport.
 // Errors of UCX's calls become kvferry errors here. Used by one thread at a time (the worker is
 // made for a single thread).
 #pragma once
@@ -12,22 +13,22 @@
 #include <vector>
 
 #include "daemon/base/result.h"
-#include "daemon/rails/records.h"
-#include "daemon/rails/shared_memory.h"
+#include "daemon/gpu/device.h"
+#include "daemon/rails/process/setup.h"
+#include "daemon/rails/process/ucx_context.h"
 
 namespace kvferry::rails {
-
-// UCX_FAILED with "ucp_ep_create(tcp/lo): Destination is unreachable".
-tl::unexpected<Error> fail_ucx(std::string_view call, ucs_status_t status);
 
 class UcxWorker {
  public:
   struct Tuning {
     const char* keepalive = nullptr;  // replaces UCX_KEEPALIVE_INTERVAL
+    // With segments on devices: whose context is current while UCX opens its CUDA domain.
+    const gpu::Device* device = nullptr;
   };
 
   static Result<std::unique_ptr<UcxWorker>> make(const SetupRail& rail,
-                                                 std::span<const Mapping> segments,
+                                                 std::span<const SegmentMemory> segments,
                                                  const Tuning& tuning);
   // Endpoints must have been closed; UCX destroys the rest.
   ~UcxWorker();
@@ -36,6 +37,8 @@ class UcxWorker {
 
   ucp_worker_h handle() const { return worker_; }
   int event_fd() const { return event_fd_; }
+  // What a request says of the memory that it reads or writes: a segment's, by its number.
+  void name_memory(ucp_request_param_t& param, std::size_t segment) const;
   Result<std::vector<uint8_t>> address() const;
   Status set_handler(unsigned id, ucp_am_recv_callback_t callback, void* argument);
   // An endpoint in peer error mode; `callback` tells its failure and must not close it.
@@ -45,14 +48,18 @@ class UcxWorker {
 
  private:
   UcxWorker() = default;
-  Status init_context(const SetupRail& rail, const Tuning& tuning);
-  Status register_segments(std::span<const Mapping> segments);
+  Status register_segment(const SegmentMemory& segment);
   Status init_worker();
 
-  ucp_context_h context_ = nullptr;
+  // One segment, as UCX knows it.
+  struct Registered {
+    ucp_mem_h handle = nullptr;
+    bool on_device = false;
+  };
+  UcxContext context_;
   ucp_worker_h worker_ = nullptr;
   int event_fd_ = -1;
-  std::vector<ucp_mem_h> registered_;
+  std::vector<Registered> registered_;
 };
 
 }  // namespace kvferry::rails
