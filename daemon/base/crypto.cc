@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <vector>
 
 namespace kvferry {
 namespace {
@@ -73,11 +74,14 @@ void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out) {
     return OSSL_PARAM_construct_octet_string(name, const_cast<uint8_t*>(bytes.data()),
                                              bytes.size());
   };
-  const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
-                               octets(OSSL_KDF_PARAM_KEY, secret),
-                               octets(OSSL_KDF_PARAM_SALT, salt), octets(OSSL_KDF_PARAM_INFO, info),
-                               OSSL_PARAM_construct_end()};
-  demand(EVP_KDF_derive(context.get(), out.data(), out.size(), params) == 1, "EVP_KDF_derive");
+  std::vector<OSSL_PARAM> params{OSSL_PARAM_construct_utf8_string(OSSL_KDF_PARAM_DIGEST, digest, 0),
+                                 octets(OSSL_KDF_PARAM_KEY, secret)};
+  // An empty one is left out: it means the same, and a null pointer is refused.
+  if (!salt.empty()) params.push_back(octets(OSSL_KDF_PARAM_SALT, salt));
+  if (!info.empty()) params.push_back(octets(OSSL_KDF_PARAM_INFO, info));
+  params.push_back(OSSL_PARAM_construct_end());
+  demand(EVP_KDF_derive(context.get(), out.data(), out.size(), params.data()) == 1,
+         "EVP_KDF_derive");
 }
 
 bool equal_constant_time(Bytes a, Bytes b) {

@@ -22,7 +22,8 @@ inline Bytes bytes_of(std::string_view text) {
 Sha256 sha256(std::initializer_list<Bytes> pieces);
 // HMAC-SHA256 of the concatenated pieces; callers cut it to the length they carry.
 Sha256 hmac_sha256(Bytes key, std::initializer_list<Bytes> pieces);
-// HKDF-SHA256 (RFC 5869); out.size() <= 255 * 32.
+// HKDF-SHA256 (RFC 5869), of a secret that is not empty; salt and info may be. out.size() <= 255
+// * 32.
 void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out);
 // Compares without leaking by time where the first difference stands; false if sizes differ.
 bool equal_constant_time(Bytes a, Bytes b);

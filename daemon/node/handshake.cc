@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <charconv>
 
+#include "daemon/base/check.h"
+
 namespace kvferry::node {
 namespace {
 
@@ -98,6 +100,33 @@ rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc
 
 rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& tag, std::string_view body) {
   return cut<16>(hmac_sha256(key, {bytes_of("kvferry link reply"), tag, bytes_of(body)}));
+}
+
+void seal_offer(const link::KeyBytes& key, const rpc::Tag16& tag, rpc::ArenasOffer& offer) {
+  std::array<uint8_t, 64 * rpc::kMaxLentSegments> stream{};
+  const auto make_stream = [&](uint64_t number, std::size_t bytes) {
+    std::vector<uint8_t> info;
+    const Bytes label = bytes_of("kvferry arenas 1");
+    info.insert(info.end(), label.begin(), label.end());
+    info.insert(info.end(), tag.begin(), tag.end());
+    for (unsigned shift = 0; shift < 64; shift += 8)
+      info.push_back(static_cast<uint8_t>(number >> shift));
+    hkdf_sha256(key, {}, info, std::span(stream).first(bytes));
+  };
+  const auto add = [](std::span<uint8_t> to, const uint8_t* from) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] ^= from[i];
+  };
+  if (!offer.socket_path.empty()) {
+    make_stream(0, offer.token.bytes.size());
+    add(offer.token.bytes, stream.data());
+  }
+  for (rpc::OfferedArena& arena : offer.arenas) {
+    if (rpc::has_descriptors(arena.kind)) continue;
+    KVFERRY_CHECK(arena.segments.size() <= rpc::kMaxLentSegments, "an offer is within its limits");
+    make_stream(uint64_t{1} + arena.number, 64 * arena.segments.size());
+    for (std::size_t i = 0; i < arena.segments.size(); ++i)
+      add(arena.segments[i].handle, stream.data() + 64 * i);
+  }
 }
 
 }  // namespace kvferry::node

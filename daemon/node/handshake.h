@@ -44,4 +44,8 @@ rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc
 rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& call_tag,
                           std::string_view body);
 
+// Seals token and handles of an offer, or opens sealed ones, which is the same. `key` is the call
+// key of the direction in which the offer travels, `call_tag` that of the request it answers.
+void seal_offer(const link::KeyBytes& key, const rpc::Tag16& call_tag, rpc::ArenasOffer& offer);
+
 }  // namespace kvferry::node

@@ -141,9 +141,26 @@ Result<std::string> LinkManager::Impl::answer_reopen(LinkId id, const std::strin
   return rpc::encode(rpc::ReopenLaneReply{rails[request->lane % rails.size()]});
 }
 
+Result<std::string> LinkManager::Impl::answer_arenas(const PeerRef& peer, const rpc::LinkCall& call,
+                                                     const link::KeyBytes& out_key) {
+  Result<rpc::ArenasQuery> query = rpc::decode_arenas_query(call.body);
+  if (!query) return tl::unexpected<Error>(std::move(query).error());
+  ArenaOffers* lender = nullptr;
+  {
+    MutexLock lock(mutex);
+    lender = offers;
+  }
+  rpc::ArenasOffer offer;
+  if (lender != nullptr) offer = lender->offer(peer, *query);
+  seal_offer(out_key, call.tag, offer);
+  return rpc::encode(offer);
+}
+
 Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& peer,
                                                    rpc::LinkMethod method,
-                                                   const std::string& body) {
+                                                   const rpc::LinkCall& call,
+                                                   const link::KeyBytes& out_key) {
+  const std::string& body = call.body;
   PeerQuestions* answers = nullptr;
   {
     MutexLock lock(mutex);
@@ -167,6 +184,8 @@ Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& pee
     }
     case rpc::LinkMethod::kReopenLane:
       return answer_reopen(id, body);
+    case rpc::LinkMethod::kGetArenas:
+      return answer_arenas(peer, call, out_key);
     case rpc::LinkMethod::kLaneDown: {
       Result<rpc::LaneDownNotice> notice = rpc::decode_lane_down(body);
       if (!notice) return tl::unexpected<Error>(std::move(notice).error());
@@ -223,7 +242,7 @@ void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::Lin
   auto work =
       std::make_shared<std::pair<rpc::LinkCall, decltype(done)>>(std::move(call), std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, peer, out_key, method, work] {
-        Result<std::string> body = impl->answer_call(peer.link, peer, method, work->first.body);
+        Result<std::string> body = impl->answer_call(peer.link, peer, method, work->first, out_key);
         if (!body) return work->second(tl::unexpected<Error>(std::move(body).error()));
         rpc::LinkReply reply{std::move(*body), {}};
         reply.tag = call_reply_tag(out_key, work->first.tag, reply.body);

@@ -73,8 +73,8 @@ rpc::PeerHello LinkManager::Impl::make_hello(const rpc::Random32& challenge) {
   hello.challenge = challenge;
   hello.chunk_bytes = config.chunk_bytes;
   hello.max_credits = config.max_credits;
-  hello.checks = {static_cast<uint32_t>(engine::CheckKind::kNone),
-                  static_cast<uint32_t>(engine::CheckKind::kXxh3)};
+  hello.checks = {static_cast<uint32_t>(engine::CheckKind::kNone)};
+  if (config.can_check) hello.checks.push_back(static_cast<uint32_t>(engine::CheckKind::kXxh3));
   hello.check = static_cast<uint32_t>(config.check);
   hello.min_check = static_cast<uint32_t>(config.min_check);
   hello.rails = rails;
@@ -99,6 +99,7 @@ PeerRef LinkManager::Impl::open_link(Link link, const Agreed& agreed,
   by_name.emplace(link.keys.link_name, link.id);
   by_node[link.node] = link.id;
   links.emplace(link.id, std::move(link));
+  for (LinkWatch* watch : watches) watch->on_link_up(ref, agreed.check);
   return ref;
 }
 
@@ -111,17 +112,27 @@ void LinkManager::Impl::forget_link(LinkId id) {
   if (const auto node = by_node.find(it->second.node); node != by_node.end() && node->second == id)
     by_node.erase(node);
   links.erase(it);
+  for (LinkWatch* watch : watches) watch->on_link_gone(id);
 }
 
 void LinkManager::Impl::end_link(LinkId id, Reason reason) {
-  const Link* link = find(id);
-  if (link == nullptr) return;
-  forget_link(id);
+  if (find(id) == nullptr) return;
   sink(engine::LinkEnded{id, reason});
+  forget_link(id);
 }
 
 void LinkManager::Impl::send_call(LinkId id, rpc::LinkMethod method, std::string body,
                                   Time deadline, std::function<void(Result<std::string>)> done) {
+  send_call_for_answer(id, method, std::move(body), deadline,
+                       [done = std::move(done)](Result<Answer> answer) {
+                         if (!answer) return done(tl::unexpected<Error>(std::move(answer).error()));
+                         done(std::move(answer->body));
+                       });
+}
+
+void LinkManager::Impl::send_call_for_answer(LinkId id, rpc::LinkMethod method, std::string body,
+                                             Time deadline,
+                                             std::function<void(Result<Answer>)> done) {
   rpc::LinkCall call;
   std::shared_ptr<rpc::PeerStub> stub;
   link::KeyBytes reply_key{};
@@ -143,7 +154,7 @@ void LinkManager::Impl::send_call(LinkId id, rpc::LinkMethod method, std::string
                if (!reply) return done(tl::unexpected<Error>(std::move(reply).error()));
                if (!equal_constant_time(call_reply_tag(reply_key, tag, reply->body), reply->tag))
                  return done(fail(Code::kUnavailable, "BAD_TAG", "the answer's tag is wrong"));
-               done(std::move(reply->body));
+               done(Answer{std::move(reply->body), tag, reply_key});
              });
 }
 
@@ -155,11 +166,23 @@ LinkManager::LinkManager(LinkManagerConfig config, rpc::PeerDialer& dialer, Task
 
 LinkManager::~LinkManager() {
   stop();
+  MutexLock lock(impl_->mutex);
+  impl_->watches.clear();
 }
 
 void LinkManager::set_questions(PeerQuestions* questions) {
   MutexLock lock(impl_->mutex);
   impl_->questions = questions;
+}
+
+void LinkManager::set_arena_offers(ArenaOffers* offers) {
+  MutexLock lock(impl_->mutex);
+  impl_->offers = offers;
+}
+
+void LinkManager::add_watch(LinkWatch& watch) {
+  MutexLock lock(impl_->mutex);
+  impl_->watches.push_back(&watch);
 }
 
 void LinkManager::set_rails(std::string ucx_version, std::vector<rpc::PeerRail> rails) {
@@ -184,6 +207,7 @@ void LinkManager::stop() {
     MutexLock lock(impl_->mutex);
     impl_->stopped = true;
     impl_->questions = nullptr;
+    impl_->offers = nullptr;
     for (auto& [key, dial] : impl_->dials)
       for (Impl::EnsureDone& waiter : dial.waiters) waiters.push_back(std::move(waiter));
     impl_->dials.clear();
@@ -324,6 +348,19 @@ void LinkManager::join_forward(LinkId id, rpc::JoinForward forward, Time deadlin
                      if (!body) return done(tl::unexpected<Error>(std::move(body).error()));
                      done({});
                    });
+}
+
+void LinkManager::get_arenas(LinkId id, rpc::ArenasQuery query, Time deadline,
+                             std::function<void(Result<rpc::ArenasOffer>)> done) {
+  impl_->send_call_for_answer(id, rpc::LinkMethod::kGetArenas, rpc::encode(query), deadline,
+                              [done = std::move(done)](Result<Impl::Answer> answer) {
+                                if (!answer)
+                                  return done(tl::unexpected<Error>(std::move(answer).error()));
+                                Result<rpc::ArenasOffer> offer =
+                                    rpc::decode_arenas_offer(answer->body);
+                                if (offer) seal_offer(answer->key, answer->call_tag, *offer);
+                                done(std::move(offer));
+                              });
 }
 
 }  // namespace kvferry::node

@@ -30,8 +30,6 @@
 
 namespace kvferry::node {
 
-using EventSink = std::function<void(engine::Event)>;
-
 struct LinkManagerConfig {
   std::string node;  // own identity
   BootId boot;
@@ -40,6 +38,7 @@ struct LinkManagerConfig {
   std::vector<uint8_t> cluster_secret;  // empty: none, so loopback only
   uint64_t chunk_bytes = 1 << 20;
   uint32_t max_credits = 64;
+  bool can_check = true;  // else only CheckKind::kNone, whatever a peer asks for
   engine::CheckKind check = engine::CheckKind::kNone;
   engine::CheckKind min_check = engine::CheckKind::kNone;
   uint32_t max_lanes = 16;
@@ -71,7 +70,7 @@ struct LinkInfo {
   std::string last_error;
 };
 
-class LinkManager : public PeerLinks, public rpc::PeerBackend {
+class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend {
  public:
   // `dialer` and `pool` outlive it; the pool is stopped before it is destroyed.
   LinkManager(LinkManagerConfig config, rpc::PeerDialer& dialer, TaskPool& pool, EventSink sink);
@@ -79,6 +78,11 @@ class LinkManager : public PeerLinks, public rpc::PeerBackend {
 
   // Who answers GetCards and JoinForward. Before the first call comes in.
   void set_questions(PeerQuestions* questions);
+  // Who answers GetArenas; null, as at first: nothing is lent.
+  void set_arena_offers(ArenaOffers* offers);
+  // One more who is told of each link from its beginning to its end. Before the first link;
+  // outlives the manager.
+  void add_watch(LinkWatch& watch);
   // Our rails, as the rails process tells when it is ready; none while it is down: handshakes and
   // reopenings are then answered UNAVAILABLE RAILS_DOWN.
   void set_rails(std::string ucx_version, std::vector<rpc::PeerRail> rails);
@@ -109,6 +113,10 @@ class LinkManager : public PeerLinks, public rpc::PeerBackend {
                  std::function<void(Result<rpc::CardPage>)> done) override;
   void join_forward(LinkId link, rpc::JoinForward forward, Time deadline,
                     std::function<void(Status)> done) override;
+
+  // ArenaCalls.
+  void get_arenas(LinkId link, rpc::ArenasQuery query, Time deadline,
+                  std::function<void(Result<rpc::ArenasOffer>)> done) override;
 
   // rpc::PeerBackend.
   void challenge(const rpc::PeerAddress& from,

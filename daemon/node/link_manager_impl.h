@@ -68,6 +68,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
 
   mutable Mutex mutex;
   PeerQuestions* questions KVFERRY_GUARDED_BY(mutex) = nullptr;
+  ArenaOffers* offers KVFERRY_GUARDED_BY(mutex) = nullptr;
+  std::vector<LinkWatch*> watches KVFERRY_GUARDED_BY(mutex);
   bool stopped KVFERRY_GUARDED_BY(mutex) = false;
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   std::string ucx_version KVFERRY_GUARDED_BY(mutex);
@@ -102,6 +104,14 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // A tagged call to the peer; `done` gets the body of a reply whose tag is right.
   void send_call(LinkId link, rpc::LinkMethod method, std::string body, Time deadline,
                  std::function<void(Result<std::string>)> done) KVFERRY_EXCLUDES(mutex);
+  // The same with what opens secrets in the reply.
+  struct Answer {
+    std::string body;
+    rpc::Tag16 call_tag{};
+    link::KeyBytes key{};  // of the peer's direction
+  };
+  void send_call_for_answer(LinkId link, rpc::LinkMethod method, std::string body, Time deadline,
+                            std::function<void(Result<Answer>)> done) KVFERRY_EXCLUDES(mutex);
 
   // --- link_dial.cc
   void ensure(PeerTarget target, EnsureDone done) KVFERRY_EXCLUDES(mutex);
@@ -126,8 +136,12 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   std::shared_ptr<rpc::PeerStub> stub_back(const std::vector<ops::PeerConfig>& allowed,
                                            const std::string& node, const std::string& host,
                                            const std::string& address);
+  // `out_key`: of calls, in our direction.
   Result<std::string> answer_call(LinkId link, const PeerRef& peer, rpc::LinkMethod method,
-                                  const std::string& body) KVFERRY_EXCLUDES(mutex);
+                                  const rpc::LinkCall& call, const link::KeyBytes& out_key)
+      KVFERRY_EXCLUDES(mutex);
+  Result<std::string> answer_arenas(const PeerRef& peer, const rpc::LinkCall& call,
+                                    const link::KeyBytes& out_key) KVFERRY_EXCLUDES(mutex);
   Result<std::string> answer_reopen(LinkId link, const std::string& body) KVFERRY_EXCLUDES(mutex);
 };
 

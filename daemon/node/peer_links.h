@@ -11,9 +11,13 @@
 #include "daemon/base/ids.h"
 #include "daemon/base/result.h"
 #include "daemon/base/units.h"
+#include "daemon/engine/events.h"
 #include "daemon/rpc/peer_messages.h"
 
 namespace kvferry::node {
+
+// Where events for the engine go; must only enqueue.
+using EventSink = std::function<void(engine::Event)>;
 
 struct PeerTarget {
   std::string node;     // identity that must answer; empty: whoever is allowed at that address
@@ -43,6 +47,35 @@ class PeerLinks {
                          std::function<void(Result<rpc::CardPage>)> done) = 0;
   virtual void join_forward(LinkId link, rpc::JoinForward forward, Time deadline,
                             std::function<void(Status)> done) = 0;
+};
+
+// Arenas of peers, asked for over a link.
+class ArenaCalls {
+ public:
+  virtual ~ArenaCalls() = default;
+  // UNAVAILABLE LINK_DOWN if the link has ended; UNIMPLEMENTED from a peer that lends none as it
+  // does not know of that. NOT_FOUND UNKNOWN_LINK may come for a moment after the link is up: the
+  // peer that dialled has not yet taken our answer.
+  virtual void get_arenas(LinkId link, rpc::ArenasQuery query, Time deadline,
+                          std::function<void(Result<rpc::ArenasOffer>)> done) = 0;
+};
+
+// Who answers GetArenas. Any thread; must not block. For one link and query always the same answer,
+// as the sealing of its secrets needs (README.md).
+class ArenaOffers {
+ public:
+  virtual ~ArenaOffers() = default;
+  virtual rpc::ArenasOffer offer(const PeerRef& peer, const rpc::ArenasQuery& query) = 0;
+};
+
+// Who is told of links. Called under the link manager's lock, on any thread: must only take notes.
+class LinkWatch {
+ public:
+  virtual ~LinkWatch() = default;
+  // After its LinkUp has been posted.
+  virtual void on_link_up(const PeerRef& peer, engine::CheckKind check) = 0;
+  // After its LinkEnded has been posted, or by the engine's own CloseLink. Once for each link.
+  virtual void on_link_gone(LinkId link) = 0;
 };
 
 // What peers ask of the directory, over a link that is up.

@@ -1,12 +1,7 @@
 #include "daemon/rpc/lifeline_loop.h"
 
-#include <fcntl.h>
-#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,10 +9,7 @@
 #include <cstring>
 
 #include "daemon/base/crypto.h"
-
-#ifndef SO_PEERPIDFD
-#define SO_PEERPIDFD 77
-#endif
+#include "daemon/base/seqpacket.h"
 
 namespace kvferry::rpc {
 namespace {
@@ -26,6 +18,7 @@ constexpr std::size_t kMaxFormerNames = 65536;
 constexpr uid_t kNobody = 65534;  // what a uid outside our user namespace looks like
 // Larger than any message, so that a longer one is seen as such.
 constexpr std::size_t kReadBytes = 4096;
+static_assert(lifeline::kMaxDescriptors <= kMaxMessageFds);
 
 template <typename T>
 bool parse(std::span<const std::byte> bytes, T& out) {
@@ -46,128 +39,26 @@ void put_text(char (&field)[N], std::string_view text) {
   std::memset(field + n, 0, N - n);
 }
 
-UniqueFd pidfd_of(pid_t pid) {
-  return UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
-}
-
-bool readable_now(int fd) {
-  pollfd entry{fd, POLLIN | POLLRDHUP, 0};
-  return ::poll(&entry, 1, 0) > 0;
-}
-
-bool hung_up(int fd) {
-  pollfd entry{fd, POLLRDHUP, 0};
-  return ::poll(&entry, 1, 0) > 0 && (entry.revents & (POLLHUP | POLLRDHUP | POLLERR)) != 0;
-}
-
-// The process that connected. Where the kernel cannot name it by the socket, its pid is opened; a
-// socket that is still connected afterwards makes it all but certain that the pid was not reused
-// (the exception, a forked child holding it, can only shorten that child's own attachment).
-UniqueFd peer_process(int fd, pid_t pid) {
-  int pidfd = -1;
-  socklen_t length = sizeof pidfd;
-  if (::getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &length) == 0 && pidfd >= 0) {
-    ::fcntl(pidfd, F_SETFD, FD_CLOEXEC);
-    return UniqueFd(pidfd);
-  }
-  if (pid <= 0) return {};
-  UniqueFd opened = pidfd_of(pid);
-  if (opened && hung_up(fd)) return {};
-  return opened;
-}
-
-// One SEQPACKET message with up to `fds.size()` descriptors. Never blocks.
-bool send_message(int fd, const void* data, std::size_t bytes, std::span<const int> fds) {
-  iovec part{const_cast<void*>(data), bytes};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * lifeline::kMaxDescriptors)] = {};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  if (!fds.empty()) {
-    message.msg_control = control;
-    message.msg_controllen = CMSG_SPACE(fds.size_bytes());
-    cmsghdr* header = CMSG_FIRSTHDR(&message);
-    header->cmsg_level = SOL_SOCKET;
-    header->cmsg_type = SCM_RIGHTS;
-    header->cmsg_len = CMSG_LEN(fds.size_bytes());
-    std::memcpy(CMSG_DATA(header), fds.data(), fds.size_bytes());
-  }
-  return ::sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
-}
-
-enum class Received { kMessage, kNothing, kClosed, kBroken };
-
-Received receive_message(int fd, std::span<std::byte> buffer, std::size_t& bytes,
-                         std::vector<UniqueFd>& fds) {
-  iovec part{buffer.data(), buffer.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * lifeline::kMaxDescriptors)] = {};
-  msghdr message{};
-  message.msg_iov = &part;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof control;
-  const ssize_t got = ::recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
-  if (got < 0) return errno == EAGAIN || errno == EINTR ? Received::kNothing : Received::kClosed;
-  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
-       header = CMSG_NXTHDR(&message, header)) {
-    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
-    const std::size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
-    for (std::size_t i = 0; i < count; ++i) {
-      int value = -1;
-      std::memcpy(&value, CMSG_DATA(header) + i * sizeof(int), sizeof value);
-      fds.emplace_back(value);
-    }
-  }
-  if (got == 0) return Received::kClosed;
-  if ((message.msg_flags & (MSG_CTRUNC | MSG_TRUNC)) != 0) return Received::kBroken;
-  bytes = static_cast<std::size_t>(got);
-  return Received::kMessage;
-}
-
 }  // namespace
 
 Status Lifeline::Loop::start() {
   epoll_ = UniqueFd(::epoll_create1(EPOLL_CLOEXEC));
   wake_ = UniqueFd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-  self_pidfd_ = pidfd_of(::getpid());
-  spare_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+  self_pidfd_ = open_process(::getpid());
+  spare_ = spare_descriptor();
   if (!epoll_ || !wake_ || !self_pidfd_)
     return fail_errno("LIFELINE_FAILED", "epoll_create1, eventfd or pidfd_open", errno);
   if (!watch(wake_.get(), 0, kWake)) return fail_errno("LIFELINE_FAILED", "epoll_ctl", errno);
   listeners_.resize(owner_.config_.sockets.size());
   for (std::size_t i = 0; i < listeners_.size(); ++i) {
-    KVFERRY_RETURN_IF_ERROR(bind_socket(socket_config(i), listeners_[i]));
+    const LifelineSocket& socket = socket_config(i);
+    auto listener = listen_seqpacket(socket.path, socket.mode, "LIFELINE_FAILED");
+    KVFERRY_RETURN_IF_ERROR(listener);
+    listeners_[i].fd = std::move(*listener);
     if (!watch(listeners_[i].fd.get(), i, kListener))
       return fail_errno("LIFELINE_FAILED", "epoll_ctl", errno);
   }
   thread_ = std::thread([this] { run(); });
-  return {};
-}
-
-Status Lifeline::Loop::bind_socket(const LifelineSocket& socket, Listener& out) {
-  sockaddr_un address{};
-  address.sun_family = AF_UNIX;
-  put_text(address.sun_path, socket.path);
-  const auto* generic = reinterpret_cast<const sockaddr*>(&address);
-  struct stat existing {};
-  if (::lstat(socket.path.c_str(), &existing) == 0) {
-    if (!S_ISSOCK(existing.st_mode))
-      return fail(Code::kFailedPrecondition, "LIFELINE_FAILED", socket.path + " is not a socket");
-    UniqueFd probe(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (::connect(probe.get(), generic, sizeof address) == 0 || errno == EAGAIN)
-      return fail(Code::kAlreadyExists, "SOCKET_IN_USE",
-                  "another process listens at " + socket.path);
-    ::unlink(socket.path.c_str());
-  }
-  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!fd) return fail_errno("LIFELINE_FAILED", "socket", errno);
-  if (::bind(fd.get(), generic, sizeof address) != 0)
-    return fail_errno("LIFELINE_FAILED", "bind(" + socket.path + ")", errno);
-  // Before listen: nobody can have connected under a wider mode.
-  if (::chmod(socket.path.c_str(), static_cast<mode_t>(socket.mode)) != 0)
-    return fail_errno("LIFELINE_FAILED", "chmod(" + socket.path + ")", errno);
-  if (::listen(fd.get(), 128) != 0) return fail_errno("LIFELINE_FAILED", "listen", errno);
-  out.fd = std::move(fd);
   return {};
 }
 
@@ -241,15 +132,7 @@ void Lifeline::Loop::handle(uint64_t key, Source source) {
 
 void Lifeline::Loop::accept_some(std::size_t socket) {
   for (int i = 0; i < 16; ++i) {
-    UniqueFd fd(
-        ::accept4(listeners_[socket].fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!fd && (errno == EMFILE || errno == ENFILE) && spare_) {
-      // Turned away by closing: an unaccepted connection would wake this thread for ever.
-      spare_.reset();
-      UniqueFd(::accept4(listeners_[socket].fd.get(), nullptr, nullptr, SOCK_CLOEXEC)).reset();
-      spare_.reset(::open("/dev/null", O_RDONLY | O_CLOEXEC));
-      return;
-    }
+    UniqueFd fd = accept_connection(listeners_[socket].fd.get(), spare_);
     if (!fd) return;
     admit(socket, std::move(fd));
   }
@@ -297,7 +180,7 @@ void Lifeline::Loop::read_some(uint64_t key) {
     if (it == connections_.end()) return;
     std::size_t bytes = 0;
     std::vector<UniqueFd> fds;
-    switch (receive_message(it->second.fd.get(), buffer, bytes, fds)) {
+    switch (receive_message(it->second.fd.get(), buffer, bytes, fds, lifeline::kMaxDescriptors)) {
       case Received::kNothing:
         return;
       case Received::kClosed:
@@ -467,7 +350,7 @@ bool Lifeline::Loop::on_pools(uint64_t key, const lifeline::PoolsMessage& messag
              !added)
       refuse(i, added.error());
   }
-  if (send_message(connection.fd.get(), &reply, sizeof reply, {})) return true;
+  if (send_message(connection.fd.get(), &reply, sizeof reply)) return true;
   end(key, GoneReason::kProtocol);
   return false;
 }
@@ -501,7 +384,7 @@ void Lifeline::Loop::send_refusal(const Connection& connection, const Error& err
   put_text(reply.reason, error.reason);
   put_text(reply.message, error.message);
   // Best effort: the connection is closed next.
-  (void)send_message(connection.fd.get(), &reply, sizeof reply, {});
+  (void)send_message(connection.fd.get(), &reply, sizeof reply);
 }
 
 void Lifeline::Loop::end(uint64_t key, GoneReason reason) {

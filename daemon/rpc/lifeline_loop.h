@@ -47,7 +47,6 @@ class Lifeline::Loop {
   enum Source : uint64_t { kWake = 0, kListener = 1, kLifeline = 2, kProcess = 3, kDoorbell = 4 };
   static constexpr uint64_t kSourceBits = 3;
 
-  Status bind_socket(const LifelineSocket& socket, Listener& out);
   bool watch(int fd, uint64_t key, Source source);
   void run();
   void handle(uint64_t key, Source source);

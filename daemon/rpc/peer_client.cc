@@ -106,6 +106,8 @@ class GrpcPeerStub final : public PeerStub {
       case LinkMethod::kJoinForward:
         return async->JoinForward(&call->context, &call->request, &call->response,
                                   std::move(finish));
+      case LinkMethod::kGetArenas:
+        return async->GetArenas(&call->context, &call->request, &call->response, std::move(finish));
     }
     finish(grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "no such method"));
   }

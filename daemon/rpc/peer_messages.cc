@@ -1,7 +1,9 @@
 #include "daemon/rpc/peer_messages.h"
 
 #include <algorithm>
+#include <optional>
 
+#include "daemon/base/units.h"
 #include "daemon/rpc/holding_proto.h"
 #include "kvferry/v1/peer.pb.h"
 
@@ -11,6 +13,7 @@ namespace {
 constexpr std::size_t kMaxFeatures = 64;
 constexpr std::size_t kMaxJoinNodes = 4096;
 constexpr std::size_t kMaxWordBytes = 64;
+constexpr std::size_t kMaxSocketPathBytes = 107;  // what an address of such a socket holds
 
 tl::unexpected<Error> bad(std::string field) {
   return invalid(std::move(field), "BAD_MESSAGE", "a message that no daemon sends");
@@ -64,6 +67,46 @@ Result<SignedCard> card_from_proto(const v1::SignedRankCard& in) {
   return SignedCard{in.card(), in.tag()};
 }
 
+bool is_known(uint32_t kind) {
+  return kind >= static_cast<uint32_t>(LentKind::kHostMemfd) &&
+         kind <= static_cast<uint32_t>(LentKind::kCudaMalloc);
+}
+
+void arena_to_proto(const OfferedArena& arena, v1::ArenasResponse::Arena& out) {
+  out.set_number(arena.number);
+  out.set_kind(static_cast<uint32_t>(arena.kind));
+  if (arena.kind != LentKind::kHostMemfd) out.set_device_uuid(text_of(arena.device_uuid));
+  for (const OfferedArena::Segment& segment : arena.segments) {
+    v1::ArenasResponse::Segment& to = *out.add_segments();
+    to.set_number(segment.number);
+    to.set_bytes(segment.bytes);
+    if (!has_descriptors(arena.kind)) to.set_handle(text_of(segment.handle));
+  }
+}
+
+// Limits and shape; nothing of kinds that are not known.
+bool arena_from_proto(const v1::ArenasResponse::Arena& in, OfferedArena& out) {
+  if (in.segments_size() == 0 || static_cast<std::size_t>(in.segments_size()) > kMaxLentSegments)
+    return false;
+  out.number = in.number();
+  out.kind = static_cast<LentKind>(in.kind());
+  if (out.kind == LentKind::kHostMemfd ? !in.device_uuid().empty()
+                                       : !take(in.device_uuid(), out.device_uuid))
+    return false;
+  uint64_t sum = 0;
+  for (const v1::ArenasResponse::Segment& from : in.segments()) {
+    OfferedArena::Segment& segment = out.segments.emplace_back();
+    segment.number = from.number();
+    segment.bytes = from.bytes();
+    const uint64_t wanted = uint64_t{out.segments.front().number} + out.segments.size() - 1;
+    if (segment.number != wanted || segment.bytes == 0 || !checked_add(sum, segment.bytes, sum))
+      return false;
+    if (has_descriptors(out.kind) ? !from.handle().empty() : !take(from.handle(), segment.handle))
+      return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::string_view name_of(LinkMethod method) {
@@ -78,6 +121,8 @@ std::string_view name_of(LinkMethod method) {
       return "CloseLink";
     case LinkMethod::kJoinForward:
       return "JoinForward";
+    case LinkMethod::kGetArenas:
+      return "GetArenas";
   }
   return "Unknown";
 }
@@ -318,6 +363,52 @@ Result<JoinForward> decode_join_forward(std::string_view bytes) {
         node.address().size() > kMaxAddressBytes)
       return bad("join.nodes");
     out.nodes.push_back({node.node_id(), node.address()});
+  }
+  return out;
+}
+
+std::string encode(const ArenasQuery& query) {
+  v1::ArenasRequest out;
+  if (!query.host.is_zero()) out.set_host(text_of(query.host.bytes));
+  return out.SerializeAsString();
+}
+
+Result<ArenasQuery> decode_arenas_query(std::string_view bytes) {
+  v1::ArenasRequest in;
+  ArenasQuery out;
+  if (!parse(bytes, in) || !take(in.host(), out.host.bytes, true)) return bad("arenas.host");
+  return out;
+}
+
+std::string encode(const ArenasOffer& offer) {
+  v1::ArenasResponse out;
+  if (!offer.host.is_zero()) out.set_host(text_of(offer.host.bytes));
+  if (!offer.socket_path.empty()) {
+    out.set_socket_path(offer.socket_path);
+    out.set_token(text_of(offer.token.bytes));
+  }
+  for (const OfferedArena& arena : offer.arenas) arena_to_proto(arena, *out.add_arenas());
+  return out.SerializeAsString();
+}
+
+Result<ArenasOffer> decode_arenas_offer(std::string_view bytes) {
+  v1::ArenasResponse in;
+  ArenasOffer out;
+  if (!parse(bytes, in) || !take(in.host(), out.host.bytes, true)) return bad("arenas.host");
+  out.socket_path = in.socket_path();
+  if (out.socket_path.size() > kMaxSocketPathBytes ||
+      (!out.socket_path.empty() && out.socket_path.front() != '/') ||
+      out.socket_path.find('\0') != std::string::npos)
+    return bad("arenas.socket_path");
+  if (out.socket_path.empty() ? !in.token().empty() : !take(in.token(), out.token.bytes))
+    return bad("arenas.token");
+  if (static_cast<std::size_t>(in.arenas_size()) > kMaxLentArenas) return bad("arenas");
+  std::optional<uint32_t> last;
+  for (const v1::ArenasResponse::Arena& from : in.arenas()) {
+    if (last && from.number() <= *last) return bad("arenas.number");
+    last = from.number();
+    if (!is_known(from.kind())) continue;
+    if (!arena_from_proto(from, out.arenas.emplace_back())) return bad("arenas.segments");
   }
   return out;
 }

@@ -26,6 +26,8 @@ inline constexpr std::size_t kMaxRailAddressBytes = 16 * 1024;
 inline constexpr std::size_t kMaxCardBytes = 64 * 1024;
 inline constexpr std::size_t kMaxNodeBytes = 255;
 inline constexpr std::size_t kMaxAddressBytes = 255;
+inline constexpr std::size_t kMaxLentArenas = 64;
+inline constexpr std::size_t kMaxLentSegments = 64;  // of an arena
 
 using Random32 = std::array<uint8_t, 32>;
 using LinkName = std::array<uint8_t, 16>;
@@ -70,6 +72,7 @@ enum class LinkMethod : uint8_t {
   kLaneDown = 3,
   kCloseLink = 4,
   kJoinForward = 5,
+  kGetArenas = 6,
 };
 std::string_view name_of(LinkMethod method);
 
@@ -143,6 +146,66 @@ struct JoinForward {
   std::vector<NodeAddress> nodes;
 };
 
+// One life of a machine's kernel: processes that name the same one may share memory. Zero: unknown,
+// which is nobody's.
+using HostId = FixedBytes<struct HostTag, 16>;
+
+// "What could I map of yours?"
+struct ArenasQuery {
+  HostId host;  // the asker's
+};
+
+// How a peer gets at a lent arena.
+enum class LentKind : uint8_t {
+  kHostMemfd = 1,   // a descriptor for each segment, over the socket
+  kFabricVmm = 2,   // a fabric handle for each
+  kDeviceVmm = 3,   // a descriptor for each
+  kCudaMalloc = 4,  // a CUDA IPC handle for each
+};
+constexpr std::string_view name_of(LentKind kind) {
+  switch (kind) {
+    case LentKind::kHostMemfd:
+      return "host_memfd";
+    case LentKind::kFabricVmm:
+      return "fabric_vmm";
+    case LentKind::kDeviceVmm:
+      return "device_vmm";
+    case LentKind::kCudaMalloc:
+      return "cuda_malloc";
+  }
+  return "unknown";
+}
+constexpr bool has_descriptors(LentKind kind) {
+  return kind == LentKind::kHostMemfd || kind == LentKind::kDeviceVmm;
+}
+// Only fabric handles mean something on another host.
+constexpr bool needs_same_host(LentKind kind) {
+  return kind != LentKind::kFabricVmm;
+}
+
+struct OfferedArena {
+  struct Segment {
+    uint32_t number = 0;  // consecutive in an arena
+    uint64_t bytes = 0;
+    std::array<uint8_t, 64> handle{};  // of the kinds without descriptors; a secret
+    bool operator==(const Segment&) const = default;
+  };
+  uint32_t number = 0;  // the lender's
+  LentKind kind = LentKind::kHostMemfd;
+  std::array<uint8_t, 16> device_uuid{};  // zero: host memory
+  std::vector<Segment> segments;
+  bool operator==(const OfferedArena&) const = default;
+};
+// The answer, arenas by ascending number. Token and handles are sealed while they travel: see
+// node/handshake.h.
+struct ArenasOffer {
+  HostId host;              // the lender's
+  std::string socket_path;  // where the asker gets descriptors; empty: nowhere
+  Token token;              // names the link there; a secret; zero without a path
+  std::vector<OfferedArena> arenas;
+  bool operator==(const ArenasOffer&) const = default;
+};
+
 std::string encode_hello(const PeerHello& hello);
 Result<PeerHello> decode_hello(std::string_view bytes);
 // RESOURCE_EXHAUSTED CARD_TOO_LARGE beyond kMaxCardBytes.
@@ -160,6 +223,8 @@ std::string encode(const ReopenLaneReply& reply);
 std::string encode(const LaneDownNotice& notice);
 std::string encode(const CloseLinkNotice& notice);
 std::string encode(const JoinForward& forward);
+std::string encode(const ArenasQuery& query);
+std::string encode(const ArenasOffer& offer);
 Result<CardQuery> decode_card_query(std::string_view bytes);
 Result<CardPage> decode_card_page(std::string_view bytes);
 Result<ReopenLaneRequest> decode_reopen_request(std::string_view bytes);
@@ -167,5 +232,8 @@ Result<ReopenLaneReply> decode_reopen_reply(std::string_view bytes);
 Result<LaneDownNotice> decode_lane_down(std::string_view bytes);
 Result<CloseLinkNotice> decode_close_link(std::string_view bytes);
 Result<JoinForward> decode_join_forward(std::string_view bytes);
+Result<ArenasQuery> decode_arenas_query(std::string_view bytes);
+// Arenas of kinds that this release does not know are left out.
+Result<ArenasOffer> decode_arenas_offer(std::string_view bytes);
 
 }  // namespace kvferry::rpc

@@ -140,6 +140,11 @@ class Service final : public v1::PeerService::CallbackService {
                                         v1::LinkResponse* response) override {
     return link_call(context, LinkMethod::kJoinForward, *request, response);
   }
+  grpc::ServerUnaryReactor* GetArenas(grpc::CallbackServerContext* context,
+                                      const v1::LinkRequest* request,
+                                      v1::LinkResponse* response) override {
+    return link_call(context, LinkMethod::kGetArenas, *request, response);
+  }
 
  private:
   // Null, with the call finished, when too much is waiting.

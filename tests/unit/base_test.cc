@@ -23,6 +23,10 @@ TEST_CASE("hmac and hkdf match their published vectors") {
   hkdf_sha256(secret, salt, info, out);
   CHECK(to_hex(out) ==
         "3cb25f25faacd57a90434f64d0362f2a2d2d0a90cf1a5a4c5db02d56ecc4c5bf34007208d5b887185865");
+  // Test case 3: neither salt nor info.
+  hkdf_sha256(secret, {}, {}, out);
+  CHECK(to_hex(out) ==
+        "8da4e775a563c18f715f802a063c5a31b8a11f5c5ee1879ec3454e5f3c738d2d9d201395faa4b61a96c8");
   CHECK(to_hex(sha256({bytes_of("a"), bytes_of("bc")})) ==
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
 }

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <deque>
 #include <map>
+#include <set>
 
 #include "daemon/base/mutex.h"
 #include "daemon/link/envelope.h"
@@ -62,6 +63,15 @@ class PlainDialer : public rpc::PeerDialer {
     MutexLock lock(mutex_);
     backends_[port] = backend;
   }
+  // What goes over the wire of this method from now on, to be looked at or changed.
+  struct Tap {
+    std::function<void(rpc::LinkCall&)> request;
+    std::function<void(Result<rpc::LinkReply>&)> reply;
+  };
+  void tap(rpc::LinkMethod method, Tap tap) {
+    MutexLock lock(mutex_);
+    taps_[method] = std::make_shared<Tap>(std::move(tap));
+  }
 
  private:
   class Stub : public rpc::PeerStub {
@@ -79,6 +89,13 @@ class PlainDialer : public rpc::PeerDialer {
     }
     void call(rpc::LinkMethod method, rpc::LinkCall call, Time,
               std::function<void(Result<rpc::LinkReply>)> done) override {
+      const auto tap = dialer_.tap_of(method);
+      if (tap != nullptr && tap->request) tap->request(call);
+      if (tap != nullptr && tap->reply)
+        done = [tap, done](Result<rpc::LinkReply> reply) {
+          tap->reply(reply);
+          done(std::move(reply));
+        };
       if (rpc::PeerBackend* backend = dialer_.find(port_))
         return backend->call(kFrom, method, std::move(call), done);
       done(unreachable());
@@ -98,8 +115,15 @@ class PlainDialer : public rpc::PeerDialer {
     return it == backends_.end() ? nullptr : it->second;
   }
 
+  std::shared_ptr<const Tap> tap_of(rpc::LinkMethod method) {
+    MutexLock lock(mutex_);
+    const auto it = taps_.find(method);
+    return it == taps_.end() ? nullptr : it->second;
+  }
+
   Mutex mutex_;
   std::map<uint16_t, rpc::PeerBackend*> backends_ KVFERRY_GUARDED_BY(mutex_);
+  std::map<rpc::LinkMethod, std::shared_ptr<Tap>> taps_ KVFERRY_GUARDED_BY(mutex_);
 };
 
 class Questions : public PeerQuestions {
@@ -115,6 +139,53 @@ class Questions : public PeerQuestions {
   }
   Status answer_join(const PeerRef&, const rpc::JoinForward&) override { return {}; }
 };
+
+// Lends one arena of each kind with handles, always the same to a link.
+class Offers : public ArenaOffers {
+ public:
+  rpc::ArenasOffer offer(const PeerRef& peer, const rpc::ArenasQuery& query) override {
+    rpc::ArenasOffer out;
+    out.host = query.host;
+    out.socket_path = "/run/" + peer.node + ".sock";
+    out.token.bytes.fill(0x77);
+    for (uint32_t i = 0; i < 2; ++i) {
+      rpc::OfferedArena& arena = out.arenas.emplace_back();
+      arena.number = 4 + i;
+      arena.kind = i == 0 ? rpc::LentKind::kFabricVmm : rpc::LentKind::kCudaMalloc;
+      arena.device_uuid.fill(3);
+      for (uint32_t s = 0; s < rpc::kMaxLentSegments; ++s) {
+        arena.segments.push_back({64 * i + s, 1 + s, {}});
+        arena.segments.back().handle.fill(0x55);
+      }
+    }
+    return out;
+  }
+};
+
+// Notes of what it is told, in order: "+1", "-1".
+class Watch : public LinkWatch {
+ public:
+  void on_link_up(const PeerRef& peer, engine::CheckKind) override {
+    note("+" + peer.node + std::to_string(peer.link.value));
+  }
+  void on_link_gone(LinkId link) override { note("-" + std::to_string(link.value)); }
+  std::vector<std::string> notes() {
+    MutexLock lock(mutex_);
+    return notes_;
+  }
+
+ private:
+  void note(std::string text) {
+    MutexLock lock(mutex_);
+    notes_.push_back(std::move(text));
+  }
+  Mutex mutex_;
+  std::vector<std::string> notes_ KVFERRY_GUARDED_BY(mutex_);
+};
+
+std::string text_of(std::size_t count, uint8_t byte) {
+  return std::string(count, static_cast<char>(byte));
+}
 
 ops::PeerConfig allow(const std::string& node) {
   ops::PeerConfig peer;
@@ -139,6 +210,7 @@ struct Daemon {
         std::move(config), dialer, pool,
         [this](engine::Event event) { events.put(std::move(event)); });
     manager->set_questions(&questions);
+    manager->add_watch(watch);
     set_rails(rails, ucx);
   }
   ~Daemon() {
@@ -160,6 +232,16 @@ struct Daemon {
     REQUIRE(ref);
     return std::move(*ref);
   }
+  Result<rpc::ArenasOffer> arenas(LinkId link, uint8_t host = 1) {
+    auto box = std::make_shared<Box<Result<rpc::ArenasOffer>>>();
+    rpc::ArenasQuery query;
+    query.host.bytes.fill(host);
+    manager->get_arenas(link, query, monotonic_now() + kPatience,
+                        [box](Result<rpc::ArenasOffer> offer) { box->put(std::move(offer)); });
+    auto offer = box->take();
+    REQUIRE(offer);
+    return std::move(*offer);
+  }
   template <typename T>
   std::optional<T> event(Duration patience = kPatience) {
     auto found = events.take(
@@ -169,6 +251,8 @@ struct Daemon {
 
   TaskPool pool;
   Questions questions;
+  Offers offers;
+  Watch watch;
   Box<engine::Event> events;
   BootId boot;
   std::unique_ptr<LinkManager> manager;
@@ -427,6 +511,123 @@ TEST_CASE("peers taken off the list lose their link") {
   CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
 }
 
+TEST_CASE("who watches is told of each link once, from its beginning to its end") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")});
+  dialer.serve(1, a.manager.get());
+  auto b = std::make_unique<Daemon>("b", 2, dialer, std::vector{allow("a")});
+  dialer.serve(2, b->manager.get());
+  REQUIRE(a.link("b", 2));
+  CHECK(a.watch.notes() == std::vector<std::string>{"+b1"});
+  CHECK(b->watch.notes() == std::vector<std::string>{"+a1"});
+  REQUIRE(a.link("b", 2));
+  // By the engine's own word, and by the peer's.
+  a.manager->close_link({LinkId{1}, Reason::kShutdown});
+  REQUIRE(b->event<engine::LinkEnded>());
+  a.manager->close_link({LinkId{1}, Reason::kShutdown});
+  REQUIRE(a.link("b", 2));
+  CHECK(a.watch.notes() == std::vector<std::string>{"+b1", "-1", "+b2"});
+  CHECK(b->watch.notes() == std::vector<std::string>{"+a1", "-1", "+a2"});
+  // By a new life of the peer.
+  b = std::make_unique<Daemon>("b", 2, dialer, std::vector{allow("a")});
+  dialer.serve(2, b->manager.get());
+  REQUIRE(b->link("a", 1));
+  CHECK(a.watch.notes() == std::vector<std::string>{"+b1", "-1", "+b2", "-2", "+b3"});
+  // By a list without it.
+  a.manager->set_peers({});
+  CHECK(a.watch.notes().back() == "-3");
+  CHECK(a.watch.notes().size() == 6);
+}
+
+TEST_CASE("what a daemon lends is told to its peer, and its secrets to nobody on the way") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")}, "secret of the cluster");
+  Daemon b("b", 2, dialer, {allow("a")}, "secret of the cluster");
+  dialer.serve(1, a.manager.get());
+  dialer.serve(2, b.manager.get());
+  REQUIRE(a.link("b", 2));
+  const LinkId link = a.event<engine::LinkUp>()->link;
+  const PeerRef at_b = *b.manager->peer_of(b.event<engine::LinkUp>()->link);
+  // Nobody lends.
+  const auto nothing = a.arenas(link);
+  REQUIRE(nothing);
+  CHECK(*nothing == rpc::ArenasOffer{});
+
+  b.manager->set_arena_offers(&b.offers);
+  Box<rpc::LinkCall> requests;
+  Box<std::string> bodies;
+  dialer.tap(rpc::LinkMethod::kGetArenas, {[&](rpc::LinkCall& call) { requests.put(call); },
+                                           [&](Result<rpc::LinkReply>& reply) {
+                                             if (reply) bodies.put(reply->body);
+                                           }});
+  rpc::ArenasQuery query;
+  query.host.bytes.fill(1);
+  const rpc::ArenasOffer expected = b.offers.offer(at_b, query);
+  const auto first = a.arenas(link);
+  REQUIRE(first);
+  CHECK(*first == expected);
+  const std::string body = *bodies.take();
+  // In the open it would be all runs of one byte.
+  for (const uint8_t byte : {uint8_t{0x77}, uint8_t{0x55}})
+    CHECK(body.find(text_of(5, byte)) == std::string::npos);
+  CHECK(rpc::encode(expected).find(text_of(16, 0x77)) != std::string::npos);
+  CHECK(rpc::encode(expected).find(text_of(64, 0x55)) != std::string::npos);
+  CHECK(body.find("/run/a.sock") != std::string::npos);
+  // All segments' handles are the same here; no two may look so.
+  const auto sealed = rpc::decode_arenas_offer(body);
+  REQUIRE(sealed);
+  std::set<std::array<uint8_t, 64>> different;
+  for (const rpc::OfferedArena& arena : sealed->arenas)
+    for (const auto& segment : arena.segments) different.insert(segment.handle);
+  CHECK(different.size() == 2 * rpc::kMaxLentSegments);
+
+  // Each call has a seal of its own; the same call again, as somebody on the way might make it, has
+  // the same answer under the same seal.
+  REQUIRE(a.arenas(link));
+  const std::string second = *bodies.take();
+  CHECK(second.size() == body.size());
+  CHECK(second != body);
+  Box<Result<rpc::LinkReply>> replies;
+  b.manager->call({"127.0.0.1", 9}, rpc::LinkMethod::kGetArenas, *requests.take(),
+                  [&](Result<rpc::LinkReply> reply) { replies.put(std::move(reply)); });
+  const auto again = replies.take();
+  REQUIRE(again);
+  REQUIRE(*again);
+  CHECK((*again)->body == body);
+
+  SECTION("an answer that was touched is none") {
+    const int where = GENERATE(0, 1);
+    dialer.tap(rpc::LinkMethod::kGetArenas, {{}, [&](Result<rpc::LinkReply>& reply) {
+                                               REQUIRE(reply);
+                                               if (where == 0)
+                                                 reply->tag[0] ^= 1;
+                                               else
+                                                 reply->body.back() ^= 1;
+                                             }});
+    const auto bad = a.arenas(link);
+    REQUIRE_FALSE(bad);
+    CHECK(bad.error().reason == "BAD_TAG");
+  }
+  SECTION("a question that was touched is not answered") {
+    dialer.tap(rpc::LinkMethod::kGetArenas,
+               {[&](rpc::LinkCall& call) { call.body.back() ^= 1; }, {}});
+    const auto bad = a.arenas(link);
+    REQUIRE_FALSE(bad);
+    CHECK(bad.error().reason == "UNKNOWN_LINK");
+  }
+  SECTION("nor one after the link's end") {
+    a.manager->close_link({link, Reason::kShutdown});
+    CHECK(a.arenas(link).error().reason == "LINK_DOWN");
+  }
+  SECTION("an older release does not know the question") {
+    dialer.tap(rpc::LinkMethod::kGetArenas, {{}, [](Result<rpc::LinkReply>& reply) {
+                                               reply = fail(Code::kUnimplemented,
+                                                            "PEER_UNREACHABLE", "no such method");
+                                             }});
+    CHECK(a.arenas(link).error().code == Code::kUnimplemented);
+  }
+}
+
 TEST_CASE("all of it works over gRPC") {
   const std::unique_ptr<rpc::PeerDialer> dialer = rpc::grpc_peer_dialer();
   // The port is known only after listening, so b learns to be dialled by what it tells.
@@ -456,6 +657,11 @@ TEST_CASE("all of it works over gRPC") {
     CHECK(none.error().code == Code::kNotFound);
     CHECK(none.error().reason == "INSTANCE_UNKNOWN");
     CHECK(none.error().field == "instance");
+    b.manager->set_arena_offers(&b.offers);
+    const auto lent = a.arenas(ref->link);
+    REQUIRE(lent);
+    CHECK(lent->arenas.size() == 2);
+    CHECK(lent->arenas[1].segments[63].handle[63] == 0x55);
     // Two daemons cannot share the port.
     CHECK_FALSE(rpc::PeerServer::start({"127.0.0.1:" + std::to_string(port)}, *b.manager));
 
