@@ -5,20 +5,21 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <optional>
 #include <random>
 #include <sstream>
 
-extern char** environ;
+#include "client/bench/stop.h"
 
 namespace kvferry::bench {
 namespace {
@@ -26,6 +27,8 @@ namespace {
 using client::Code;
 using client::Error;
 using Clock = std::chrono::steady_clock;
+
+constexpr int kCannotExecute = 127;  // as shells say it
 
 Error failed(std::string reason, std::string message) {
   return Error{Code::kUnavailable, std::move(reason), std::move(message), {}};
@@ -86,18 +89,12 @@ std::string read_file(const std::string& path) {
   return text.str();
 }
 
-// User and system seconds of one process.
+// User and system seconds of one process; 0 if it is gone.
 double process_seconds(pid_t pid) {
-  const std::string stat = read_file("/proc/" + std::to_string(pid) + "/stat");
-  const std::size_t paren = stat.rfind(')');
-  if (paren == std::string::npos) return 0;
-  std::istringstream fields(stat.substr(paren + 2));
-  std::string skip;
-  for (int i = 0; i < 11; ++i) fields >> skip;
-  double user = 0;
-  double system = 0;
-  fields >> user >> system;
-  return (user + system) / static_cast<double>(::sysconf(_SC_CLK_TCK));
+  clockid_t clock{};
+  timespec used{};
+  if (::clock_getcpuclockid(pid, &clock) != 0 || ::clock_gettime(clock, &used) != 0) return 0;
+  return static_cast<double>(used.tv_sec) + static_cast<double>(used.tv_nsec) * 1e-9;
 }
 
 std::string tail_of(const std::string& path) {
@@ -149,6 +146,7 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   std::ofstream(base + ".toml") << "config_version = 1\n[node]\nid = \"" << identity.name
                                 << "\"\n[[socket]]\npath = \"" << daemon->socket_
                                 << "\"\n[admin]\nsocket = \"" << daemon->admin_
+                                << "\"\n[mapped]\nsocket = \"" << base << ".arenas"
                                 << "\"\n[http]\nport = " << daemon->http_port_
                                 << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
                                 << "\"\n[[peers]]\nidentity = \"" << identity.other
@@ -163,18 +161,25 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
-  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, daemon->log_.c_str(),
-                                   O_WRONLY | O_CREAT | O_APPEND, 0600);
-  posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO);
-  const int error = posix_spawn(&daemon->pid_, argv[0], &actions, nullptr, argv.data(), environ);
-  posix_spawn_file_actions_destroy(&actions);
-  if (error != 0) {
-    daemon->pid_ = -1;
-    return failed("DAEMON_SPAWN", "cannot start " + words[0]);
+  // Not posix_spawn, which cannot ask for the signal.
+  const int log = ::open(daemon->log_.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
+  const int nothing = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
+  const pid_t parent = ::getpid();
+  daemon->pid_ = log >= 0 && nothing >= 0 ? ::_Fork() : -1;
+  if (daemon->pid_ == 0) {
+    // Only what a signal handler may do: other threads held locks when this process was made.
+    if (options.ends_with_starter) ::prctl(PR_SET_PDEATHSIG, SIGTERM);
+    if (!options.ends_with_starter || ::getppid() == parent) {
+      ::dup2(nothing, STDIN_FILENO);
+      ::dup2(log, STDOUT_FILENO);
+      ::dup2(log, STDERR_FILENO);
+      ::execv(argv[0], argv.data());
+    }
+    ::_exit(kCannotExecute);
   }
+  if (log >= 0) ::close(log);
+  if (nothing >= 0) ::close(nothing);
+  if (daemon->pid_ < 0) return failed("DAEMON_SPAWN", "cannot start " + words[0]);
   return daemon;
 }
 
@@ -189,8 +194,11 @@ DaemonProcess::~DaemonProcess() {
 Status DaemonProcess::wait_until_serving() {
   const Clock::time_point limit = Clock::now() + std::chrono::seconds(30);
   while (http("/readyz").empty()) {
-    if (wait_for_end(pid_, 0)) {
+    if (auto stop = stop_asked()) return *stop;
+    if (const std::optional<int> status = wait_for_end(pid_, 0)) {
       pid_ = -1;
+      if (WIFEXITED(*status) && WEXITSTATUS(*status) == kCannotExecute)
+        return failed("DAEMON_SPAWN", "cannot start kvferryd; give its directory by --bin");
       return failed("DAEMON_ENDED", "a daemon ended at once\n" + log_tail());
     }
     if (Clock::now() > limit)
@@ -227,10 +235,17 @@ pid_t DaemonProcess::rails_pid() const {
   return -1;
 }
 
-double DaemonProcess::cpu_seconds() const {
-  double seconds = process_seconds(pid_);
-  for (pid_t child : children_of(pid_)) seconds += process_seconds(child);
-  return seconds;
+DaemonProcess::Cpu DaemonProcess::cpu() const {
+  Cpu used;
+  used.daemon_seconds = process_seconds(pid_);
+  for (pid_t child : children_of(pid_)) used.rails_seconds += process_seconds(child);
+  return used;
+}
+
+uint64_t DaemonProcess::private_bytes() const {
+  const std::string status = read_file("/proc/" + std::to_string(pid_) + "/status");
+  const std::size_t at = status.find("RssAnon:");
+  return at == std::string::npos ? 0 : std::strtoull(status.c_str() + at + 8, nullptr, 10) * 1024;
 }
 
 std::string DaemonProcess::http(const std::string& path) const {

@@ -24,6 +24,8 @@ struct DaemonOptions {
   std::string path = "tcp";           // "tcp" or "shm"
   std::string binary_directory;       // where kvferryd and kvferry-rails are
   std::vector<std::string> settings;  // "section.key=value"
+  // SIGTERM when the thread that starts it ends, however that happens.
+  bool ends_with_starter = false;
 };
 
 class DaemonProcess {
@@ -60,8 +62,14 @@ class DaemonProcess {
   const std::string& admin_socket() const { return admin_; }
   uint16_t http_port() const { return http_port_; }
   uint16_t peer_port() const { return peer_port_; }
-  // CPU seconds used so far, the rails process's included.
-  double cpu_seconds() const;
+  // Processor time used so far, by all threads, user and system.
+  struct Cpu {
+    double daemon_seconds = 0;
+    double rails_seconds = 0;  // of the rails process that runs now
+  };
+  Cpu cpu() const;
+  // Memory that is the daemon's alone: without pools and arena, which are shared; 0 if it is gone.
+  uint64_t private_bytes() const;
   Result<Metrics> metrics() const;
   // Body of a GET that was answered 200, else empty.
   std::string http(const std::string& path) const;
@@ -90,7 +98,6 @@ class DaemonPair {
   const DaemonProcess& side(int side) const { return *sides_[side]; }
   // Starts that side anew under the same name and addresses, after it has ended.
   Status restart(int side);
-  double cpu_seconds() const { return sides_[0]->cpu_seconds() + sides_[1]->cpu_seconds(); }
   // The end of both logs, for error reports.
   std::string log_tail() const;
 
