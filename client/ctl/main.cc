@@ -32,6 +32,8 @@ struct Arguments {
   bool json = false;
   uint32_t limit = 0;
   std::string selector;
+  std::string node;
+  std::string boot;
   PlanOptions plan;
   DoctorOptions doctor;
 };
@@ -104,7 +106,8 @@ class Session {
     options.admin = arguments_.socket;
     const Findings findings = run_doctor(
         *this_system(), options, facts(),
-        [](const ChildRequest& request) { return run_child("/proc/self/exe", request); });
+        [](const ChildRequest& request) { return run_child("/proc/self/exe", request); },
+        installed_rails(options));
     if (arguments_.json)
       std::cout << doctor_json(findings).dump(2, ' ', false, Json::error_handler_t::replace)
                 << "\n";
@@ -185,7 +188,6 @@ int run(int argc, const char* const* argv) {
        shows(&Stub::ListWorkers, workers_text)},
       {"peers", "Other daemons and the links to them", shows(&Stub::ListPeers, peers_text)},
       {"rails", "Network rails and the UCX settings in force", shows(&Stub::ListRails, rails_text)},
-      {"arenas", "Bounce memory by state", shows(&Stub::ListArenas, arenas_text)},
       {"health", "Exits 0 if the daemon is healthy, else 1",
        [](Session& session) { return session.health(); }},
       {"drain", "Stop taking work and wait for what runs",
@@ -203,6 +205,22 @@ int run(int argc, const char* const* argv) {
       v1::ListTransfersRequest request;
       request.set_limit(arguments.limit);
       return session.show(&Stub::ListTransfers, request, transfers_text);
+    };
+  });
+  auto* arenas = app.add_subcommand("arenas", "Bounce memory by state");
+  auto* release = arenas->add_subcommand(
+      "release", "Say that a peer on another machine is gone: what was lent to it is used again");
+  release->add_option("--node", arguments.node, "The peer's node id");
+  release->add_option("--boot", arguments.boot, "One life of its daemon, as \"arenas\" shows it");
+  arenas->callback([&, release] {
+    if (!release->parsed()) chosen = shows(&Stub::ListArenas, arenas_text);
+  });
+  release->callback([&] {
+    chosen = [&](Session& session) {
+      v1::ReleaseArenasRequest request;
+      request.set_node(arguments.node);
+      request.set_boot(arguments.boot);
+      return session.show(&Stub::ReleaseArenas, request, released_text);
     };
   });
   auto* cancel = app.add_subcommand("cancel", "End a transfer on behalf of its worker");

@@ -193,7 +193,9 @@ Json to_json(const v1::ListPeersResponse& r) {
                      peer.has_last_heard() ? Json(seconds_of(peer.last_heard())) : Json(nullptr)},
                     {"round_trip_seconds",
                      peer.has_round_trip() ? Json(seconds_of(peer.round_trip())) : Json(nullptr)},
-                    {"legs", peer.legs()}});
+                    {"legs", peer.legs()},
+                    {"mapped_arenas", peer.mapped_arenas()},
+                    {"lent_arenas", peer.lent_arenas()}});
   return {{"peers", std::move(list)}};
 }
 
@@ -216,6 +218,10 @@ Json to_json(const v1::ListRailsResponse& r) {
   return {{"rails", std::move(list)}};
 }
 
+Json to_json(const v1::ReleaseArenasResponse& r) {
+  return {{"regions", r.regions()}, {"bytes", r.bytes()}, {"linked", r.linked()}};
+}
+
 Json to_json(const v1::ListArenasResponse& r) {
   Json list = Json::array();
   for (const auto& arena : r.arenas())
@@ -235,8 +241,16 @@ Json to_json(const v1::ListArenasResponse& r) {
                     {"regions", arena.regions()},
                     {"quarantined_regions", arena.quarantined_regions()},
                     {"segments", arena.segments()},
-                    {"largest_free_bytes", arena.largest_free_bytes()}});
-  return {{"arenas", std::move(list)}};
+                    {"mapped", arena.mapped()}});
+  Json lent = Json::array();
+  for (const auto& regions : r.lent())
+    lent.push_back({{"arena", regions.arena()},
+                    {"node", regions.node()},
+                    {"boot", regions.boot()},
+                    {"linked", regions.linked()},
+                    {"regions", regions.regions()},
+                    {"bytes", regions.bytes()}});
+  return {{"arenas", std::move(list)}, {"lent", std::move(lent)}};
 }
 
 Json to_json(const v1::CancelTransferResponse& r) {
@@ -374,6 +388,13 @@ std::string peers_text(const Json& json) {
   const auto lanes = [](const Json& row) {
     return row.at("lanes_up").dump() + "/" + row.at("lanes_total").dump();
   };
+  const auto arenas = [](const char* key) {
+    return [key](const Json& row) {
+      std::string out;
+      for (const Json& number : row.at(key)) out += (out.empty() ? "" : ",") + number.dump();
+      return out.empty() ? "-" : out;
+    };
+  };
   return table(json.at("peers"),
                {{"NODE", plain("node_id")},
                 {"ADDRESS", plain("address")},
@@ -382,6 +403,8 @@ std::string peers_text(const Json& json) {
                 {"LEGS", plain("legs"), true},
                 {"HEARD", duration("last_heard_seconds"), true},
                 {"RTT", duration("round_trip_seconds"), true},
+                {"MAPPED", arenas("mapped_arenas")},
+                {"LENT", arenas("lent_arenas")},
                 {"UCX", plain("ucx_version")},
                 {"BOOT", plain("boot_id")},
                 {"DETAIL", plain("detail")}},
@@ -414,22 +437,42 @@ std::string arenas_text(const Json& json) {
     const auto total = row.at("total_bytes").get<double>();
     return percent(total - row.at("free_bytes").get<double>(), total);
   };
-  return table(json.at("arenas"),
-               {{"ARENA", plain("index"), true},
-                {"DEVICE", plain("device")},
-                {"KIND", plain("kind")},
-                {"SIZE", bytes("total_bytes"), true},
-                {"BUSY", busy, true},
-                {"FREE", bytes("free_bytes"), true},
-                {"GRANTED", bytes("granted_bytes"), true},
-                {"LANDING", bytes("landing_bytes"), true},
-                {"LANDED", bytes("landed_bytes"), true},
-                {"SCATTERING", bytes("scattering_bytes"), true},
-                {"STAGING", bytes("staging_bytes"), true},
-                {"RESERVED", bytes("reserved_bytes"), true},
-                {"QUARANTINED", bytes("quarantined_bytes"), true},
-                {"REGIONS", plain("regions"), true}},
-               "no arenas");
+  std::string out = table(json.at("arenas"),
+                          {{"ARENA", plain("index"), true},
+                           {"DEVICE", plain("device")},
+                           {"KIND", plain("kind")},
+                           {"MAPPED", plain("mapped")},
+                           {"SIZE", bytes("total_bytes"), true},
+                           {"BUSY", busy, true},
+                           {"FREE", bytes("free_bytes"), true},
+                           {"GRANTED", bytes("granted_bytes"), true},
+                           {"LANDING", bytes("landing_bytes"), true},
+                           {"LANDED", bytes("landed_bytes"), true},
+                           {"SCATTERING", bytes("scattering_bytes"), true},
+                           {"STAGING", bytes("staging_bytes"), true},
+                           {"RESERVED", bytes("reserved_bytes"), true},
+                           {"QUARANTINED", bytes("quarantined_bytes"), true},
+                           {"REGIONS", plain("regions"), true}},
+                          "no arenas");
+  if (json.at("lent").empty()) return out;
+  out += "quarantined until the peer is known to write no more:\n";
+  return out + table(json.at("lent"),
+                     {{"ARENA", plain("arena"), true},
+                      {"NODE", plain("node")},
+                      {"BOOT", plain("boot")},
+                      {"LINKED", plain("linked")},
+                      {"REGIONS", plain("regions"), true},
+                      {"BYTES", bytes("bytes"), true}},
+                     "");
+}
+
+std::string released_text(const Json& json) {
+  const auto regions = json.at("regions").get<uint32_t>();
+  const auto linked = json.at("linked").get<uint32_t>();
+  std::string out = "released " + std::to_string(regions) + " regions, " +
+                    human_bytes(json.at("bytes").get<double>()) + "\n";
+  if (linked > 0) out += std::to_string(linked) + " regions left: their peer's link is up\n";
+  return out;
 }
 
 std::string cancel_text(const Json& json) {

@@ -17,6 +17,7 @@ Json to_json(const v1::ListTransfersResponse& response);
 Json to_json(const v1::ListPeersResponse& response);
 Json to_json(const v1::ListRailsResponse& response);
 Json to_json(const v1::ListArenasResponse& response);
+Json to_json(const v1::ReleaseArenasResponse& response);
 Json to_json(const v1::CancelTransferResponse& response);
 Json to_json(const v1::HealthResponse& response);
 
@@ -27,6 +28,7 @@ std::string transfers_text(const Json& transfers);
 std::string peers_text(const Json& peers);
 std::string rails_text(const Json& rails);
 std::string arenas_text(const Json& arenas);
+std::string released_text(const Json& released);
 std::string cancel_text(const Json& cancelled);
 std::string health_text(const Json& health);
 

@@ -47,28 +47,6 @@ CopyQueue* Queues::any() const {
   return nullptr;
 }
 
-Status Queues::pin_arena(const memory::HostArena& arena) {
-  for (uint32_t i = 0; i < arena.segment_count(); ++i) {
-    const memory::SharedMemory& segment = arena.segment(i);
-    auto pinned =
-        PinnedMemory::pin(devices_->all(), segment.data(), round_up(segment.bytes(), kPageBytes));
-    KVFERRY_RETURN_IF_ERROR(pinned);
-    for (const auto& device : devices_->all())
-      if ((*pinned)->on(*device) == 0)
-        device->take_down({Code::kUnavailable, "PIN_FAILED", "it does not see the arena", {}});
-    segments_.push_back(std::move(*pinned));
-  }
-  return {};
-}
-
-cuda::CUdeviceptr Queues::arena_address(const Device& device, const memory::Region& region) const {
-  if (region.segment >= segments_.size()) return 0;
-  const PinnedMemory& segment = *segments_[region.segment];
-  if (region.offset > segment.bytes() || region.bytes > segment.bytes() - region.offset) return 0;
-  const cuda::CUdeviceptr base = segment.on(device);
-  return base == 0 ? 0 : base + region.offset;
-}
-
 Result<std::shared_ptr<const HostPins>> Queues::pin(
     const std::vector<std::shared_ptr<memory::Pool>>& pools) {
   auto pins = std::make_shared<HostPins>();

@@ -1,6 +1,6 @@
-// The queues of all GPUs, and the host memory that all of them may touch: the arena's segments and,
-// at first need, workers' host pools. Made at start, closed before the devices; everything but
-// open(), pin_arena() and close() may be called from any thread.
+// The queues of all GPUs, and the host pools of workers that they have come to touch. Made at
+// start, closed before the devices; everything but open() and close() may be called from any
+// thread.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,6 @@
 #include "daemon/gpu/device.h"
 #include "daemon/gpu/pinned_memory.h"
 #include "daemon/memory/pool.h"
-#include "daemon/memory/shared_memory.h"
 
 namespace kvferry::gpu {
 
@@ -51,17 +50,6 @@ class Queues {
   // For what can be done on any device; the first that is up, or null.
   CopyQueue* any() const;
 
-  // Registers all segments with all devices; the arena outlives the queues. A device that does not
-  // see one of them is taken down. FAILED_PRECONDITION PIN_FAILED if none does.
-  Status pin_arena(const memory::HostArena& arena);
-  // The region's first byte as the device sees it; 0: not at all.
-  cuda::CUdeviceptr arena_address(const Device& device, const memory::Region& region) const;
-  // Keeps the region registered, for DeviceJob::keep: a copy that never ends may write it after the
-  // queues have gone. Only where a device sees the region.
-  std::shared_ptr<const void> arena_pin(const memory::Region& region) const {
-    return segments_.at(region.segment);
-  }
-
   // Registers host pools, each once as long as somebody holds its registration. Blocks while their
   // pages are pinned. FAILED_PRECONDITION PIN_FAILED, POOL_UNUSABLE.
   Result<std::shared_ptr<const HostPins>> pin(
@@ -75,7 +63,6 @@ class Queues {
 
   const std::shared_ptr<const Devices> devices_;
   std::vector<std::unique_ptr<CopyQueue>> queues_;
-  std::vector<std::shared_ptr<const PinnedMemory>> segments_;
   Mutex mutex_;
   std::map<const memory::Pool*, std::weak_ptr<const PinnedMemory>> pinned_
       KVFERRY_GUARDED_BY(mutex_);

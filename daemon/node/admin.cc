@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "daemon/base/mutex.h"
+#include "daemon/ops/log.h"
 
 namespace kvferry::node {
 namespace {
@@ -121,7 +122,7 @@ void Admin::status(Time, rpc::Reply<rpc::StatusInfo> done) {
     }
     info.protocol_min = rpc::kPeerProtocolMin;
     info.protocol_max = rpc::kPeerProtocolMax;
-    info.arenas.push_back(facts_.arena);
+    info.arenas = facts_.arenas;
     info.gpus = gpus();
     const ops::HealthReport healthy = health_now();
     const ops::HealthReport ready = ready_now();
@@ -198,6 +199,8 @@ void Admin::list_peers(Time, rpc::Reply<std::vector<rpc::PeerInfo>> done) {
             view.lanes.begin(), view.lanes.end(), [](const auto& lane) { return lane.up; }));
         row.last_heard = view.silent_for;
         row.legs = view.legs_in + view.legs_out;
+        row.mapped = view.mapped;
+        row.lent = view.lent_to;
       }
     }
     done(std::move(rows));
@@ -226,14 +229,17 @@ void Admin::list_rails(Time, rpc::Reply<std::vector<rpc::RailInfo>> done) {
   done(std::move(rows));
 }
 
-void Admin::list_arenas(Time, rpc::Reply<std::vector<rpc::ArenaInfo>> done) {
+void Admin::list_arenas(Time, rpc::Reply<rpc::ArenasInfo> done) {
   with_snapshot([this, done = std::move(done)](const engine::EngineSnapshot& snapshot) {
-    std::vector<rpc::ArenaInfo> rows;
+    rpc::ArenasInfo info;
     for (const engine::ArenaView& view : snapshot.arenas) {
-      rpc::ArenaInfo& row = rows.emplace_back();
-      row.device = facts_.arena.device;
-      row.kind = facts_.arena.kind;
-      row.reason = facts_.arena.reason;
+      const rpc::MemoryChoice& choice = facts_.arenas.at(info.arenas.size());
+      rpc::ArenaInfo& row = info.arenas.emplace_back();
+      row.index = static_cast<uint32_t>(info.arenas.size() - 1);
+      row.device = choice.device;
+      row.kind = choice.kind;
+      row.reason = choice.reason;
+      row.mapped = view.mapped;
       row.total_bytes = view.total_bytes;
       row.free_bytes = view.free_bytes;
       row.granted_bytes = view.granted_bytes;
@@ -244,10 +250,25 @@ void Admin::list_arenas(Time, rpc::Reply<std::vector<rpc::ArenaInfo>> done) {
       row.staging_bytes = view.staging_bytes;
       row.reserved_bytes = view.reserved_bytes;
       row.regions = view.regions;
+      row.quarantined_regions = view.quarantined_regions;
       row.segments = view.segments;
     }
-    done(std::move(rows));
+    for (const engine::LentView& lent : snapshot.lent)
+      info.lent.push_back(
+          {lent.arena, lent.node, lent.boot, lent.linked, lent.regions, lent.bytes});
+    done(std::move(info));
   });
+}
+
+void Admin::release_arenas(std::string node, std::optional<BootId> boot, Time,
+                           rpc::Reply<rpc::ReleasedInfo> done) {
+  ops::log_warning(
+      "an operator releases what was lent",
+      {ops::field("node", node), ops::field("boot", boot ? to_hex(boot->bytes) : std::string())});
+  engine_.release_quarantine(
+      std::move(node), boot, [done = std::move(done)](const engine::QuarantineReleased& released) {
+        done(rpc::ReleasedInfo{released.regions, released.bytes, released.linked});
+      });
 }
 
 void Admin::cancel_transfer(std::string selector, Time,

@@ -26,7 +26,7 @@ class Admin final : public rpc::AdminBackend {
     BootId boot;
     std::string peer_address;
     std::string http_address;
-    rpc::MemoryChoice arena;
+    std::vector<rpc::MemoryChoice> arenas;        // as EngineConfig::arenas
     std::vector<ops::GpuLabels> gpus;             // as the devices
     std::shared_ptr<const gpu::Devices> devices;  // null: no GPU is used
   };
@@ -49,7 +49,9 @@ class Admin final : public rpc::AdminBackend {
   void list_transfers(Time deadline, rpc::Reply<std::vector<rpc::TransferInfo>> done) override;
   void list_peers(Time deadline, rpc::Reply<std::vector<rpc::PeerInfo>> done) override;
   void list_rails(Time deadline, rpc::Reply<std::vector<rpc::RailInfo>> done) override;
-  void list_arenas(Time deadline, rpc::Reply<std::vector<rpc::ArenaInfo>> done) override;
+  void list_arenas(Time deadline, rpc::Reply<rpc::ArenasInfo> done) override;
+  void release_arenas(std::string node, std::optional<BootId> boot, Time deadline,
+                      rpc::Reply<rpc::ReleasedInfo> done) override;
   void cancel_transfer(std::string selector, Time deadline,
                        rpc::Reply<std::vector<rpc::CancelledTransfer>> done) override;
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;

@@ -54,6 +54,10 @@ std::function<bool(uint64_t, uint64_t)> host_function(const Copy& copy, std::byt
   return {};
 }
 
+bool uses_region(const Copy& copy) {
+  return copy.kind == CopyKind::kGather || copy.kind == CopyKind::kScatter;
+}
+
 // The plan as `device` takes it; null if that has to be worked out first.
 DeviceForms::PlanPtr form_on(const CompiledPlan& plan, const gpu::Device& device, bool tail) {
   DeviceForms& forms = tail ? plan.tail_forms : plan.forms;
@@ -73,7 +77,14 @@ Status Copier::submit(Copy copy) {
                     (copy.kind != CopyKind::kClear || copy.plan->tail != nullptr),
                 "a copy has its plans and somebody to be told");
   const gpu::Device* const from = copy.plan->layout->device();
-  const gpu::Device* const to = copy.other == nullptr ? from : copy.other->layout->device();
+  const gpu::Device* to = copy.other == nullptr ? from : copy.other->layout->device();
+  if (uses_region(copy)) {
+    KVFERRY_CHECK(copy.bytes <= copy.region.bytes && memory_of(copy).holds(copy.region),
+                  "a copy fits its region");
+    // A GPU goes to host memory by itself.
+    const gpu::Device* const home = memory_of(copy).device_of(copy.region);
+    if (from == nullptr) to = home;
+  }
   if (from == nullptr && to == nullptr) return submit_on_host(std::move(copy));
   if (parts_.queues == nullptr)
     return fail(Code::kUnavailable, "NO_GPU", "this daemon uses no GPU");
@@ -85,42 +96,48 @@ Status Copier::submit(Copy copy) {
 
 Status Copier::submit_on_host(Copy copy) {
   std::byte* flat = nullptr;
-  if (copy.kind == CopyKind::kGather || copy.kind == CopyKind::kScatter) {
-    flat = parts_.arena->address_of(copy.region);
-    KVFERRY_CHECK(flat != nullptr && copy.bytes <= copy.region.bytes, "a copy fits its region");
-  }
   copy::Job job;
+  job.pools = pools_of(copy);
+  if (uses_region(copy)) {
+    flat = memory_of(copy).host_address(copy.region);
+    if (auto pool = memory_of(copy).pool(copy.region)) job.pools.push_back(std::move(pool));
+  }
   // A tail is one piece: a part of one block of each plane.
   job.bytes = copy.kind == CopyKind::kClear ? 1 : copy.bytes;
-  job.pools = pools_of(copy);
   job.copy = host_function(copy, flat);
-  job.done = [plan = copy.plan, other = copy.other, done = std::move(copy.done)](
-                 copy::Outcome outcome) { done(outcome == copy::Outcome::kOk); };
+  job.done = [plan = copy.plan, other = copy.other, mapped = copy.mapped,
+              done = std::move(copy.done)](copy::Outcome outcome) {
+    done(outcome == copy::Outcome::kOk);
+  };
   return parts_.copies->submit(std::move(job));
+}
+
+Status Copier::find_region(const gpu::Device& device, const Copy& copy, gpu::DeviceJob& job) const {
+  const Segments& memory = memory_of(copy);
+  job.flat = memory.address_on(device, copy.region);
+  if (job.flat == 0)
+    return fail(Code::kUnavailable, "ARENA_NOT_PINNED", "the device does not see the arena");
+  const gpu::Device* const home = memory.device_of(copy.region);
+  job.over_bus = home == nullptr ? kernels::FlatMemory::kHost : kernels::FlatMemory::kDevice;
+  // Where it has no access the job fails and says so: to find that out is a call of the driver.
+  if (home != nullptr && home != &device) job.peers.push_back(home);
+  job.keep = memory.keep(copy.region);
+  return {};
 }
 
 Status Copier::submit_on(const gpu::Device& device, Copy copy) {
   gpu::DeviceJob job;
   job.kind = copy.kind;
   job.plan = form_on(*copy.plan, device, copy.kind == CopyKind::kClear);
-  job.over_bus = copy.kind == CopyKind::kGather || copy.kind == CopyKind::kScatter
-                     ? kernels::FlatMemory::kHost
-                     : kernels::FlatMemory::kDevice;
+  job.over_bus = kernels::FlatMemory::kDevice;
   job.stream_offset = copy.offset;
   job.bytes = copy.kind == CopyKind::kClear ? copy.plan->tail->bytes() : copy.bytes;
   if (copy.other != nullptr) {
     const gpu::Device& to = *copy.other->layout->device();
-    // Where it has no access the job fails and says so: to find that out is a call of the driver.
     if (&to != &device) job.peers.push_back(&to);
     job.other = form_on(*copy.other, device, false);
   }
-  if (copy.kind == CopyKind::kGather || copy.kind == CopyKind::kScatter) {
-    KVFERRY_CHECK(copy.bytes <= copy.region.bytes, "a copy fits its region");
-    job.flat = parts_.queues->arena_address(device, copy.region);
-    if (job.flat == 0)
-      return fail(Code::kUnavailable, "ARENA_NOT_PINNED", "the device does not see the arena");
-    job.keep = parts_.queues->arena_pin(copy.region);
-  }
+  if (uses_region(copy)) KVFERRY_RETURN_IF_ERROR(find_region(device, copy, job));
   return hand_over(device, std::move(job), std::move(copy));
 }
 
@@ -128,13 +145,14 @@ Status Copier::hand_over(const gpu::Device& device, gpu::DeviceJob job, Copy cop
   gpu::CopyQueue* const queue = parts_.queues->of(device);
   if (queue == nullptr) return tl::unexpected<Error>(device.down_error());
   job.pools = pools_of(copy);
-  job.done = [plan = copy.plan, other = copy.other, done = std::move(copy.done)](
-                 gpu::Outcome outcome) { done(outcome == gpu::Outcome::kOk); };
+  job.done = [plan = copy.plan, other = copy.other, mapped = copy.mapped,
+              done = std::move(copy.done)](gpu::Outcome outcome) {
+    done(outcome == gpu::Outcome::kOk);
+  };
   return queue->submit(std::move(job));
 }
 
-// ---- between the host and a GPU
-// ------------------------------------------------------------------
+// ---- between the host and a GPU ----------------------------------------------------------------
 
 Status Copier::submit_mixed(const gpu::Device& device, Copy copy) {
   // In a function object that can be copied, as the task pool wants it.
@@ -161,34 +179,38 @@ Result<std::shared_ptr<const gpu::HostPins>> Copier::pins_of(const RegisteredLay
 // On a thread of the task pool. The copy was taken, so it is told in any case.
 void Copier::carry_out_mixed(const gpu::Device& device, Copy copy) {
   const auto done = copy.done;
-  const auto carry_out = [&]() -> Status {
-    const CompiledPlan& host = copy.plan->layout->device() == nullptr ? *copy.plan : *copy.other;
-    auto pins = pins_of(*host.layout);
-    KVFERRY_RETURN_IF_ERROR(pins);
-    if (host.forms.find(device) == nullptr) {
-      std::vector<uint64_t> bases;
-      for (std::size_t i = 0; i < host.layout->pools.size(); ++i)
-        bases.push_back((*pins)->address(i, device));
-      if (std::find(bases.begin(), bases.end(), 0U) != bases.end())
-        return fail(Code::kUnavailable, "PIN_FAILED", "the device does not see the host's pages");
-      auto form = DeviceForms::make(*host.plan, bases);
-      KVFERRY_RETURN_IF_ERROR(form);
-      (void)host.forms.put(device, std::move(*form));
-    }
-    gpu::DeviceJob job;
-    job.kind = copy.kind;
-    job.plan = form_on(*copy.plan, device, false);
-    job.other = form_on(*copy.other, device, false);
-    job.stream_offset = copy.offset;
-    job.bytes = copy.bytes;
-    job.over_bus = kernels::FlatMemory::kHost;
-    job.keep = std::move(*pins);
-    return hand_over(device, std::move(job), std::move(copy));
-  };
-  if (const Status taken = carry_out(); !taken) {
+  if (const Status taken = carry_out_on(device, std::move(copy)); !taken) {
     ops::log_warning("copy between host and gpu not made", {ops::field("error", taken.error())});
     done(false);
   }
+}
+
+Status Copier::carry_out_on(const gpu::Device& device, Copy copy) {
+  const CompiledPlan& host = copy.plan->layout->device() == nullptr ? *copy.plan : *copy.other;
+  auto pins = pins_of(*host.layout);
+  KVFERRY_RETURN_IF_ERROR(pins);
+  if (host.forms.find(device) == nullptr) {
+    std::vector<uint64_t> bases;
+    for (std::size_t i = 0; i < host.layout->pools.size(); ++i)
+      bases.push_back((*pins)->address(i, device));
+    if (std::find(bases.begin(), bases.end(), 0U) != bases.end())
+      return fail(Code::kUnavailable, "PIN_FAILED", "the device does not see the host's pages");
+    auto form = DeviceForms::make(*host.plan, bases);
+    KVFERRY_RETURN_IF_ERROR(form);
+    (void)host.forms.put(device, std::move(*form));
+  }
+  gpu::DeviceJob job;
+  job.kind = copy.kind;
+  job.plan = form_on(*copy.plan, device, false);
+  if (copy.other != nullptr) job.other = form_on(*copy.other, device, false);
+  job.stream_offset = copy.offset;
+  job.bytes = copy.bytes;
+  if (uses_region(copy)) KVFERRY_RETURN_IF_ERROR(find_region(device, copy, job));
+  job.over_bus = kernels::FlatMemory::kHost;
+  job.keep = std::make_shared<
+      std::pair<std::shared_ptr<const gpu::HostPins>, std::shared_ptr<const void>>>(
+      std::move(*pins), std::move(job.keep));
+  return hand_over(device, std::move(job), std::move(copy));
 }
 
 Status Copier::compute(std::function<bool()> work, std::function<void(bool ok)> done) {

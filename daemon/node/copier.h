@@ -1,6 +1,7 @@
 // Carries out copies where their memory is: between host pages and the arena by the copy threads,
 // for pages on a GPU by the queue of that GPU. Two layouts of one daemon may lie on the host and on
-// a GPU, or on two GPUs: then the GPU copies, and what it has not yet seen is shown to it first.
+// a GPU, or on two GPUs, and pages of the host may go to a peer's arena on a GPU: then the GPU
+// copies, and what it has not yet seen is shown to it first.
 //
 // Any thread; nothing blocks.
 #pragma once
@@ -12,8 +13,8 @@
 #include "daemon/base/result.h"
 #include "daemon/copy/copy_pool.h"
 #include "daemon/gpu/queues.h"
-#include "daemon/memory/shared_memory.h"
 #include "daemon/node/registered_layout.h"
+#include "daemon/node/segments.h"
 #include "daemon/node/task_pool.h"
 
 namespace kvferry::node {
@@ -24,7 +25,11 @@ struct Copy {
   std::shared_ptr<const CompiledPlan> other;  // transfer: where to
   uint64_t offset = 0;                        // in the stream
   uint64_t bytes = 0;
-  memory::Region region;  // gather, scatter; at least `bytes`
+  // Gather, scatter: at least `bytes`, in this daemon's arenas, or if there is `mapped` in what has
+  // been mapped of a peer's. Of pages on the host it is in host memory, but for a gather into
+  // `mapped`; of pages on a GPU it is in memory that this GPU sees.
+  memory::Region region;
+  std::shared_ptr<const Segments> mapped;
   // Called exactly once for a copy that was taken, when nothing touches its memory any more; on one
   // of several threads, which it must not keep for long.
   std::function<void(bool ok)> done;
@@ -33,7 +38,7 @@ struct Copy {
 class Copier {
  public:
   struct Parts {
-    memory::HostArena* arena = nullptr;
+    const Segments* arenas = nullptr;
     copy::CopyPool* copies = nullptr;
     gpu::Queues* queues = nullptr;  // null: no GPU
     TaskPool* tasks = nullptr;      // for what takes time before a copy
@@ -50,9 +55,15 @@ class Copier {
  private:
   Status submit_on_host(Copy copy);
   Status submit_on(const gpu::Device& device, Copy copy);
-  // A transfer of which one side is on the host.
+  // Of pages on the host and memory on a GPU.
   Status submit_mixed(const gpu::Device& device, Copy copy);
   void carry_out_mixed(const gpu::Device& device, Copy copy);
+  Status carry_out_on(const gpu::Device& device, Copy copy);
+  const Segments& memory_of(const Copy& copy) const {
+    return copy.mapped != nullptr ? *copy.mapped : *parts_.arenas;
+  }
+  // The region as kernels on the device find it. UNAVAILABLE ARENA_NOT_PINNED.
+  Status find_region(const gpu::Device& device, const Copy& copy, gpu::DeviceJob& job) const;
   Result<std::shared_ptr<const gpu::HostPins>> pins_of(const RegisteredLayout& layout);
   Status hand_over(const gpu::Device& device, gpu::DeviceJob job, Copy copy);
 

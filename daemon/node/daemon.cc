@@ -9,8 +9,11 @@
 #include "daemon/base/crypto.h"
 #include "daemon/base/mutex.h"
 #include "daemon/copy/copy_pool.h"
-#include "daemon/memory/shared_memory.h"
 #include "daemon/node/admin.h"
+#include "daemon/node/arena_borrower.h"
+#include "daemon/node/arena_lender.h"
+#include "daemon/node/arena_setup.h"
+#include "daemon/node/arenas.h"
 #include "daemon/node/directory.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/gpu_setup.h"
@@ -79,13 +82,16 @@ engine::CheckKind check_kind(ops::CheckKind kind) {
   return kind == ops::CheckKind::kXxh3 ? engine::CheckKind::kXxh3 : engine::CheckKind::kNone;
 }
 
-engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot) {
+engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot,
+                                   const Arenas& arenas) {
   engine::EngineConfig out;
   out.boot = boot;
   out.node = config.node.id;
-  out.arenas.resize(1);  // host memory
-  out.arenas[0].segment_bytes.assign(config.arena.bytes / config.arena.segment_bytes,
-                                     config.arena.segment_bytes);
+  for (const Arenas::Arena& arena : arenas.all()) {
+    engine::ArenaConfig& to = out.arenas.emplace_back();
+    to.segment_bytes = arena.segment_bytes;
+    to.mapped = arena.mapped;
+  }
   out.chunk_bytes = config.engine.chunk_bytes;
   out.leg_credits = config.engine.leg_credits;
   out.staged_ahead = config.engine.staged_ahead;
@@ -123,6 +129,7 @@ rails::RailsConfig rails_config(const ops::Config& config) {
   out.ucx.port_last = config.rails.port_range.last;
   out.ucx.tcp_segment_bytes = config.rails.segment_bytes;
   out.ucx.overrides = config.ucx;
+  out.cuda_driver = config.gpu.driver;
   out.spin = config.rails.spin;
   out.backoff_first = config.rails.restart_backoff;
   out.backoff_limit = config.rails.restart_backoff_max;
@@ -140,7 +147,7 @@ std::string host_part(const std::string& address) {
 struct Daemon::Impl {
   ops::Config config;
   BootId boot;
-  memory::HostArena arena;
+  std::unique_ptr<Arenas> arenas;
   std::unique_ptr<ops::Metrics> metrics;
   ops::Watchdog watchdog;
   Gpu gpu;
@@ -150,6 +157,8 @@ struct Daemon::Impl {
   std::unique_ptr<TaskPool> packer;
   std::unique_ptr<rpc::PeerDialer> dialer;
   LatePeerBackend late_peers;
+  std::unique_ptr<ArenaLender> lender;      // null: nothing is lent
+  std::unique_ptr<ArenaBorrower> borrower;  // null: nothing is borrowed
   std::unique_ptr<LinkManager> links;
   std::unique_ptr<Directory> directory;
   std::unique_ptr<EngineThread> engine;
@@ -167,42 +176,60 @@ struct Daemon::Impl {
   std::atomic<bool> served{false};
   bool stopped = false;
 
+  Status make_arenas();
   Status make_core();
   Status make_engine(std::unique_ptr<rails::RailsClient> rails, const std::string& advertise);
+  Status share_arenas(const EventSink& sink);
+  void export_sharing();
   Status make_listeners();
 };
+
+// Bounce memory, as the machine and the rails allow.
+Status Daemon::Impl::make_arenas() {
+  auto made = Arenas::create(std::vector<uint64_t>(config.arena.bytes / config.arena.segment_bytes,
+                                                   config.arena.segment_bytes));
+  KVFERRY_RETURN_IF_ERROR(made);
+  arenas = std::move(*made);
+  auto opened = open_gpu(config, *arenas, watchdog);
+  KVFERRY_RETURN_IF_ERROR(opened);
+  gpu = std::move(*opened);
+  const auto ask_rails = [this] {
+    return rails::query_capabilities(config.rails.binary, config.gpu.driver,
+                                     std::chrono::seconds(15));
+  };
+  KVFERRY_RETURN_IF_ERROR(add_device_arenas(config, gpu, ask_rails, *arenas));
+  KVFERRY_RETURN_IF_ERROR(add_mapped_arenas(config, gpu, *arenas));
+  for (const Arenas::Arena& arena : arenas->all()) {
+    uint64_t bytes = 0;
+    for (const uint64_t segment : arena.segment_bytes) bytes += segment;
+    ops::log_info("arena",
+                  {ops::field("device", arena.choice.device), ops::field("kind", arena.choice.kind),
+                   ops::field("mapped", arena.mapped), ops::field("why", arena.choice.reason),
+                   ops::field("bytes", bytes)});
+  }
+  return {};
+}
 
 // Memory, threads and the rails; the peers' listener for its port.
 Status Daemon::Impl::make_core() {
   random_bytes(boot.bytes);
-  const engine::EngineConfig engine_settings = engine_config(config, boot);
-  memory::SharedMemoryOptions memory_options;
-  memory_options.huge_pages = true;
-  memory_options.populate = true;
-  auto made = memory::HostArena::create("kvferry-arena", engine_settings.arenas[0].segment_bytes,
-                                        memory_options);
-  KVFERRY_RETURN_IF_ERROR(made);
-  arena = std::move(*made);
-  auto opened = open_gpu(config, arena, watchdog);
-  KVFERRY_RETURN_IF_ERROR(opened);
-  gpu = std::move(*opened);
-  const rpc::MemoryChoice choice = arena_choice(config, gpu);
-  ops::log_info("arena", {ops::field("kind", choice.kind), ops::field("why", choice.reason),
-                          ops::field("bytes", arena.total_bytes())});
+  KVFERRY_RETURN_IF_ERROR(make_arenas());
 
   const rails::RailsConfig rails_settings = rails_config(config);
   std::vector<ops::RailLabels> rail_labels;
   for (const rails::RailSpec& rail : rails_settings.rails)
     rail_labels.push_back({rail.transport, rail.device});
+  std::vector<ops::ArenaLabels> arena_labels;
+  for (const Arenas::Arena& arena : arenas->all())
+    arena_labels.push_back({arena.choice.device, arena.choice.kind, arena.mapped});
   metrics = std::make_unique<ops::Metrics>(
       ops::BuildLabels{std::string(ops::version()), std::string(ops::commit()), ""},
-      std::vector<ops::ArenaLabels>{{choice.device, choice.kind}}, rail_labels, gpu.labels());
+      std::move(arena_labels), rail_labels, gpu.labels());
   if (gpu.counting) gpu.counting->metrics.store(metrics.get(), std::memory_order_release);
 
-  std::vector<rails::Segment> segments;
-  for (uint32_t i = 0; i < arena.segment_count(); ++i)
-    segments.push_back({arena.segment(i).fd(), arena.segment(i).bytes()});
-  auto rails = rails::RailsClient::make(rails_settings, segments);
+  auto segments = arenas->for_rails();
+  KVFERRY_RETURN_IF_ERROR(segments);
+  auto rails = rails::RailsClient::make(rails_settings, *segments);
   KVFERRY_RETURN_IF_ERROR(rails);
 
   copy::Options copy_options;
@@ -239,7 +266,11 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   link_config.chunk_bytes = config.engine.chunk_bytes;
   link_config.check = check_kind(config.checks.kind);
   link_config.min_check = check_kind(config.checks.min_check);
+  // The processor makes them, and cannot read a GPU's memory.
+  link_config.can_check = arenas->rails_use_host_only();
   links = std::make_unique<LinkManager>(std::move(link_config), *dialer, *look_ups, sink);
+
+  KVFERRY_RETURN_IF_ERROR(share_arenas(sink));
 
   DirectoryConfig directory_config;
   directory_config.node = config.node.id;
@@ -248,14 +279,18 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   links->set_questions(directory.get());
 
   EngineThread::Parts parts;
-  parts.engine = engine_config(config, boot);
-  parts.arena = &arena;
+  parts.engine = engine_config(config, boot, *arenas);
+  parts.arenas = &arenas->segments();
   parts.rails = std::move(rails);
   parts.copies = copies.get();
   parts.queues = gpu.queues.get();
   parts.packer = packer.get();
   parts.directory = directory.get();
   parts.links = links.get();
+  if (borrower)
+    parts.peer_arena = [this](const engine::PeerArena& arena) {
+      return borrower->segments(arena.link, arena.arena);
+    };
   parts.metrics = metrics.get();
   parts.ticker = &watchdog.add("engine", config.watchdog.limit, monotonic_now());
   parts.on_drained = [this] {
@@ -276,6 +311,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
     registry_config.transports += (registry_config.transports.empty() ? "" : ",") + transport;
   registry_config.kinds = pool_kinds(config);
   registry_config.imports = gpu.imports.get();
+  registry_config.arenas = arenas.get();
   registry_config.no_gpu = gpu.why_not;
   registry = std::make_unique<Registry>(*engine, *directory, *metrics, std::move(registry_config));
   Admin::Facts facts;
@@ -283,12 +319,55 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   facts.commit = ops::commit();
   facts.boot = boot;
   facts.peer_address = advertise;
-  facts.arena = arena_choice(config, gpu);
+  for (const Arenas::Arena& arena : arenas->all()) facts.arenas.push_back(arena.choice);
   facts.gpus = gpu.labels();
   facts.devices = gpu.devices;
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
   late_peers.set(links.get());
   return engine->start();
+}
+
+// Mapped arenas: ours for peers, and theirs for us.
+Status Daemon::Impl::share_arenas(const EventSink& sink) {
+  auto lent = arenas->lent();
+  KVFERRY_RETURN_IF_ERROR(lent);
+  if (!lent->empty()) {
+    ArenaLenderConfig lender_config;
+    lender_config.host = this_host();
+    lender_config.socket_path = config.mapped.socket;
+    KVFERRY_RETURN_IF_ERROR(make_parent(config.mapped.socket));
+    auto started = ArenaLender::start(std::move(lender_config), std::move(*lent), sink);
+    KVFERRY_RETURN_IF_ERROR(started);
+    lender = std::move(*started);
+    links->set_arena_offers(lender.get());
+    links->add_watch(*lender);
+  }
+  if (config.mapped.borrow) {
+    ArenaBorrowerConfig borrower_config;
+    borrower_config.host = this_host();
+    borrower_config.devices = gpu.devices;
+    borrower = std::make_unique<ArenaBorrower>(std::move(borrower_config), *links, sink);
+    links->add_watch(*borrower);
+  }
+  return {};
+}
+
+void Daemon::Impl::export_sharing() {
+  if (lender) {
+    const ArenaLender::Stats stats = lender->stats();
+    metrics->lent_connections.set(stats.connections);
+    metrics->lent_refused.store(stats.refused);
+  }
+  if (!borrower) return;
+  const ArenaBorrower::Stats stats = borrower->stats();
+  metrics->borrowed_arenas.set(stats.arenas);
+  metrics->borrowed_bytes.set_bytes(stats.bytes);
+  using ops::BorrowFailure;
+  metrics->of(BorrowFailure::kAsk).store(stats.failed_ask);
+  metrics->of(BorrowFailure::kSocket).store(stats.failed_socket);
+  metrics->of(BorrowFailure::kDevice).store(stats.failed_device);
+  metrics->of(BorrowFailure::kImport).store(stats.failed_import);
+  metrics->of(BorrowFailure::kChecked).store(stats.skipped_check);
 }
 
 Status Daemon::Impl::make_listeners() {
@@ -339,6 +418,7 @@ Status Daemon::Impl::make_listeners() {
   ops::HttpHandlers handlers;
   handlers.metrics = [this] {
     engine->export_now(std::chrono::milliseconds(200));
+    export_sharing();
     metrics->healthy.set(admin->health_now().ok() ? 1 : 0);
     metrics->ready.set(admin->ready_now().ok() ? 1 : 0);
     return metrics->text();
@@ -372,8 +452,7 @@ Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
   ops::log_info("started",
                 {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
                  ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
-                 ops::field("arena_bytes", config.arena.bytes),
-                 ops::field("arena", arena_choice(config, daemon->impl_->gpu).kind)});
+                 ops::field("arena_bytes", daemon->impl_->arenas->total_bytes())});
   return daemon;
 }
 
@@ -422,6 +501,8 @@ void Daemon::stop() {
     if (const Status closed = d.gpu.queues->close(soon); !closed)
       ops::log_warning("gpu copies dropped", {ops::field("error", closed.error())});
   if (d.copies) (void)d.copies->close(soon);
+  if (d.borrower) d.borrower->stop();
+  if (d.lender) d.lender->stop();
   if (d.lifeline) d.lifeline->stop();
   if (d.worker_server) d.worker_server->shutdown(soon);
   if (d.admin_server) d.admin_server->shutdown(soon);

@@ -25,7 +25,7 @@ constexpr Duration kRefresh = std::chrono::milliseconds(100);
 
 EngineThread::EngineThread(Parts parts)
     : parts_(std::move(parts)),
-      copier_({parts_.arena, parts_.copies, parts_.queues, parts_.packer}),
+      copier_({parts_.arenas, parts_.copies, parts_.queues, parts_.packer}),
       inbox_(parts_.inbox_limit),
       engine_(parts_.engine) {
   MutexLock lock(view_mutex_);
@@ -60,6 +60,7 @@ void EngineThread::answer_all_waiting() {
   for (const Posted& posted : batch_)
     if (posted.reply) posted.reply(stopped);
   for (const auto& [op_id, reply] : std::exchange(replies_, {})) reply(stopped);
+  for (const auto& [call, done] : std::exchange(releases_, {})) done({});
   // Nothing copies any more once the copy threads have ended, which the owner sees to.
   for (const auto& [layout, waiting] : std::exchange(quiet_, {}))
     for (const auto& quiet : waiting) quiet();
@@ -111,6 +112,15 @@ void EngineThread::unregister(std::shared_ptr<const engine::LayoutHandle> layout
                                                                            Time) {
     quiet_[layout].push_back(quiet);
     follow_up_.push_back(engine::UnregisterLayout{layout, reason});
+  });
+}
+
+void EngineThread::release_quarantine(std::string node, std::optional<BootId> boot,
+                                      std::function<void(const engine::QuarantineReleased&)> done) {
+  ask([this, node = std::move(node), boot, done = std::move(done)](const engine::Engine&, Time) {
+    const uint64_t call = next_op_id_++;
+    releases_.emplace(call, done);
+    follow_up_.push_back(engine::ReleaseQuarantine{call, node, boot});
   });
 }
 
@@ -331,6 +341,10 @@ void EngineThread::execute(engine::CompileCopy& command) {
   parts_.directory->compile(command);
 }
 
+void EngineThread::execute(engine::QuarantineReleased& command) {
+  if (auto asked = releases_.extract(command.call)) asked.mapped()(command);
+}
+
 void EngineThread::execute(engine::TransferEnded& command) {
   using engine::TransferState;
   const bool done =
@@ -458,6 +472,11 @@ void EngineThread::export_stats() {
   metrics.of(ops::ChunkEvent::kAccepted).store(stats.offers_accepted);
   metrics.of(ops::ChunkEvent::kRefused).store(stats.offers_refused);
   metrics.of(ops::ChunkEvent::kScattered).store(stats.chunks_scattered);
+  metrics.of(ops::ChunkEvent::kWritten).store(stats.chunks_written);
+  metrics.of(ops::ChunkEvent::kMapped).store(stats.chunks_mapped);
+  metrics.of(ops::Evidence::kDrained).store(stats.regions_drained);
+  metrics.of(ops::Evidence::kProcess).store(stats.regions_proven);
+  metrics.of(ops::Evidence::kOperator).store(stats.regions_released);
   metrics.of(ops::CreditEvent::kGranted).store(stats.credits_granted);
   metrics.of(ops::CreditEvent::kWithdrawn).store(stats.credits_withdrawn);
   metrics.control_resyncs.store(stats.resyncs);

@@ -20,7 +20,6 @@
 #include "daemon/engine/engine.h"
 #include "daemon/gpu/queues.h"
 #include "daemon/link/envelope.h"
-#include "daemon/memory/shared_memory.h"
 #include "daemon/node/copier.h"
 #include "daemon/node/inbox.h"
 #include "daemon/ops/metrics.h"
@@ -38,13 +37,16 @@ class EngineThread final : private rails::RailsEvents {
  public:
   struct Parts {
     engine::EngineConfig engine;
-    memory::HostArena* arena = nullptr;  // outlives the thread, as do all below
+    const Segments* arenas = nullptr;  // outlives the thread, as do all below
     std::unique_ptr<rails::RailsClient> rails;
     copy::CopyPool* copies = nullptr;
     gpu::Queues* queues = nullptr;  // null: no GPU
     TaskPool* packer = nullptr;     // takes memory for packed copies, and whatever else takes time
     Directory* directory = nullptr;
     LinkManager* links = nullptr;
+    // What is mapped of a peer's arena; null where nothing is. Cheap; called for each chunk. Empty:
+    // nothing is ever.
+    std::function<std::shared_ptr<const Segments>(const engine::PeerArena&)> peer_arena;
     ops::Metrics* metrics = nullptr;
     ops::Ticker* ticker = nullptr;                                    // may be null
     std::function<void()> on_drained;                                 // called on the engine thread
@@ -78,6 +80,11 @@ class EngineThread final : private rails::RailsEvents {
   // Called on the engine thread when no transfer uses the layout any more.
   void unregister(std::shared_ptr<const engine::LayoutHandle> layout, Reason reason,
                   std::function<void()> quiet);
+
+  // The engine's event of that name. `done` is called on the engine thread; with zeros when it
+  // stops.
+  void release_quarantine(std::string node, std::optional<BootId> boot,
+                          std::function<void(const engine::QuarantineReleased&)> done);
 
   struct RailsView {
     bool ready = false;
@@ -156,6 +163,7 @@ class EngineThread final : private rails::RailsEvents {
   void execute(engine::SendOffer& command);
   void execute(engine::AcceptOffer& command);
   void execute(engine::DropOffer& command);
+  void execute(engine::QuarantineReleased& command);
   void execute(engine::TransferEnded& command);
   void execute(engine::Drained& command);
 
@@ -200,7 +208,8 @@ class EngineThread final : private rails::RailsEvents {
   uint64_t controls_under_way_ = 0;  // sends that have not ended
   bool draining_ = false;
   std::unordered_map<uint64_t, ReplyFn> replies_;  // by op id
-  uint64_t next_op_id_ = 1;
+  uint64_t next_op_id_ = 1;                        // ... and of what operators ask
+  std::map<uint64_t, std::function<void(const engine::QuarantineReleased&)>> releases_;
   std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;
   std::map<ConditionId, Condition> conditions_;  // words of workers
   std::map<ConditionId, WatchedEvent> events_;   // CUDA events, which the queues look at

@@ -20,6 +20,7 @@ using kernels::CopyKind;
 engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t bytes) {
   engine::Check check;
   if (kind != engine::CheckKind::kXxh3) return check;
+  KVFERRY_CHECK(data != nullptr, "a check is made of host memory");
   check.kind = kind;
   XXH128_canonical_t canonical;
   XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, bytes));
@@ -61,19 +62,36 @@ void EngineThread::execute(engine::Gather& command) {
   copy.offset = command.offset;
   copy.bytes = command.bytes;
   copy.region = command.region;
-  const std::byte* const to = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(to != nullptr, "a gather has a region");
+  if (command.mapped) {
+    if (parts_.peer_arena) copy.mapped = parts_.peer_arena(*command.mapped);
+    // What the peer has said of its region is the peer's word.
+    if (copy.mapped == nullptr || copy.bytes > copy.region.bytes ||
+        !copy.mapped->holds(copy.region)) {
+      copy_refused({Code::kFailedPrecondition,
+                    "NOT_MAPPED",
+                    "a peer's region is not in what is mapped of its arenas",
+                    {}});
+      copy_ended(command.copy, engine::CopyOutcome::kFailed);
+      return;
+    }
+  }
+  const Segments& memory = copy.mapped != nullptr ? *copy.mapped : *parts_.arenas;
+  KVFERRY_CHECK(memory.holds(command.region), "a gather has a region");
+  // Checks are made of host memory only: links with checks have no others.
+  const std::byte* const to = memory.host_address(command.region);
+  // Memory of a peer may go while it is read, so its check is made under the guard.
+  const bool guarded = copy.mapped != nullptr || copy.plan->layout->device() != nullptr;
   copy.done = [this, id = command.copy, to, bytes = command.bytes, kind = command.check_kind,
-               on_host = copy.plan->layout->device() == nullptr](bool ok) {
+               guarded, mapped = copy.mapped](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
-    if (!ok || on_host || kind == engine::CheckKind::kNone) {
+    if (!ok || !guarded || kind == engine::CheckKind::kNone) {
       copy_ended(id, outcome_of(ok), ok ? check_of(kind, to, bytes) : engine::Check{});
       return;
     }
-    // Not on the thread that looks after a GPU.
+    // Not on the thread that looks after a GPU, either.
     auto check = std::make_shared<engine::Check>();
     const Status taken = copier_.compute(
-        [check, kind, to, bytes] {
+        [check, kind, to, bytes, mapped] {
           *check = check_of(kind, to, bytes);
           return true;
         },
@@ -90,8 +108,8 @@ void EngineThread::execute(engine::Scatter& command) {
   copy.offset = command.offset;
   copy.bytes = command.bytes;
   copy.region = command.region;
-  const std::byte* const from = parts_.arena->address_of(command.region);
-  KVFERRY_CHECK(from != nullptr, "a scatter has a region");
+  KVFERRY_CHECK(parts_.arenas->holds(command.region), "a scatter has a region");
+  const std::byte* const from = parts_.arenas->host_address(command.region);
   copy.done = [this, id = command.copy, bytes = command.bytes](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
     copy_ended(id, outcome_of(ok));

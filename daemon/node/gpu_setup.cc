@@ -39,7 +39,6 @@ std::string label_of(const gpu::Device& device) {
 }
 
 Result<std::unique_ptr<gpu::Queues>> open_queues(const ops::Config& config, const Gpu& gpu,
-                                                 const memory::HostArena& arena,
                                                  ops::Watchdog& watchdog) {
   const auto options_of = [&, counting = gpu.counting.get()](const gpu::Device& device) {
     const std::string label = label_of(device);
@@ -59,24 +58,21 @@ Result<std::unique_ptr<gpu::Queues>> open_queues(const ops::Config& config, cons
     };
     return options;
   };
-  auto queues = gpu::Queues::open(gpu.devices, options_of);
-  KVFERRY_RETURN_IF_ERROR(queues);
-  KVFERRY_RETURN_IF_ERROR((*queues)->pin_arena(arena));
-  return queues;
+  return gpu::Queues::open(gpu.devices, options_of);
 }
 
 // All of it, or an error and nothing.
-Result<Gpu> open_all(const ops::Config& config, const memory::HostArena& arena,
-                     ops::Watchdog& watchdog) {
+Result<Gpu> open_all(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog) {
   Gpu out;
   auto devices = open_devices(config.gpu);
   KVFERRY_RETURN_IF_ERROR(devices);
   out.devices = std::move(*devices);
   out.imports = std::make_unique<gpu::Imports>(out.devices);
   out.counting = std::make_unique<GpuCounting>();
-  auto queues = open_queues(config, out, arena, watchdog);
+  auto queues = open_queues(config, out, watchdog);
   KVFERRY_RETURN_IF_ERROR(queues);
   out.queues = std::move(*queues);
+  KVFERRY_RETURN_IF_ERROR(arenas.pin(*out.devices));
   log_devices(*out.devices, *out.imports);
   return out;
 }
@@ -97,17 +93,9 @@ bool Gpu::watches_events() const {
                      [](const auto& device) { return device->facts().events_by_ipc; });
 }
 
-rpc::MemoryChoice arena_choice(const ops::Config& config, const Gpu& gpu) {
-  const bool automatic = config.arena.kind == ops::ArenaKind::kAuto;
-  if (gpu.queues != nullptr)
-    return {"host", "pinned_host", automatic ? "GPUs copy to and from it" : "configured"};
-  return {"host", "shared_host", automatic ? "no GPU: " + gpu.why_not : "configured"};
-}
-
-Result<Gpu> open_gpu(const ops::Config& config, const memory::HostArena& arena,
-                     ops::Watchdog& watchdog) {
+Result<Gpu> open_gpu(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog) {
   Gpu out;
-  // GPUs copy to and from pinned memory only.
+  // Not shown to any GPU.
   const bool shared_arena = config.arena.kind == ops::ArenaKind::kSharedHost;
   Result<Gpu> opened = fail(Code::kFailedPrecondition, "NO_GPU", "");
   if (config.gpu.enabled == ops::GpuUse::kOff)
@@ -115,15 +103,15 @@ Result<Gpu> open_gpu(const ops::Config& config, const memory::HostArena& arena,
   else if (shared_arena)
     opened.error().message = "arena.kind is \"shared_host\"";
   else
-    opened = open_all(config, arena, watchdog);
+    opened = open_all(config, arenas, watchdog);
   if (opened) {
     out = std::move(*opened);
   } else if (config.gpu.enabled == ops::GpuUse::kOn) {
     return fail(Code::kFailedPrecondition, "CONFIGURATION_GPU", opened.error().to_string(),
                 "gpu.enabled");
-  } else if (config.arena.kind == ops::ArenaKind::kPinnedHost) {
+  } else if (config.arena.kind != ops::ArenaKind::kAuto && !shared_arena) {
     return fail(Code::kFailedPrecondition, "CONFIGURATION_ARENA_KIND",
-                "pinned_host needs a GPU: " + opened.error().to_string(), "arena.kind");
+                "it needs a GPU: " + opened.error().to_string(), "arena.kind");
   } else {
     out.why_not = opened.error().message;
     const ops::LogField why = ops::field("why", opened.error().to_string());

@@ -10,11 +10,10 @@
 #include "daemon/gpu/device.h"
 #include "daemon/gpu/device_pool.h"
 #include "daemon/gpu/queues.h"
-#include "daemon/memory/shared_memory.h"
+#include "daemon/node/arenas.h"
 #include "daemon/ops/config.h"
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/watchdog.h"
-#include "daemon/rpc/admin_backend.h"
 #include "daemon/rpc/worker_backend.h"
 
 namespace kvferry::node {
@@ -37,15 +36,11 @@ struct Gpu {
   bool watches_events() const;
 };
 
-// Opens devices and queues and shows them the arena, which outlives them, as does the watchdog.
-// What was found is logged once. Errors: FAILED_PRECONDITION CONFIGURATION_GPU where gpu.enabled is
-// "on" and there is none that can be used, CONFIGURATION_ARENA_KIND where arena.kind wants one, and
-// CONFIGURATION_POOL_KIND where pools.kinds names one that no device here can serve.
-Result<Gpu> open_gpu(const ops::Config& config, const memory::HostArena& arena,
-                     ops::Watchdog& watchdog);
-
-// What the arena is and why.
-rpc::MemoryChoice arena_choice(const ops::Config& config, const Gpu& gpu);
+// Opens devices and queues and shows them the arena in host memory, which outlives them, as does
+// the watchdog. What was found is logged once. Errors: FAILED_PRECONDITION CONFIGURATION_GPU where
+// gpu.enabled is "on" and there is none that can be used, CONFIGURATION_ARENA_KIND where arena.kind
+// wants one, and CONFIGURATION_POOL_KIND where pools.kinds names one that no device here can serve.
+Result<Gpu> open_gpu(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog);
 
 // The kinds that workers may register: those of the configuration; "auto" is all, with several
 // tenants all descriptors. Whether a device serves them is another question.

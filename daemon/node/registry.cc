@@ -221,6 +221,10 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
   registered->rank = request.layout.topology.rank;
   registered->dp_group = request.layout.topology.dp_group;
   registered->layout = request.layout;
+  if (config_.arenas != nullptr) {
+    registered->arena = config_.arenas->of(registered->device());
+    registered->mapped_arena = config_.arenas->mapped_of(registered->device());
+  }
   registered->holding = mapping::holding_of(request.layout);
   if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key.bytes;
   if (!request.hash_scheme.empty()) {

@@ -15,6 +15,7 @@
 #include "daemon/base/mutex.h"
 #include "daemon/gpu/device_pool.h"
 #include "daemon/memory/pool.h"
+#include "daemon/node/arenas.h"
 #include "daemon/node/directory.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/registered_layout.h"
@@ -31,6 +32,7 @@ struct RegistryConfig {
   std::vector<rpc::PoolKind> kinds{rpc::PoolKind::kHostShm};  // that workers may register
   gpu::Imports* imports = nullptr;                            // null: no GPU
   std::string no_gpu = "the daemon has none";                 // why
+  const Arenas* arenas = nullptr;                             // null: only the host's
   // Until when a worker has to answer a pool's challenge.
   Duration proof_limit = std::chrono::seconds(10);
 };

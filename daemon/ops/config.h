@@ -33,7 +33,15 @@ enum class LogLevel : uint8_t { kTrace, kDebug, kInfo, kWarning, kError };
 enum class LogFormat : uint8_t { kText, kJson };
 enum class PeerMode : uint8_t { kPlain, kMtls };
 // The last two are not served by this build and refused at load.
-enum class ArenaKind : uint8_t { kAuto, kSharedHost, kPinnedHost, kDeviceVmm, kFabricVmm };
+// Of the arena that GPUs' pages go through. The last three lie in the GPU's own memory.
+enum class ArenaKind : uint8_t {
+  kAuto,
+  kSharedHost,
+  kPinnedHost,
+  kFabricVmm,
+  kDeviceVmm,
+  kCudaMalloc
+};
 enum class CheckKind : uint8_t { kNone, kXxh3 };
 
 struct NodeConfig {
@@ -104,7 +112,24 @@ struct ArenaConfig {
   uint64_t bytes = 256 * kMiB;
   uint64_t segment_bytes = 64 * kMiB;  // power of two; divides `bytes`
   ArenaKind kind = ArenaKind::kAuto;
+  // On each GPU; 0: none.
+  uint64_t device_bytes = 256 * kMiB;
+  uint64_t device_segment_bytes = 64 * kMiB;  // power of two; divides `device_bytes`
+  double device_share = 0.1;                  // of what is free on the GPU at start, at most
+  // Whether `kind` is one of a GPU's own memory.
+  bool on_device() const { return kind >= ArenaKind::kFabricVmm; }
   bool operator==(const ArenaConfig&) const = default;
+};
+
+// Landing memory that peers which can reach it write by themselves.
+struct MappedConfig {
+  uint64_t host_bytes = 0;                   // 0: none
+  uint64_t device_bytes = 0;                 // on each GPU; 0: none
+  uint64_t segment_bytes = 64 * kMiB;        // power of two; divides both
+  ArenaKind device_kind = ArenaKind::kAuto;  // or one that is on the device
+  std::string socket = "/run/kvferry/arenas.sock";
+  bool borrow = true;  // write into peers' mapped arenas
+  bool operator==(const MappedConfig&) const = default;
 };
 
 struct PortRange {
@@ -203,6 +228,7 @@ struct Config {
   PeerListenConfig peer;
   std::vector<PeerConfig> peers;  // empty: nobody
   ArenaConfig arena;
+  MappedConfig mapped;
   RailsConfig rails;
   std::map<std::string, std::string> ucx;  // without the UCX_ prefix; forbidden keys never get here
   EngineConfig engine;
@@ -239,6 +265,9 @@ struct LoadedConfig {
 
 // Whether the sockets are of more than one tenant.
 bool several_tenants(const Config& config);
+// The least that any arena must hold so that landing and staging never wait for each other for
+// ever.
+uint64_t least_arena_bytes(const Config& config);
 
 // Reads and checks everything, collecting all problems, in order of the file. Blocks on the local
 // files that the configuration names (secrets are checked to be there and private).

@@ -29,6 +29,7 @@ class Checker {
     check_peer_listener();
     check_peers();
     check_arena();
+    check_mapped();
     check_rails();
     check_engine();
     check_rest();
@@ -176,19 +177,60 @@ class Checker {
 
   void check_arena() {
     const ArenaConfig& arena = config_.arena;
-    const uint64_t region = std::bit_ceil(config_.engine.chunk_bytes);
-    if (!std::has_single_bit(arena.segment_bytes))
-      problem("arena.segment_bytes", "must be a power of two");
-    else if (arena.bytes % arena.segment_bytes != 0)
-      problem("arena.bytes", "must be a multiple of arena.segment_bytes (" +
-                                 format_size(arena.segment_bytes) + ")");
-    if (region > arena.segment_bytes)
+    check_arena_sizes("arena.", arena.bytes, arena.segment_bytes);
+    check_holds_pieces("arena.", arena.bytes, arena.segment_bytes);
+    check_arena_sizes("arena.device_", arena.device_bytes, arena.device_segment_bytes);
+    // With kind auto a reason to go without one.
+    if (!arena.on_device()) return;
+    if (arena.device_bytes != 0)
+      check_holds_pieces("arena.device_", arena.device_bytes, arena.device_segment_bytes);
+    if (arena.device_bytes == 0) problem("arena.kind", "needs arena.device_bytes, which is 0");
+    if (config_.gpu.enabled == GpuUse::kOff)
+      problem("arena.kind", "needs a GPU, and gpu.enabled is \"off\"");
+    if (config_.checks.kind != CheckKind::kNone)
+      problem("arena.kind",
+              "checks.kind is computed by the processor, which cannot read a GPU's "
+              "memory: use pinned_host");
+  }
+
+  void check_mapped() {
+    const MappedConfig& mapped = config_.mapped;
+    const uint64_t segment = mapped.segment_bytes;
+    if (mapped.host_bytes == 0 && mapped.device_bytes == 0) return;
+    if (!std::has_single_bit(segment)) problem("mapped.segment_bytes", "must be a power of two");
+    for (const auto& [key, bytes] : {std::pair("mapped.host_bytes", mapped.host_bytes),
+                                     std::pair("mapped.device_bytes", mapped.device_bytes)})
+      if (bytes % segment != 0)
+        problem(key, "must be a multiple of mapped.segment_bytes (" + format_size(segment) + ")");
+    if (std::bit_ceil(config_.engine.chunk_bytes) > segment)
       problem("engine.chunk_bytes",
-              "does not fit into arena.segment_bytes (" + format_size(arena.segment_bytes) + ")");
-    // Fewer would let landing and staging wait for each other for ever.
-    const uint64_t least = (config_.engine.staged_ahead + uint64_t{2}) * region;
-    if (arena.bytes < least)
-      problem("arena.bytes", "must hold engine.staged_ahead + 2 pieces: " + format_size(least));
+              "does not fit into mapped.segment_bytes (" + format_size(segment) + ")");
+    check_socket_path("mapped.socket", mapped.socket);
+    if (mapped.device_bytes == 0) return;
+    if (config_.gpu.enabled == GpuUse::kOff || config_.arena.kind == ArenaKind::kSharedHost)
+      problem("mapped.device_bytes", "needs GPUs, which are not used");
+    if (config_.checks.kind != CheckKind::kNone)
+      problem("mapped.device_bytes",
+              "checks.kind is computed by the processor, which cannot read a "
+              "GPU's memory");
+  }
+
+  void check_arena_sizes(const std::string& at, uint64_t bytes, uint64_t segment) {
+    if (!std::has_single_bit(segment))
+      problem(at + "segment_bytes", "must be a power of two");
+    else if (bytes % segment != 0)
+      problem(at + "bytes",
+              "must be a multiple of " + at + "segment_bytes (" + format_size(segment) + ")");
+  }
+
+  void check_holds_pieces(const std::string& at, uint64_t bytes, uint64_t segment) {
+    const uint64_t region = std::bit_ceil(config_.engine.chunk_bytes);
+    if (region > segment)
+      problem("engine.chunk_bytes",
+              "does not fit into " + at + "segment_bytes (" + format_size(segment) + ")");
+    const uint64_t least = least_arena_bytes(config_);
+    if (bytes < least)
+      problem(at + "bytes", "must hold engine.staged_ahead + 2 pieces: " + format_size(least));
   }
 
   void check_rails() {
@@ -213,8 +255,14 @@ class Checker {
         rails.port_range.any()
             ? 65535U
             : static_cast<std::size_t>(rails.port_range.last) + 1U - rails.port_range.first;
-    if (tcp && ports < rails.devices.size())
-      problem("rails.port_range", "has fewer ports than there are devices");
+    // One more for the self-test's peer. UCX draws ports at random and gives up after some tries:
+    // of 40 starts 14 failed with 2 ports, none with 20.
+    if (tcp && ports <= rails.devices.size())
+      problem("rails.port_range", "must have more ports than there are devices");
+    else if (tcp && ports < rails.devices.size() + 19)
+      warning("rails.port_range",
+              "is narrow: UCX draws ports at random and may find none; 20 "
+              "more than there are devices are enough");
     if (rails.restart_backoff > rails.restart_backoff_max)
       problem("rails.restart_backoff", "is longer than rails.restart_backoff_max");
     check_rails_binary();
@@ -297,6 +345,10 @@ class Checker {
 };
 
 }  // namespace
+
+uint64_t least_arena_bytes(const Config& config) {
+  return (config.engine.staged_ahead + uint64_t{2}) * std::bit_ceil(config.engine.chunk_bytes);
+}
 
 bool several_tenants(const Config& config) {
   return std::any_of(config.sockets.begin(), config.sockets.end(), [&](const SocketConfig& socket) {

@@ -74,13 +74,56 @@ Section arena_section(ArenaConfig& arena) {
         "divides the arena.",
         size_binding(arena.segment_bytes, 64 * kKiB, 1024 * kGiB)},
        {"kind",
-        "auto, shared_host, or pinned_host, which GPUs can copy to and from. A kind that this\n"
-        "machine lacks is an error, never a fallback; auto is pinned_host where there is a GPU.",
-        choice_binding<ArenaKind>(arena.kind,
-                                  {{"auto", ArenaKind::kAuto},
-                                   {"shared_host", ArenaKind::kSharedHost},
-                                   {"pinned_host", ArenaKind::kPinnedHost}},
-                                  {"device_vmm", "fabric_vmm"})}}};
+        "Through which memory the pages of GPUs go. shared_host: no GPU is used. pinned_host: "
+        "GPUs\n"
+        "copy to and from host memory. fabric_vmm, device_vmm, cuda_malloc: each GPU has an arena\n"
+        "in its own memory, which the UCX of the rails must be able to use. A kind that this\n"
+        "machine lacks is an error. auto takes the first of these three that works where a rail\n"
+        "reads a GPU's memory by itself; tcp and shm do not, so with them it is pinned_host where\n"
+        "there is a GPU, else shared_host. What was chosen, and why, is logged and shown.",
+        choice_binding<ArenaKind>(arena.kind, {{"auto", ArenaKind::kAuto},
+                                               {"shared_host", ArenaKind::kSharedHost},
+                                               {"pinned_host", ArenaKind::kPinnedHost},
+                                               {"fabric_vmm", ArenaKind::kFabricVmm},
+                                               {"device_vmm", ArenaKind::kDeviceVmm},
+                                               {"cuda_malloc", ArenaKind::kCudaMalloc}})},
+       {"device_bytes",
+        "Of an arena in a GPU's memory, on each GPU, all of it taken at start. 0: none.",
+        size_binding(arena.device_bytes, 0, 1024 * kGiB)},
+       {"device_segment_bytes", "As segment_bytes.",
+        size_binding(arena.device_segment_bytes, 64 * kKiB, 1024 * kGiB)},
+       {"device_share",
+        "The part of what is free on the GPU at start that device_bytes may be. More is an error,\n"
+        "with kind auto a reason to go without.",
+        fraction_binding(arena.device_share)}}};
+}
+
+Section mapped_section(MappedConfig& mapped) {
+  return {
+      "mapped",
+      "Landing memory beside the arena for peers that can reach it by load and store: daemons of\n"
+      "this machine, and through fabric handles those of the same NVLink domain. They gather\n"
+      "straight into it, which saves the way over a rail. It is lent to all of [peers] alike, and\n"
+      "whoever has it can read and write what the others bring; pages stay out of reach.",
+      {{"host_bytes",
+        "For pages of the host, and of GPUs without memory of their own below. 0: none.",
+        size_binding(mapped.host_bytes, 0, 1024 * kGiB)},
+       {"device_bytes", "On each GPU, for its pages. 0: none.",
+        size_binding(mapped.device_bytes, 0, 1024 * kGiB)},
+       {"segment_bytes",
+        "What is lent is lent in pieces of this size. A power of two that divides both.",
+        size_binding(mapped.segment_bytes, 64 * kKiB, 1024 * kGiB)},
+       {"device_kind",
+        "fabric_vmm, which other machines can reach, device_vmm, cuda_malloc, or auto: the first\n"
+        "of these that works. arena.device_share holds here, too.",
+        choice_binding<ArenaKind>(mapped.device_kind, {{"auto", ArenaKind::kAuto},
+                                                       {"fabric_vmm", ArenaKind::kFabricVmm},
+                                                       {"device_vmm", ArenaKind::kDeviceVmm},
+                                                       {"cuda_malloc", ArenaKind::kCudaMalloc}})},
+       {"socket", "Where daemons of this machine and this user get the descriptors.",
+        text_binding(mapped.socket)},
+       {"borrow", "Whether this daemon writes into what its peers lend.",
+        flag_binding(mapped.borrow)}}};
 }
 
 Section gpu_section(GpuConfig& gpu) {
@@ -210,6 +253,7 @@ std::vector<Section> config_schema(Config& config) {
   out.push_back(http_section(config.http));
   out.push_back(peer_section(config.peer));
   out.push_back(arena_section(config.arena));
+  out.push_back(mapped_section(config.mapped));
   out.push_back(rails_section(config.rails));
   out.push_back(engine_section(config.engine));
   out.push_back({"copy",

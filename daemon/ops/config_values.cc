@@ -228,6 +228,17 @@ Binding duration_binding(Duration& target, Duration min, Duration max) {
           [&target] { return toml_quote(format_duration(target)); }};
 }
 
+Binding flag_binding(bool& target) {
+  return {[&target](const RawValue& raw) -> std::string {
+            const bool form = raw.form == Form::kBoolean || raw.form == Form::kFree;
+            if (!form || (raw.text != "true" && raw.text != "false"))
+              return "must be true or false";
+            target = raw.text == "true";
+            return {};
+          },
+          [&target] { return target ? "true" : "false"; }};
+}
+
 Binding fraction_binding(double& target) {
   return {[&target](const RawValue& raw) -> std::string {
             if (raw.form != Form::kFloat && raw.form != Form::kInteger && raw.form != Form::kFree)

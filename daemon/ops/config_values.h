@@ -65,6 +65,7 @@ struct Choice {
 };
 
 Binding text_binding(std::string& target);
+Binding flag_binding(bool& target);  // true, false
 Binding texts_binding(std::vector<std::string>& target);
 Binding size_binding(uint64_t& target, uint64_t min, uint64_t max);
 Binding duration_binding(Duration& target, Duration min, Duration max);

@@ -50,8 +50,12 @@ using Words = std::array<const char*, N>;
 constexpr Words<kTransferRoles> kRoleWords{"send", "receive"};
 constexpr Words<kTransferOutcomes> kOutcomeWords{"done", "failed", "cancelled"};
 constexpr Words<kByteDirections> kDirectionWords{"sent", "received", "local"};
-constexpr Words<kChunkEvents> kChunkWords{"gathered", "offered", "refused", "acked",     "requeued",
-                                          "accepted", "dropped", "landed",  "scattered", "corrupt"};
+constexpr Words<kChunkEvents> kChunkWords{"gathered",  "offered",  "refused", "acked",
+                                          "requeued",  "accepted", "dropped", "landed",
+                                          "scattered", "corrupt",  "written", "mapped"};
+constexpr Words<kBorrowFailures> kBorrowFailureWords{"ask", "socket", "device", "import",
+                                                     "checked"};
+constexpr Words<kEvidences> kEvidenceWords{"drained", "process", "operator"};
 constexpr Words<kCreditEvents> kCreditWords{"granted", "spent", "withdrawn"};
 constexpr Words<kCopyKinds> kCopyWords{"gather", "scatter", "fused", "clear", "pack"};
 constexpr Words<kRegionStates> kRegionWords{"free",       "granted",     "landing", "landed",
@@ -234,12 +238,29 @@ class Metrics::Collector {
                   static_cast<double>(m_.arenas_[i]->bytes[state].value()));
       reserved.add({arena, {"device", labels.device}},
                    static_cast<double>(m_.arenas_[i]->reserved.value()));
-      info.add({arena, {"device", labels.device}, {"kind", labels.kind}}, 1);
+      info.add({arena,
+                {"device", labels.device},
+                {"kind", labels.kind},
+                {"mapped", labels.mapped ? "true" : "false"}},
+               1);
     }
     out_.push_back(bytes.done());
     out_.push_back(reserved.done());
     out_.push_back(info.done());
     counter("kvferry_quarantines_total", "Regions put into quarantine.", m_.quarantines.value());
+    counters("kvferry_lent_regions_freed_total",
+             "Quarantined regions of mapped arenas that may be used again, by the evidence.",
+             "evidence", kEvidenceWords, m_.evidences_);
+    gauge("kvferry_borrowed_arenas", "Mapped arenas of peers that this daemon writes by itself.",
+          m_.borrowed_arenas);
+    gauge("kvferry_borrowed_bytes", "Their size.", m_.borrowed_bytes);
+    counters("kvferry_borrow_failures_total",
+             "Arenas that a peer lends and that could not be mapped: chunks go by the rails.",
+             "reason", kBorrowFailureWords, m_.borrow_failures_);
+    gauge("kvferry_lent_connections", "Peers of this machine that have what this daemon lends.",
+          m_.lent_connections);
+    counter("kvferry_lent_refused_total", "Connections to mapped.socket that were turned away.",
+            m_.lent_refused.value());
     add_packed();
     add_reuse();
   }

@@ -99,8 +99,28 @@ enum class ChunkEvent : uint8_t {
   kLanded,
   kScattered,
   kCorrupt,
+  kWritten,  // gathered straight into a peer's mapped arena
+  kMapped,   // came so
 };
-inline constexpr std::size_t kChunkEvents = 10;
+inline constexpr std::size_t kChunkEvents = 12;
+
+// Why what was lent to a peer may be used again after its transfer's end.
+enum class Evidence : uint8_t {
+  kDrained,   // the peer has said so
+  kProcess,   // its process has been seen to end
+  kOperator,  // kvferryctl arenas release
+};
+inline constexpr std::size_t kEvidences = 3;
+
+// Why an arena that a peer lends, or all of a link's, could not be mapped here.
+enum class BorrowFailure : uint8_t {
+  kAsk,      // the peer did not answer
+  kSocket,   // its socket gave no descriptors
+  kDevice,   // on a GPU that this process does not see, or that is down
+  kImport,   // the kernel or the driver refused
+  kChecked,  // on a GPU, and the link checks its chunks
+};
+inline constexpr std::size_t kBorrowFailures = 5;
 
 enum class CreditEvent : uint8_t { kGranted, kSpent, kWithdrawn };
 inline constexpr std::size_t kCreditEvents = 3;
@@ -149,6 +169,7 @@ inline constexpr std::size_t kLaneStates = 2;
 struct ArenaLabels {
   std::string device;  // "host", "gpu0"
   std::string kind;    // "shared_host", "pinned_host"
+  bool mapped = false;
 };
 struct RailLabels {
   std::string transport;  // "tcp"
@@ -211,6 +232,8 @@ class Metrics {
   Counter& of(ByteDirection direction) { return moved_[static_cast<std::size_t>(direction)]; }
   Counter& of(ChunkEvent event) { return chunks_[static_cast<std::size_t>(event)]; }
   Counter& of(CreditEvent event) { return credits_[static_cast<std::size_t>(event)]; }
+  Counter& of(Evidence evidence) { return evidences_[static_cast<std::size_t>(evidence)]; }
+  Counter& of(BorrowFailure failure) { return borrow_failures_[static_cast<std::size_t>(failure)]; }
   Counter& of(DropCause cause) { return dropped_[static_cast<std::size_t>(cause)]; }
   Gauge& of(LaneState state) { return lanes_[static_cast<std::size_t>(state)]; }
   void copy_ended(CopyKind kind, uint64_t bytes, uint64_t fragments, bool failed);
@@ -235,7 +258,11 @@ class Metrics {
   Gauge links;
   Counter lane_downs;
   Counter links_lost;
-  Counter quarantines;  // regions that ever entered quarantine
+  Counter quarantines;    // regions that ever entered quarantine
+  Gauge borrowed_arenas;  // of peers, mapped here
+  Gauge borrowed_bytes;
+  Gauge lent_connections;  // of peers that have what this daemon lends
+  Counter lent_refused;    // connections to the socket of arenas that were turned away
 
   // Packed copies, made or being made.
   Gauge packed_bytes;
@@ -295,6 +322,8 @@ class Metrics {
   std::array<Counter, kByteDirections> moved_;
   std::array<Counter, kChunkEvents> chunks_;
   std::array<Counter, kCreditEvents> credits_;
+  std::array<Counter, kEvidences> evidences_;
+  std::array<Counter, kBorrowFailures> borrow_failures_;
   std::array<Counter, kCopyKinds> copies_;
   std::array<Counter, kCopyKinds> copy_bytes_;
   std::array<Counter, kCopyKinds> copy_fragments_;

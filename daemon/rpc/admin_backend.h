@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -119,6 +120,8 @@ struct PeerInfo {
   Duration last_heard{};  // ago; negative: never
   Duration round_trip{};  // of the last PING; zero: not measured
   uint32_t legs = 0;
+  std::vector<uint32_t> mapped;  // arenas of the peer's that are mapped here
+  std::vector<uint32_t> lent;    // own arenas that the peer has mapped
 };
 
 struct RailInfo {
@@ -152,7 +155,28 @@ struct ArenaInfo {
   uint32_t regions = 0;  // allocated
   uint32_t quarantined_regions = 0;
   uint32_t segments = 0;
-  uint64_t largest_free_bytes = 0;
+  bool mapped = false;
+};
+
+// Quarantined regions of a mapped arena.
+struct LentInfo {
+  uint32_t arena = 0;
+  std::string node;
+  BootId boot;
+  bool linked = false;
+  uint32_t regions = 0;
+  uint64_t bytes = 0;
+};
+
+struct ArenasInfo {
+  std::vector<ArenaInfo> arenas;
+  std::vector<LentInfo> lent;
+};
+
+struct ReleasedInfo {
+  uint32_t regions = 0;
+  uint64_t bytes = 0;
+  uint32_t linked = 0;
 };
 
 struct CancelledTransfer {
@@ -179,7 +203,10 @@ class AdminBackend {
   virtual void list_transfers(Time deadline, Reply<std::vector<TransferInfo>> done) = 0;
   virtual void list_peers(Time deadline, Reply<std::vector<PeerInfo>> done) = 0;
   virtual void list_rails(Time deadline, Reply<std::vector<RailInfo>> done) = 0;
-  virtual void list_arenas(Time deadline, Reply<std::vector<ArenaInfo>> done) = 0;
+  virtual void list_arenas(Time deadline, Reply<ArenasInfo> done) = 0;
+  // At least one of the two is given.
+  virtual void release_arenas(std::string node, std::optional<BootId> boot, Time deadline,
+                              Reply<ReleasedInfo> done) = 0;
   // `selector` is a handle ("s12"), or an id hash, which may name several parts. NOT_FOUND
   // TRANSFER_UNKNOWN when nothing matches; ended transfers answer their state.
   virtual void cancel_transfer(std::string selector, Time deadline,

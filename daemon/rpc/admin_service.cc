@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "daemon/rpc/unix_socket.h"
@@ -137,6 +138,8 @@ void fill(const PeerInfo& from, pb::Peer& to) {
   if (from.last_heard.count() >= 0) fill(from.last_heard, to.mutable_last_heard());
   if (from.round_trip.count() > 0) fill(from.round_trip, to.mutable_round_trip());
   to.set_legs(from.legs);
+  for (const uint32_t arena : from.mapped) to.add_mapped_arenas(arena);
+  for (const uint32_t arena : from.lent) to.add_lent_arenas(arena);
 }
 
 void fill(const RailInfo& from, pb::Rail& to) {
@@ -173,7 +176,16 @@ void fill(const ArenaInfo& from, pb::Arena& to) {
   to.set_regions(from.regions);
   to.set_quarantined_regions(from.quarantined_regions);
   to.set_segments(from.segments);
-  to.set_largest_free_bytes(from.largest_free_bytes);
+  to.set_mapped(from.mapped);
+}
+
+void fill(const LentInfo& from, pb::LentRegions& to) {
+  to.set_arena(from.arena);
+  to.set_node(from.node);
+  to.set_boot(to_hex(from.boot.bytes));
+  to.set_linked(from.linked);
+  to.set_regions(from.regions);
+  to.set_bytes(from.bytes);
 }
 
 void fill(const CancelledTransfer& from, pb::CancelledTransfer& to) {
@@ -257,9 +269,38 @@ class AdminService final : public pb::Admin::CallbackService {
                                        pb::ListArenasResponse* response) override {
     auto* reactor = context->DefaultReactor();
     backend_.list_arenas(deadline_of(*context),
-                         answer<std::vector<ArenaInfo>>(reactor, [response](auto& list) {
-                           for (const ArenaInfo& info : list) fill(info, *response->add_arenas());
+                         answer<ArenasInfo>(reactor, [response](const ArenasInfo& info) {
+                           for (const ArenaInfo& arena : info.arenas)
+                             fill(arena, *response->add_arenas());
+                           for (const LentInfo& lent : info.lent) fill(lent, *response->add_lent());
                          }));
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* ReleaseArenas(grpc::CallbackServerContext* context,
+                                          const pb::ReleaseArenasRequest* request,
+                                          pb::ReleaseArenasResponse* response) override {
+    auto* reactor = context->DefaultReactor();
+    std::optional<BootId> boot;
+    if (!request->boot().empty()) {
+      boot.emplace();
+      if (!from_hex(request->boot(), boot->bytes)) {
+        finish(reactor, Error{Code::kInvalidArgument, "BAD_BOOT",
+                              "must be a boot id as \"arenas\" shows it", "boot"});
+        return reactor;
+      }
+    }
+    if (request->node().empty() && !boot) {
+      finish(reactor, Error{Code::kInvalidArgument, "NOTHING_NAMED",
+                            "name the node, the boot id, or both", "node"});
+      return reactor;
+    }
+    backend_.release_arenas(request->node(), boot, deadline_of(*context),
+                            answer<ReleasedInfo>(reactor, [response](const ReleasedInfo& info) {
+                              response->set_regions(info.regions);
+                              response->set_bytes(info.bytes);
+                              response->set_linked(info.linked);
+                            }));
     return reactor;
   }
 

@@ -30,6 +30,8 @@ class FakeBackend : public AdminBackend {
   }
   bool healthy = true;
   std::string cancelled;
+  std::string released_node;
+  std::optional<BootId> released_boot;
 
   void status(Time, Reply<StatusInfo> done) override {
     StatusInfo info;
@@ -83,14 +85,26 @@ class FakeBackend : public AdminBackend {
     rail.settings = {{"UCX_TLS", "tcp"}};
     done(std::vector<RailInfo>{rail});
   }
-  void list_arenas(Time, Reply<std::vector<ArenaInfo>> done) override {
+  void list_arenas(Time, Reply<ArenasInfo> done) override {
     ArenaInfo arena;
     arena.device = "host";
     arena.kind = "shared_host";
     arena.total_bytes = 256 << 20;
     arena.free_bytes = 192 << 20;
     arena.landing_bytes = 64 << 20;
-    done(std::vector<ArenaInfo>{arena});
+    LentInfo lent;
+    lent.arena = 3;
+    lent.node = "away";
+    lent.boot.bytes[0] = 0xab;
+    lent.regions = 2;
+    lent.bytes = 2 << 20;
+    done(ArenasInfo{{arena}, {lent}});
+  }
+  void release_arenas(std::string node, std::optional<BootId> boot, Time,
+                      Reply<ReleasedInfo> done) override {
+    released_node = std::move(node);
+    released_boot = boot;
+    done(ReleasedInfo{2, 2 << 20, 1});
   }
   void cancel_transfer(std::string selector, Time,
                        Reply<std::vector<CancelledTransfer>> done) override {
@@ -247,6 +261,8 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(ctl("transfers").first.find("PEER_LOST") != std::string::npos);
   CHECK(ctl("rails").first.find("UCX_TLS=tcp") != std::string::npos);
   CHECK(ctl("arenas").first.find("25%") != std::string::npos);
+  CHECK(ctl("arenas").first.find("away") != std::string::npos);
+  CHECK(nlohmann::json::parse(ctl("arenas --json").first)["lent"][0]["bytes"] == 2 << 20);
 }
 
 TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
@@ -258,6 +274,14 @@ TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
 
   CHECK(ctl("cancel s12").second == 0);
   CHECK(backend.cancelled == "s12");
+  const auto released = ctl("arenas release --node away --boot ab000000000000000000000000000000");
+  CHECK(released.second == 0);
+  CHECK(released.first == "released 2 regions, 2.0 MiB\n1 regions left: their peer's link is up\n");
+  CHECK(backend.released_node == "away");
+  REQUIRE(backend.released_boot.has_value());
+  CHECK(backend.released_boot->bytes[0] == 0xab);
+  CHECK(ctl("arenas release").second == 1);
+  CHECK(ctl("arenas release --boot xyz").second == 1);
   CHECK(ctl("cancel r9").second == 1);
   CHECK(ctl("cancel").second == 64);
   CHECK(ctl("").second == 64);

@@ -167,7 +167,7 @@ TEST_CASE("each wrong value is refused with its key") {
     std::string set;
     std::string words;
   };
-  const std::array<Row, 43> rows{{
+  const std::array<Row, 45> rows{{
       {"node.id=white space", "must be a name"},
       {"log.format=xml", "is none of"},
       {"admin.socket=admin.sock", "must be an absolute path"},
@@ -187,8 +187,10 @@ TEST_CASE("each wrong value is refused with its key") {
       {"peer.cluster_secret_file=/nonexistent/secret", "No such file"},
       {"arena.bytes=3000000", "must be a multiple of arena.segment_bytes"},
       {"arena.segment_bytes=3MiB", "must be a power of two"},
-      {"arena.kind=fabric_vmm", "is not served by this release"},
-      {"arena.kind=device_vmm", "is not served by this release"},
+      {"arena.kind=paper", "is none of: auto, shared_host, pinned_host, fabric_vmm"},
+      {"arena.device_bytes=3MiB", "must be a multiple of arena.device_segment_bytes"},
+      {"arena.device_segment_bytes=3MiB", "must be a power of two"},
+      {"arena.device_share=0", "must be above 0 and at most 1"},
       {"rails.devices=", "must name at least one device"},
       {"rails.transports=rc_verbs", "is not served by this release"},
       {"rails.port_range=200-100", "ends before it begins"},
@@ -266,6 +268,20 @@ TEST_CASE("the arena's kind and the use of GPUs go together") {
   CHECK(load_config({"", {"arena.kind=shared_host"}, {}}).ok());
   CHECK(has_problem(load_config({"", {"arena.kind=shared_host", "gpu.enabled=on"}, {}}),
                     "arena.kind", "pinned_host memory only"));
+  for (const std::string kind : {"fabric_vmm", "device_vmm", "cuda_malloc"}) {
+    const std::string set = "arena.kind=" + kind;
+    CHECK(load_config({"", {set}, {}}).ok());
+    CHECK(
+        has_problem(load_config({"", {set, "gpu.enabled=off"}, {}}), "arena.kind", "needs a GPU"));
+    CHECK(has_problem(load_config({"", {set, "checks.kind=xxh3"}, {}}), "arena.kind",
+                      "use pinned_host"));
+    CHECK(has_problem(load_config({"", {set, "arena.device_bytes=0"}, {}}), "arena.kind",
+                      "arena.device_bytes, which is 0"));
+    const std::vector<std::string> small{set, "arena.device_bytes=2MiB",
+                                         "arena.device_segment_bytes=2MiB"};
+    CHECK(has_problem(load_config({"", small, {}}), "arena.device_bytes",
+                      "must hold engine.staged_ahead + 2 pieces"));
+  }
 }
 
 TEST_CASE("an arena that cannot hold what is staged and one that lands is refused") {
@@ -282,8 +298,8 @@ TEST_CASE("devices off loopback need a port range with a port for each") {
   CHECK(has_problem(load_config({"", {"rails.devices=eth0,eth1"}, {}}), "rails.port_range",
                     "must be given"));
   CHECK(has_problem(load_config({"", {"rails.devices=eth0,eth1", "rails.port_range=7000"}, {}}),
-                    "rails.port_range", "fewer ports"));
-  CHECK(load_config({"", {"rails.devices=eth0,eth1", "rails.port_range=7000-7001"}, {}}).ok());
+                    "rails.port_range", "more ports than"));
+  CHECK(load_config({"", {"rails.devices=eth0,eth1", "rails.port_range=7000-7021"}, {}}).ok());
 }
 
 TEST_CASE("plain mode off loopback needs a secret that only its owner reads") {

@@ -24,17 +24,30 @@ ops::Config with(std::vector<std::string> kinds, ops::GpuUse use, const std::str
   return config;
 }
 
-memory::HostArena small_arena() {
-  auto arena = memory::HostArena::create("kvferry-test", {1 << 20});
-  REQUIRE(arena);
-  return std::move(*arena);
+std::unique_ptr<Arenas> host_arenas() {
+  auto arenas = Arenas::create({1 << 20});
+  REQUIRE(arenas);
+  return std::move(*arenas);
 }
 
-// With an arena and a watchdog that outlive it.
-Result<Gpu> open_gpu(const ops::Config& config) {
-  static const memory::HostArena arena = small_arena();
+// GPUs and the arenas that they see, in the order in which they go.
+struct Opened {
+  std::unique_ptr<Arenas> arenas = host_arenas();
+  Result<Gpu> gpu;
+
+  explicit operator bool() const { return gpu.has_value(); }
+  const Gpu* operator->() const { return &*gpu; }
+  const Error& error() const { return gpu.error(); }
+  cuda::CUdeviceptr address(const gpu::Device& device, const memory::Region& region) const {
+    return arenas->segments().address_on(device, region);
+  }
+};
+
+Opened open_gpu(const ops::Config& config) {
   static ops::Watchdog watchdog;
-  return node::open_gpu(config, arena, watchdog);
+  Opened out;
+  out.gpu = node::open_gpu(config, *out.arenas, watchdog);
+  return out;
 }
 
 constexpr const char* kNone = "/nonexistent/libcuda.so.1";
@@ -71,13 +84,11 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
     CHECK(gpu->queues != nullptr);
     CHECK(gpu->why_not.empty());
     CHECK(gpu->labels().at(0).device == "gpu0");
-    CHECK(arena_choice({}, *gpu).kind == "pinned_host");
+    CHECK(gpu.arenas->all().at(0).choice.kind == "pinned_host");
     // The devices see the arena.
     const gpu::Device& device = *gpu->devices->all()[0];
-    CHECK(gpu->queues->arena_address(device, {0, 4096, 4096}) ==
-          gpu->queues->arena_address(device, {0, 0, 4096}) + 4096);
-    CHECK(gpu->queues->arena_address(device, {0, 1 << 20, 1}) == 0);
-    CHECK(gpu->queues->arena_address(device, {1, 0, 1}) == 0);
+    CHECK(gpu.address(device, {0, 0, 4096}) != 0);
+    CHECK(gpu.address(device, {0, 4096, 4096}) == gpu.address(device, {0, 0, 4096}) + 4096);
   }
   const auto off = open_gpu(with({"auto"}, ops::GpuUse::kOff, kFake));
   REQUIRE(off);
@@ -123,7 +134,7 @@ TEST_CASE("Whichever call of the set-up fails, GPUs are used or not and why, and
           if (device->down()) continue;
           ++up;
           CHECK(gpu->queues->of(*device) != nullptr);
-          CHECK(gpu->queues->arena_address(*device, {0, 0, 1}) != 0);
+          CHECK(gpu.address(*device, {0, 0, 1}) != 0);
         }
         CHECK(up > 0);
         less += up < 2 ? 1 : 0;
@@ -143,7 +154,7 @@ TEST_CASE("The arena stays registered for as long as a copy may write it") {
   {
     const auto gpu = open_gpu(with({"auto"}, ops::GpuUse::kAuto, kFake));
     REQUIRE(gpu);
-    copy = gpu->queues->arena_pin({0, 4096, 4096});
+    copy = gpu.arenas->segments().keep({0, 4096, 4096});
   }
   CHECK(machine->live().registrations == 1);
   copy.reset();
@@ -177,7 +188,7 @@ TEST_CASE("The arena's kind follows the GPU, and one that is asked for must be t
   REQUIRE(without);
   CHECK(without->queues == nullptr);
   CHECK(without->why_not.find("shared_host") != std::string::npos);
-  CHECK(arena_choice(shared, *without).kind == "shared_host");
+  CHECK(without.arenas->all().at(0).choice.kind == "shared_host");
   ops::Config pinned = with({"auto"}, ops::GpuUse::kAuto, kNone);
   pinned.arena.kind = ops::ArenaKind::kPinnedHost;
   CHECK(open_gpu(pinned).error().reason == "CONFIGURATION_ARENA_KIND");

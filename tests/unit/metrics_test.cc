@@ -78,7 +78,7 @@ TEST_CASE("every series exists at zero before anything has happened") {
         "kvferry_chunks_total{event=\"corrupt\"} 0",
         "kvferry_arena_bytes{arena=\"0\",device=\"host\",state=\"quarantined\"} 0",
         "kvferry_arena_reserved_bytes{arena=\"0\",device=\"host\"} 0",
-        "kvferry_arena_info{arena=\"0\",device=\"host\",kind=\"shared_host\"} 1",
+        "kvferry_arena_info{arena=\"0\",device=\"host\",kind=\"shared_host\",mapped=\"false\"} 1",
         "kvferry_packed_bytes 0",
         "kvferry_packed_copies 0",
         "kvferry_packed_made_total 0",
