@@ -117,6 +117,14 @@ for size in 512 4096 65536; do
   hand_off "fragments-$size" fragments --fragment-bytes "$size" --fragments $((fragment_bytes / size))
 done
 
+# A GPU's own memory, lent by one daemon and written by the other. auto: fabric memory where it works.
+for kind in auto device_vmm cuda_malloc; do
+  run "mapped-$kind.json" "$bin/kvferry-bench" model --model llama-3-70b --tokens "$tokens" \
+    --pair tp2:tp4 --memory cuda --receiver-device "$receiver" --path shm --rounds "$rounds" --json \
+    --set mapped.host_bytes=0 --set mapped.device_bytes=64MiB --set "mapped.device_kind=$kind" \
+    --set arena.device_share=0.5 && say "        $(speed "$results/mapped-$kind.json")"
+done
+
 if [ "${#failed[@]}" -gt 0 ]; then
   say "kvferry gpu-run: FAILED, ${#failed[@]} in all:"
   for step in "${failed[@]}"; do say "  $step"; done
