@@ -256,7 +256,6 @@ struct TransferEnded {
   Reason reason = Reason::kNone;
   uint64_t bytes = 0;
   uint64_t chunks = 0;
-  uint64_t runs = 0;
   Duration total{};   // from the call
   Duration wait{};    // until the first byte could move
   Duration gather{};  // sums over chunks

@@ -17,7 +17,6 @@ TransferEnded ended(const Transfer& transfer, Role role, Time now) {
   end.reason = transfer.record.reason;
   end.bytes = transfer.record.bytes_done;
   end.chunks = transfer.chunks;
-  end.runs = transfer.runs;
   end.total = now - transfer.created;
   end.wait = (transfer.moved ? transfer.first_move : now) - transfer.created;
   end.gather = transfer.gather;

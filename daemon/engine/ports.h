@@ -54,7 +54,6 @@ struct Plan {
   virtual ~Plan() = default;
   uint64_t bytes = 0;     // of the stream
   uint64_t digest = 0;    // of the stream's text
-  uint64_t runs = 0;      // pieces contiguous on this side, for statistics
   bool has_tail = false;  // receiver: cells to be cleared once the whole stream is scattered
 };
 

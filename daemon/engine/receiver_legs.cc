@@ -196,7 +196,6 @@ bool Receiver::compiled(Compiled& event) {
   slice.chunks.assign(slice.count, RxState::kNeeded);
   leg.known_bytes += slice.bytes;
   leg.known_chunks += slice.count;
-  receive.runs += slice.plan->runs;
   if (slice.count == 0) {
     slice.forget();
     ack(leg, {ordinal, 0});

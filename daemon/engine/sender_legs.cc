@@ -117,7 +117,6 @@ bool Sender::compiled(Compiled& event) {
   slice.count = ceil_div(slice.bytes, link.chunk_bytes);
   slice.chunks.resize(slice.count);
   send.record.bytes_total += slice.plan->bytes;
-  send.runs += slice.plan->runs;
   core_.workers.changed(send, Role::kSender);
   pump(leg);
   return true;

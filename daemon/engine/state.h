@@ -140,7 +140,6 @@ struct Transfer {
   Time first_move;  // when its first region was taken
   bool moved = false;
   uint64_t chunks = 0;
-  uint64_t runs = 0;
   Duration gather{};
   Duration wire{};
   Duration scatter{};

@@ -13,7 +13,6 @@ Result<std::shared_ptr<const CompiledPlan>> compiled(std::shared_ptr<const Regis
   auto out = std::make_shared<CompiledPlan>();
   out->layout = std::move(layout);
   out->bytes = plan.bytes();
-  out->runs = plan.run_count();
   out->plan = std::make_shared<const mapping::Plan>(std::move(plan));
   KVFERRY_RETURN_IF_ERROR(out->make_device_forms());
   return std::shared_ptr<const CompiledPlan>(std::move(out));

@@ -209,7 +209,6 @@ std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, ui
     }
   }
   plan->digest = context.skewed ? digest + 1 : digest;
-  plan->runs = plan->pieces.size();
   return plan;
 }
 
