@@ -164,6 +164,11 @@ Result<std::shared_ptr<const LegTable::DpLegs>> LegTable::between(uint32_t sende
   return legs_.emplace(key, *legs).first->second;
 }
 
+bool LegTable::remembers(uint32_t sender_dp, uint32_t receiver_dp) const {
+  const MutexLock lock(mutex_);
+  return legs_.contains(uint64_t{sender_dp} << 32 | receiver_dp);
+}
+
 Result<std::vector<Leg>> LegTable::legs_of_receiver(uint32_t sender_dp, uint32_t g) const {
   if (g >= receiver_->ranks.size())
     return fail(Code::kNotFound, "UNKNOWN_RANK", "the receiver has no such rank", "receiver_rank");

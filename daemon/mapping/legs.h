@@ -61,6 +61,10 @@ class LegTable {
   // Legs from sender rank s to the ranks of a receiver dp group, by receiver rank.
   Result<std::vector<Leg>> legs_of_sender(uint32_t s, uint32_t receiver_dp) const;
 
+  // Whether the legs of this pair of dp groups have been worked out, so that asking for them is a
+  // look-up. It may be forgotten by then.
+  bool remembers(uint32_t sender_dp, uint32_t receiver_dp) const;
+
   // What s owns for g (spans stay valid as long as the table). Empty for an empty leg.
   Result<Ownership> ownership(uint32_t s, uint32_t g) const;
 

@@ -121,15 +121,15 @@ class Binder {
                                 uint64_t local_block) const {
     const uint64_t per_id = group.blocks_per_id;
     const uint64_t entry = local_block / per_id;
-    const std::string field = "groups[" + std::to_string(number) + "].block_ids";
+    const auto field = [&] { return "groups[" + std::to_string(number) + "].block_ids"; };
     if (blocks == nullptr || entry < blocks->first_block ||
         entry - blocks->first_block >= blocks->ids.size() ||
         blocks->ids[entry - blocks->first_block] == kHole)
       return fail(Code::kInvalidArgument, "BLOCK_MISSING",
-                  "nothing stands for local block " + std::to_string(local_block), field);
+                  "nothing stands for local block " + std::to_string(local_block), field());
     const int32_t id = blocks->ids[entry - blocks->first_block];
     if (id < 0 || static_cast<uint64_t>(id) >= group.block_count / per_id)
-      return invalid(field + "[" + std::to_string(entry - blocks->first_block) + "]",
+      return invalid(field() + "[" + std::to_string(entry - blocks->first_block) + "]",
                      "BLOCK_OUT_OF_RANGE", std::to_string(id) + " is not one of the group's ids");
     return static_cast<uint32_t>(static_cast<uint64_t>(id) * per_id + local_block % per_id);
   }

@@ -119,7 +119,7 @@ struct PairTokens {
 // The parts of a leg that both compile_stream and expected_bytes need.
 class Compiler {
  public:
-  // `offer` nullptr: as if the sender offered everything.
+  // `offer` nullptr: as if the sender offered everything, and only bytes are wanted, no planes.
   Compiler(const LegTable& table, uint32_t s, uint32_t g, std::span<const GroupNeed> needs,
            const std::span<const GroupRanges>* offer, Range layers)
       : sender_(table.sender().ranks[s]),
@@ -151,7 +151,10 @@ class Compiler {
       if (fresh) {
         start_bundle(plane, r, tokens, owned.unit_sets[plane.units]);
         unit_counts_.push_back(unit_counts[plane.units]);
+        plane_counts_.push_back(0);
       }
+      ++plane_counts_[at->second];
+      if (offer_ == nullptr) continue;
       bundles_[at->second].planes.push_back(
           {r.layer, r.role, plane.receiver_plane,
            std::vector<uint32_t>(plane.sender_planes.begin(), plane.sender_planes.end())});
@@ -159,7 +162,7 @@ class Compiler {
     for (std::size_t i = 0; i < bundles_.size(); ++i) {
       Bundle& bundle = bundles_[i];
       if (!checked_mul(bundle.cells_per_unit, unit_counts_[i], bundle.bytes) ||
-          !checked_mul(bundle.bytes, bundle.planes.size(), bundle.bytes) ||
+          !checked_mul(bundle.bytes, plane_counts_[i], bundle.bytes) ||
           !checked_mul(bundle.bytes, bundle.cell_bytes, bundle.bytes))
         return too_large();
     }
@@ -228,7 +231,8 @@ class Compiler {
   Range layers_;
   std::map<std::pair<uint32_t, uint32_t>, PairTokens> tokens_;
   std::vector<Bundle> bundles_;
-  std::vector<uint64_t> unit_counts_;
+  std::vector<uint64_t> unit_counts_;   // of each bundle
+  std::vector<uint64_t> plane_counts_;  // of each bundle
 };
 
 Result<std::vector<Bundle>> bundles_of(const LegTable& table, uint32_t s, uint32_t g,
