@@ -32,7 +32,53 @@ std::vector<uint64_t> prompts_of(const mapping::RankLayout& layout,
   return prompts;
 }
 
+// What compile_now() may cost at most for a small slice, in pieces of a plan. A plane takes as long
+// as some of them: it is looked up, described, digested and bound.
+constexpr uint64_t kSmallSteps = 1024;
+constexpr uint64_t kPlaneSteps = 16;
+
+// The fewest tokens that the rank keeps in one piece, where it keeps tokens.
+uint64_t shortest_piece(const mapping::Holding& holding) {
+  uint64_t least = uint64_t{1} << 30;  // the most that a block may have
+  for (const mapping::Group& group : holding.groups) {
+    if (mapping::is_request_group(group)) continue;
+    least = std::min(least, std::max<uint64_t>(group.tokens_per_block, 1));
+    if (group.cp_size > 1 && group.cp_interleave != 0) least = std::min(least, group.cp_interleave);
+  }
+  return least;
+}
+
 }  // namespace
+
+bool is_small(const engine::Compile& command) {
+  const bool sender = command.side == engine::Role::kSender;
+  const auto* context = dynamic_cast<const CompileContext*>(command.context.get());
+  const auto* layout = dynamic_cast<const RegisteredLayout*>(
+      sender ? (command.send ? command.send->layout.get() : nullptr)
+             : (command.receive ? command.receive->layout.get() : nullptr));
+  if (context == nullptr || layout == nullptr || (sender && command.pull == nullptr) ||
+      layout->device() != nullptr ||
+      context->sender_rank >= context->table->sender().ranks.size() ||
+      context->receiver_rank >= context->table->receiver().ranks.size())
+    return false;
+  const mapping::Holding& from = context->table->sender().ranks[context->sender_rank];
+  const mapping::Holding& to = context->table->receiver().ranks[context->receiver_rank];
+  const uint64_t piece = std::min(shortest_piece(from), shortest_piece(to));
+  uint64_t steps = 0;
+  uint64_t ranges = 0;
+  for (const mapping::Group& group : to.groups) steps += kPlaneSteps * group.planes.size();
+  for (const mapping::GroupNeed& need : sender ? command.pull->needs : command.receive->needs)
+    ranges += need.ranges.size();
+  for (const mapping::GroupRanges& group : command.offer) {
+    ranges += group.ranges.size();
+    for (const Range& range : group.ranges) {
+      if (steps > kSmallSteps) return false;
+      steps += std::min(range.size(), piece * kSmallSteps) / piece + 2;
+    }
+  }
+  // Each group of the sender's may be met by each of the receiver's.
+  return steps + ranges * to.groups.size() <= kSmallSteps;
+}
 
 Reason reason_of(const Error& error) {
   static const std::map<std::string, Reason> kReasons{
@@ -94,7 +140,6 @@ engine::Compiled compile_now(const engine::Compile& command) {
   plan->layout = layout;
   plan->bytes = stream->bytes;
   plan->digest = stream->digest;
-  plan->runs = bound->run_count();
   plan->plan = std::make_shared<const mapping::Plan>(std::move(*bound));
   if (!sender && clears_tails(layout->layout)) {
     Result<mapping::Plan> tail =
@@ -158,7 +203,6 @@ Result<std::shared_ptr<const CompiledPlan>> bound(
   compiled->layout = layout;
   compiled->bytes = stream.bytes;
   compiled->digest = stream.digest;
-  compiled->runs = plan->run_count();
   compiled->plan = std::make_shared<const mapping::Plan>(std::move(*plan));
   KVFERRY_RETURN_IF_ERROR(compiled->make_device_forms());
   return std::shared_ptr<const CompiledPlan>(std::move(compiled));

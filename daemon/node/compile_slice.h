@@ -20,6 +20,9 @@ struct CompileContext : engine::LegContext {
 };
 
 engine::Compiled compile_now(const engine::Compile& command);
+// Whether that takes some tens of microseconds at most, and so less than a hop to another thread.
+// Decided by the number of planes, ranges and blocks; slices on GPUs never are.
+bool is_small(const engine::Compile& command);
 // The same for a copy between two layouts of this daemon.
 engine::CopyCompiled compile_now(const engine::CompileCopy& command);
 

@@ -178,16 +178,17 @@ bool Directory::Impl::compile_later(const Command& command) {
          compile_pool.post([impl = shared_from_this(), work] { impl->sink(compile_now(*work)); });
 }
 
-void Directory::compile(const engine::Compile& command) {
-  if (impl_->compile_later(command)) return;
-  impl_->sink(engine::Compiled{command.compile, Reason::kInternal,
-                               "too many slices wait to be compiled", nullptr});
+std::optional<engine::Compiled> Directory::compile(const engine::Compile& command) {
+  if (is_small(command)) return compile_now(command);
+  if (impl_->compile_later(command)) return std::nullopt;
+  return engine::Compiled{command.compile, Reason::kInternal, "too many slices wait to be compiled",
+                          nullptr};
 }
 
-void Directory::compile(const engine::CompileCopy& command) {
-  if (impl_->compile_later(command)) return;
-  impl_->sink(engine::CopyCompiled{command.compile, Reason::kInternal,
-                                   "too many copies wait to be compiled", nullptr, nullptr});
+std::optional<engine::CopyCompiled> Directory::compile(const engine::CompileCopy& command) {
+  if (impl_->compile_later(command)) return std::nullopt;
+  return engine::CopyCompiled{command.compile, Reason::kInternal,
+                              "too many copies wait to be compiled", nullptr, nullptr};
 }
 
 Result<rpc::CardPage> Directory::answer_cards(const PeerRef& peer, const rpc::CardQuery& query) {

@@ -96,12 +96,13 @@ class Directory : public PeerQuestions {
   void probe(const std::string& ticket, std::shared_ptr<const RegisteredLayout> layout,
              Time deadline, std::function<void(Result<ProbeOutcome>)> done);
 
-  // --- The engine's commands.
-  void resolve(const engine::Resolve& command);
+  // --- The engine's commands. Each has one answer: returned, where that takes some tens of
+  // microseconds from what is known here; else given to the sink.
+  std::optional<engine::Resolved> resolve(const engine::Resolve& command);
   void cancel_resolve(const engine::CancelResolve& command);
-  void resolve_pull(const engine::ResolvePull& command);
-  void compile(const engine::Compile& command);
-  void compile(const engine::CompileCopy& command);
+  std::optional<engine::PullResolved> resolve_pull(const engine::ResolvePull& command);
+  std::optional<engine::Compiled> compile(const engine::Compile& command);
+  std::optional<engine::CopyCompiled> compile(const engine::CompileCopy& command);
 
   // --- PeerQuestions.
   Result<rpc::CardPage> answer_cards(const PeerRef& peer, const rpc::CardQuery& query) override;

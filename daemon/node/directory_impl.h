@@ -24,6 +24,9 @@ namespace kvferry::node {
 using CardSetPtr = std::shared_ptr<const CardSet>;
 using LegTablePtr = std::shared_ptr<const mapping::LegTable>;
 
+// For card sets whose digest is known.
+constexpr Duration kHoweverOld = std::chrono::hours(24 * 365);
+
 struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   // An instance of which at least one rank is here.
   struct Join;
@@ -85,7 +88,9 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   struct TableSlot {
     Mutex mutex;
     std::optional<Result<LegTablePtr>> table KVFERRY_GUARDED_BY(mutex);
-    Time used;  // guarded by Impl::mutex
+    // Guarded by Impl::mutex.
+    Time used;
+    LegTablePtr ready;  // null until it has been made, or where it cannot be
   };
 
   struct Pending {
@@ -175,7 +180,25 @@ struct Directory::Impl : std::enable_shared_from_this<Directory::Impl> {
   void pull_step(const engine::ResolvePull& command) KVFERRY_EXCLUDES(mutex);
   void pull_with(const engine::ResolvePull& command, const CardSetPtr& sender,
                  const CardSetPtr& receiver, const PeerRef& peer) KVFERRY_EXCLUDES(mutex);
+  // For the tenants that it names.
+  bool may_pull(const PeerRef& peer, const engine::MsgPull& pull) const;
+  // Whether the pull is one that this link's peer may make for these cards.
+  Status check_pull(const engine::ResolvePull& command, const CardSetPtr& sender,
+                    const CardSetPtr& receiver, const PeerRef& peer) const;
+  Result<engine::PullResolved> pull_answer(const engine::ResolvePull& command,
+                                           const LegTablePtr& table);
   void pull_failed(const engine::ResolvePull& command, const Error& error);
+
+  // --- directory_at_once.cc: on the engine's thread, from what is known. Nothing: it takes a look
+  // at another node, or more time than that thread has. What fails is nothing, too: why is found
+  // out where there is time.
+  std::optional<engine::Resolved> resolved_at_once(const engine::ReceiveOp& receive)
+      KVFERRY_EXCLUDES(mutex);
+  std::optional<engine::PullResolved> pull_at_once(const engine::ResolvePull& command)
+      KVFERRY_EXCLUDES(mutex);
+  // Null unless somebody has made it.
+  LegTablePtr known_table(const CardSetPtr& sender, const CardSetPtr& receiver)
+      KVFERRY_EXCLUDES(mutex);
 
   // --- directory_join.cc
   Status start_join(Local& local, const std::vector<rpc::NodeAddress>& nodes, bool forward)

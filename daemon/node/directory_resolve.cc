@@ -114,8 +114,8 @@ void Directory::Impl::find_remote(const PeerTarget& target, const Ticket& ticket
                                   SetDone done) {
   if (!fresh && !target.node.empty()) {
     // The digest says that this is the set, however old it is.
-    CardSetPtr set = known_remote({target.node, instance_of(ticket), incarnation_of(ticket)},
-                                  std::chrono::hours(24 * 365));
+    CardSetPtr set =
+        known_remote({target.node, instance_of(ticket), incarnation_of(ticket)}, kHoweverOld);
     if (set != nullptr && check_ticket(ticket, *set)) return done(std::move(set));
   }
   links.ensure_link(
@@ -251,9 +251,15 @@ Result<LegTablePtr> Directory::Impl::table_of(const CardSetPtr& sender,
         return a.second->used < b.second->used;
       }));
   }
-  MutexLock lock(slot->mutex);
-  if (!slot->table) slot->table = mapping::LegTable::make(sender->instance, receiver->instance);
-  return *slot->table;
+  Result<LegTablePtr> table = nullptr;
+  {
+    MutexLock lock(slot->mutex);
+    if (!slot->table) slot->table = mapping::LegTable::make(sender->instance, receiver->instance);
+    table = *slot->table;
+  }
+  MutexLock lock(mutex);
+  if (table) slot->ready = *table;
+  return table;
 }
 
 void Directory::Impl::link_all(std::set<rpc::NodeAddress> nodes, std::function<void(Status)> done) {
@@ -292,7 +298,7 @@ bool Directory::Impl::alive(ResolveId id) {
   return !stopped && pending.contains(id);
 }
 
-void Directory::resolve(const engine::Resolve& command) {
+std::optional<engine::Resolved> Directory::resolve(const engine::Resolve& command) {
   auto task = std::make_shared<Impl::Pending>();
   task->command = command;
   task->limit = monotonic_now() + impl_->config.resolve_limit;
@@ -307,10 +313,20 @@ void Directory::resolve(const engine::Resolve& command) {
     std::weak_ptr<const engine::ReceiveOp>& before = impl_->resolved[command.receive.get()];
     task->fresh = !before.expired();
     before = command.receive;
+  }
+  if (!task->fresh) {
+    if (auto known = impl_->resolved_at_once(*command.receive)) {
+      known->resolve = command.resolve;
+      return known;
+    }
+  }
+  {
+    MutexLock lock(impl_->mutex);
     if (!impl_->stopped && impl_->pending.size() < impl_->config.max_resolves)
       accepted = impl_->pending.emplace(command.resolve, task).second;
   }
-  if (accepted && impl_->soon([impl = impl_, task] { impl->resolve_step(task); })) return;
+  if (accepted && impl_->soon([impl = impl_, task] { impl->resolve_step(task); }))
+    return std::nullopt;
   {
     MutexLock lock(impl_->mutex);
     impl_->pending.erase(command.resolve);
@@ -319,7 +335,7 @@ void Directory::resolve(const engine::Resolve& command) {
   answer.resolve = command.resolve;
   answer.reason = Reason::kInternal;
   answer.message = "too many transfers are being resolved";
-  impl_->sink(std::move(answer));
+  return answer;
 }
 
 void Directory::cancel_resolve(const engine::CancelResolve& command) {
@@ -420,9 +436,16 @@ void Directory::Impl::pull_failed(const engine::ResolvePull& command, const Erro
   sink(std::move(answer));
 }
 
-void Directory::resolve_pull(const engine::ResolvePull& command) {
+std::optional<engine::PullResolved> Directory::resolve_pull(const engine::ResolvePull& command) {
+  if (auto known = impl_->pull_at_once(command)) return known;
   if (!impl_->soon([impl = impl_, command] { impl->pull_step(command); }))
     impl_->pull_failed(command, {Code::kInternal, "BUSY", "too much work waits", {}});
+  return std::nullopt;
+}
+
+bool Directory::Impl::may_pull(const PeerRef& peer, const engine::MsgPull& pull) const {
+  return links.may_speak_for(peer.node, tenant_of(pull.receiver_instance)) &&
+         links.may_speak_for(peer.node, tenant_of(pull.transfer.instance));
 }
 
 void Directory::Impl::pull_step(const engine::ResolvePull& command) {
@@ -430,8 +453,7 @@ void Directory::Impl::pull_step(const engine::ResolvePull& command) {
   const std::optional<PeerRef> peer = links.peer_of(command.link);
   if (!peer)
     return pull_failed(command, {Code::kUnavailable, "LINK_DOWN", "the link has ended", {}});
-  if (!links.may_speak_for(peer->node, tenant_of(pull.receiver_instance)) ||
-      !links.may_speak_for(peer->node, tenant_of(pull.transfer.instance)))
+  if (!may_pull(*peer, pull))
     return pull_failed(command, {Code::kPermissionDenied,
                                  "PEER_NOT_ALLOWED",
                                  "the peer may not speak for that tenant",
@@ -447,7 +469,7 @@ void Directory::Impl::pull_step(const engine::ResolvePull& command) {
   const RemoteKey key{peer->node, pull.receiver_instance, pull.receiver_incarnation};
   if (pull.receiver_incarnation.is_zero())
     return pull_failed(command, {Code::kInvalidArgument, "BAD_MESSAGE", "no incarnation", {}});
-  if (CardSetPtr known = known_remote(key, std::chrono::hours(24 * 365));
+  if (CardSetPtr known = known_remote(key, kHoweverOld);
       known != nullptr && digest_of_pair((*sender)->digest, known->digest) == pull.cards)
     return pull_with(command, *sender, known, *peer);
   if (CardSetPtr recent = known_remote(key, kJustFetched))
@@ -465,47 +487,56 @@ void Directory::Impl::pull_step(const engine::ResolvePull& command) {
 
 void Directory::Impl::pull_with(const engine::ResolvePull& command, const CardSetPtr& sender,
                                 const CardSetPtr& receiver, const PeerRef& peer) {
+  if (const Status right = check_pull(command, sender, receiver, peer); !right)
+    return pull_failed(command, right.error());
+  Result<LegTablePtr> table = table_of(sender, receiver);
+  if (!table) return pull_failed(command, table.error());
+  Result<engine::PullResolved> answer = pull_answer(command, *table);
+  if (!answer) return pull_failed(command, answer.error());
+  sink(std::move(*answer));
+}
+
+Status Directory::Impl::check_pull(const engine::ResolvePull& command, const CardSetPtr& sender,
+                                   const CardSetPtr& receiver, const PeerRef& peer) const {
   const engine::MsgPull& pull = *command.pull;
   if (digest_of_pair(sender->digest, receiver->digest) != pull.cards)
-    return pull_failed(
-        command,
-        {Code::kFailedPrecondition, "STALE_CARDS", "the two sides know different cards", {}});
+    return stale("the two sides know different cards");
   // A rank's messages are good only on the link to the node that made its card.
   if (pull.receiver_rank >= receiver->places.size() ||
       receiver->places[pull.receiver_rank].node != peer.node ||
       pull.sender_rank != command.layout->rank)
-    return pull_failed(
-        command,
-        {Code::kPermissionDenied, "WRONG_NODE", "the pull names a rank of another node", {}});
-  Result<LegTablePtr> table = table_of(sender, receiver);
-  if (!table) return pull_failed(command, table.error());
+    return fail(Code::kPermissionDenied, "WRONG_NODE", "the pull names a rank of another node");
+  return {};
+}
+
+// Of a pull that is right.
+Result<engine::PullResolved> Directory::Impl::pull_answer(const engine::ResolvePull& command,
+                                                          const LegTablePtr& table) {
+  const engine::MsgPull& pull = *command.pull;
   engine::PullResolved answer;
   answer.resolve = command.resolve;
-  answer.receiver_dp_group = receiver->instance->ranks[pull.receiver_rank].topology.dp_group;
+  answer.receiver_dp_group = table->receiver().ranks[pull.receiver_rank].topology.dp_group;
   Result<std::vector<mapping::Leg>> legs =
-      (*table)->legs_of_sender(pull.sender_rank, answer.receiver_dp_group);
-  if (!legs) return pull_failed(command, legs.error());
+      table->legs_of_sender(pull.sender_rank, answer.receiver_dp_group);
+  if (!legs) return tl::unexpected<Error>(std::move(legs).error());
   for (const mapping::Leg& leg : *legs) {
     answer.legs.push_back({leg.receiver_rank, leg.empty, leg.carries_aux});
     if (leg.receiver_rank != pull.receiver_rank) continue;
     auto context = std::make_shared<CompileContext>();
-    context->table = *table;
+    context->table = table;
     context->sender_rank = pull.sender_rank;
     context->receiver_rank = pull.receiver_rank;
     answer.context = std::move(context);
   }
   if (answer.context == nullptr)
-    return pull_failed(
-        command,
-        {Code::kPermissionDenied, "BAD_MESSAGE", "there is no leg between the two ranks", {}});
+    return fail(Code::kPermissionDenied, "BAD_MESSAGE", "there is no leg between the two ranks");
   Result<std::vector<mapping::GroupRanges>> needs =
-      mapping::needs_by_sender_group(**table, pull.sender_rank, pull.receiver_rank, pull.needs);
+      mapping::needs_by_sender_group(*table, pull.sender_rank, pull.receiver_rank, pull.needs);
   // The needs are the peer's word; what is wrong with them is the peer's fault.
   if (!needs)
-    return pull_failed(command, {Code::kInvalidArgument, "BAD_MESSAGE", needs.error().message,
-                                 needs.error().field});
+    return fail(Code::kInvalidArgument, "BAD_MESSAGE", needs.error().message, needs.error().field);
   answer.needs = std::move(*needs);
-  sink(std::move(answer));
+  return answer;
 }
 
 // ---- workers' Resolve ----

@@ -324,21 +324,32 @@ void EngineThread::execute(engine::LayoutQuiet& command) {
 
 // ---- directory and copies ----------------------------------------------------------------------
 
+// An answer that is there at once is taken in the same round, unless something waits in the inbox:
+// it may be the LinkUp of a link that the answer counts on.
+template <typename Answer>
+void EngineThread::answered(std::optional<Answer> answer) {
+  if (!answer) return;
+  if (inbox_.waiting() == 0)
+    follow_up_.push_back(std::move(*answer));
+  else
+    post(std::move(*answer));
+}
+
 void EngineThread::execute(engine::Resolve& command) {
-  parts_.directory->resolve(command);
+  answered(parts_.directory->resolve(command));
 }
 void EngineThread::execute(engine::ResolvePull& command) {
-  parts_.directory->resolve_pull(command);
+  answered(parts_.directory->resolve_pull(command));
 }
 void EngineThread::execute(engine::CancelResolve& command) {
   parts_.directory->cancel_resolve(command);
 }
 void EngineThread::execute(engine::Compile& command) {
-  parts_.directory->compile(command);
+  answered(parts_.directory->compile(command));
 }
 
 void EngineThread::execute(engine::CompileCopy& command) {
-  parts_.directory->compile(command);
+  answered(parts_.directory->compile(command));
 }
 
 void EngineThread::execute(engine::QuarantineReleased& command) {

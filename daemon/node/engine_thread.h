@@ -9,6 +9,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <thread>
 #include <unordered_map>
@@ -134,6 +135,9 @@ class EngineThread final : private rails::RailsEvents {
   void watch_closing_lanes(Time now);
   // What still waits is answered UNAVAILABLE, so that no caller is left without an answer.
   void answer_all_waiting();
+
+  template <typename Answer>
+  void answered(std::optional<Answer> answer);
 
   // One for each command.
   void execute(engine::Reply& command);

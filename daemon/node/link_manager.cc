@@ -317,6 +317,12 @@ void LinkManager::ensure_link(PeerTarget target, Time /*deadline: a dial's own i
   impl_->ensure(std::move(target), std::move(done));
 }
 
+bool LinkManager::has_link(const std::string& node) const {
+  if (node == impl_->config.node) return true;
+  MutexLock lock(impl_->mutex);
+  return !impl_->stopped && impl_->by_node.contains(node);
+}
+
 std::optional<PeerRef> LinkManager::peer_of(LinkId id) const {
   if (id == kLoopedLink) return impl_->self();
   MutexLock lock(impl_->mutex);

@@ -107,6 +107,7 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   // rails.
   void ensure_link(PeerTarget target, Time deadline,
                    std::function<void(Result<PeerRef>)> done) override;
+  bool has_link(const std::string& node) const override;
   std::optional<PeerRef> peer_of(LinkId link) const override;
   bool may_speak_for(const std::string& node, std::string_view tenant) const override;
   void get_cards(LinkId link, rpc::CardQuery query, Time deadline,

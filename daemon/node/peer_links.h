@@ -38,6 +38,8 @@ class PeerLinks {
   // IDENTITY_MISMATCH. Errors that may pass have code UNAVAILABLE or DEADLINE_EXCEEDED.
   virtual void ensure_link(PeerTarget target, Time deadline,
                            std::function<void(Result<PeerRef>)> done) = 0;
+  // Whether ensure_link() to that node would find a link, or needs none.
+  virtual bool has_link(const std::string& node) const = 0;
   // Nothing for a link that has ended.
   virtual std::optional<PeerRef> peer_of(LinkId link) const = 0;
   virtual bool may_speak_for(const std::string& node, std::string_view tenant) const = 0;

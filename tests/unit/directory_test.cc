@@ -9,6 +9,7 @@
 #include "daemon/base/mutex.h"
 #include "daemon/mapping/tokens.h"
 #include "daemon/mapping/validate.h"
+#include "daemon/node/compile_slice.h"
 #include "daemon/node/tickets.h"
 
 using namespace kvferry;
@@ -116,6 +117,10 @@ class FakeLinks : public PeerLinks {
   FakeLinks(Net& net, std::string self) : net_(net), self_(std::move(self)) {}
 
   void ensure_link(PeerTarget target, Time, std::function<void(Result<PeerRef>)> done) override;
+  bool has_link(const std::string& node) const override {
+    MutexLock lock(mutex_);
+    return !refusal_ && !node.empty();
+  }
   std::optional<PeerRef> peer_of(LinkId link) const override;
   bool may_speak_for(const std::string&, std::string_view tenant) const override {
     return tenant == "default";
@@ -261,22 +266,26 @@ struct Pair {
   std::shared_ptr<RegisteredLayout> receiver = make_layout("default/decode", 2, 0, {1});
   Node& a = net["a"];
   Node& b = net["b"];
+  bool at_once = false;  // the last question was answered by the call
 
   void register_all() {
     for (const auto& sender : senders) REQUIRE(a.directory.add_local(sender));
     REQUIRE(b.directory.add_local(receiver));
   }
   engine::Resolved resolve(const std::shared_ptr<engine::ReceiveOp>& op, uint64_t id = 1) {
-    b.directory.resolve({{id}, op});
-    const auto resolved = b.events.take<engine::Resolved>();
+    auto resolved = b.directory.resolve({{id}, op});
+    at_once = resolved.has_value();
+    if (!at_once) resolved = b.events.take<engine::Resolved>();
     REQUIRE(resolved);
     CHECK(resolved->resolve == ResolveId{id});
     return *resolved;
   }
   engine::PullResolved resolve_pull(const std::shared_ptr<engine::MsgPull>& pull,
                                     const std::string& from = "b") {
-    a.directory.resolve_pull({{9}, net.ref(from).link, pull, senders.at(pull->sender_rank)});
-    const auto resolved = a.events.take<engine::PullResolved>();
+    auto resolved =
+        a.directory.resolve_pull({{9}, net.ref(from).link, pull, senders.at(pull->sender_rank)});
+    at_once = resolved.has_value();
+    if (!at_once) resolved = a.events.take<engine::PullResolved>();
     REQUIRE(resolved);
     return *resolved;
   }
@@ -310,12 +319,10 @@ TEST_CASE("both sides find the same legs and compile the same stream") {
     send->layout = pair.senders[leg.sender_rank];
     send->blocks = {{0, 0, {1, 0}}};
     const std::vector<mapping::GroupRanges> offer{{0, {{0, 8}}}};
-    pair.a.directory.compile(
+    const auto gather = pair.a.directory.compile(
         {{1}, engine::Role::kSender, pulled.context, send, nullptr, pull, offer, std::nullopt});
-    pair.b.directory.compile(
+    const auto scatter = pair.b.directory.compile(
         {{2}, engine::Role::kReceiver, leg.context, nullptr, op, nullptr, offer, std::nullopt});
-    const auto gather = pair.a.events.take<engine::Compiled>();
-    const auto scatter = pair.b.events.take<engine::Compiled>();
     REQUIRE(gather);
     REQUIRE(scatter);
     INFO(gather->message << scatter->message);
@@ -573,6 +580,102 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     cards[1].back() = static_cast<char>(cards[1].back() ^ 1);
     CHECK_FALSE(join(key));
   }
+}
+
+TEST_CASE("what is known is answered by the call") {
+  Pair pair;
+  pair.register_all();
+  const std::string ticket = *pair.a.directory.ticket("default/prefill");
+  const engine::Resolved first = pair.resolve(receive(pair.receiver, ticket), 1);
+  REQUIRE(first.reason == Reason::kNone);
+  CHECK_FALSE(pair.at_once);
+
+  const auto op = receive(pair.receiver, ticket);
+  const engine::Resolved known = pair.resolve(op, 2);
+  CHECK(pair.at_once);
+  CHECK(known.reason == Reason::kNone);
+  CHECK(known.cards == first.cards);
+  CHECK(known.sender_incarnation == first.sender_incarnation);
+  REQUIRE(known.legs.size() == first.legs.size());
+  for (std::size_t i = 0; i < known.legs.size(); ++i) {
+    CHECK(known.legs[i].sender_rank == first.legs[i].sender_rank);
+    CHECK(known.legs[i].node == first.legs[i].node);
+    CHECK(known.legs[i].expected_bytes == first.legs[i].expected_bytes);
+    CHECK(known.legs[i].carries_aux == first.legs[i].carries_aux);
+  }
+
+  const auto pull = pull_of(*op, known, known.legs[0]);
+  const engine::PullResolved asked = pair.resolve_pull(pull);
+  REQUIRE(asked.reason == Reason::kNone);
+  CHECK_FALSE(pair.at_once);
+  const engine::PullResolved pulled = pair.resolve_pull(pull);
+  CHECK(pair.at_once);
+  CHECK(pulled.reason == Reason::kNone);
+  CHECK(pulled.context != nullptr);
+  CHECK(pulled.needs == asked.needs);
+  CHECK(pulled.receiver_dp_group == asked.receiver_dp_group);
+  REQUIRE(pulled.legs.size() == 1);
+  CHECK(pulled.legs[0].receiver_rank == asked.legs[0].receiver_rank);
+
+  SECTION("not to who asks again, whom the peer has told that the cards are stale") {
+    CHECK(pair.resolve(op, 3).reason == Reason::kNone);
+    CHECK_FALSE(pair.at_once);
+  }
+  SECTION("not without a link") {
+    pair.b.links.refuse_with(Error{Code::kPermissionDenied, "PEER_NOT_ALLOWED", "no", {}});
+    CHECK(pair.resolve(receive(pair.receiver, ticket), 3).reason == Reason::kPeerNotAllowed);
+    CHECK_FALSE(pair.at_once);
+  }
+  SECTION("not a pull that is wrong") {
+    pull->receiver_rank = 7;
+    CHECK(pair.resolve_pull(pull).reason == Reason::kProtocol);
+    CHECK_FALSE(pair.at_once);
+  }
+  SECTION("not a pull of other cards") {
+    ++pull->cards.bytes[0];
+    CHECK(pair.resolve_pull(pull).reason == Reason::kStaleCards);
+    CHECK_FALSE(pair.at_once);
+  }
+  SECTION("not of an instance that has lost a rank") {
+    pair.b.directory.remove_local(pair.receiver);
+    CHECK_FALSE(pair.b.directory.resolve({ResolveId{3}, receive(pair.receiver, ticket)}));
+    pair.b.directory.cancel_resolve({ResolveId{3}});
+  }
+}
+
+TEST_CASE("a small slice is compiled by the call, a large one elsewhere, to the same plan") {
+  Pair pair;
+  pair.register_all();
+  const auto op = receive(pair.receiver, *pair.a.directory.ticket("default/prefill"));
+  const engine::Resolved resolved = pair.resolve(op);
+  REQUIRE(resolved.reason == Reason::kNone);
+  engine::Compile command{{1},
+                          engine::Role::kReceiver,
+                          resolved.legs[0].context,
+                          nullptr,
+                          op,
+                          nullptr,
+                          {{0, {{0, 8}}}},
+                          std::nullopt};
+  REQUIRE(is_small(command));
+  const auto small = pair.b.directory.compile(command);
+  REQUIRE(small);
+  REQUIRE(small->reason == Reason::kNone);
+  // An offer of what the receiver does not need changes nothing but what is to be looked at.
+  command.compile = {2};
+  command.offer[0].ranges[0].end = 4ULL * 10'000;
+  REQUIRE_FALSE(is_small(command));
+  CHECK_FALSE(pair.b.directory.compile(command));
+  const auto large = pair.b.events.take<engine::Compiled>();
+  REQUIRE(large);
+  INFO(large->message);
+  REQUIRE(large->reason == Reason::kNone);
+  CHECK(large->compile == CompileId{2});
+  CHECK(large->plan->digest == small->plan->digest);
+  // Ranges cost, too, however short they are.
+  command.offer[0].ranges.clear();
+  for (uint64_t i = 0; i < 1000; ++i) command.offer[0].ranges.push_back({8 * i, 8 * i + 4});
+  CHECK_FALSE(is_small(command));
 }
 
 TEST_CASE("a controller's question leads to every rank of the sender, wherever they are") {
