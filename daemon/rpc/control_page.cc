@@ -97,6 +97,7 @@ void ControlPage::publish(uint32_t slot, cp::Record record,
     ++own.generation;
     own.aux_length = 0;
     own.aux_flags = 0;
+    own.shown = {};
   }
   std::string_view inline_aux;
   if (aux && own.aux_flags == 0 && aux->size() <= cp::kMaxAuxBytes) {
@@ -114,7 +115,8 @@ void ControlPage::publish(uint32_t slot, cp::Record record,
   record.flags = (record.flags & ~uint32_t{cp::kAuxReady | cp::kAuxByCall}) | own.aux_flags;
   record.changed_ns = static_cast<uint64_t>(monotonic_now().ns);
   write_slot(slot, record, inline_aux);
-  note_change(slot);
+  note_change(slot, cp::worth_waking(own.shown, record) ? Ring::kYes : Ring::kNo);
+  own.shown = record;
 }
 
 void ControlPage::free_slot(uint32_t slot) {
@@ -130,7 +132,7 @@ void ControlPage::free_slot(uint32_t slot) {
   cp::Record free;
   free.generation = own.generation;
   write_slot(slot, free, {});
-  note_change(slot);
+  note_change(slot, Ring::kNo);
 }
 
 void ControlPage::write_slot(uint32_t slot, const cp::Record& record, std::string_view aux) {
@@ -148,11 +150,11 @@ void ControlPage::write_slot(uint32_t slot, const cp::Record& record, std::strin
   cp::store<uint64_t>(at, ++sequence);
 }
 
-void ControlPage::note_change(uint32_t slot) {
+void ControlPage::note_change(uint32_t slot, Ring ring) {
   const uint64_t index = ring_head_ & (config_.ring_capacity - 1);
   cp::store<uint32_t>(status_.data() + ring_offset_ + 4 * index, slot);
   cp::store<uint64_t>(status_.data() + offsetof(cp::StatusHeader, ring_head), ++ring_head_);
-  ring_doorbell();
+  if (ring == Ring::kYes) ring_doorbell();
   tell([slot](StatusObserver& observer) { observer.slot_changed(slot); });
 }
 

@@ -72,7 +72,8 @@ class ControlPage {
   // Takes what the worker has rung; any thread, but one at a time.
   void drain_doorbell();
 
-  // Shows `record` in `slot` (< config().slots, else nothing happens), notes the change and rings.
+  // Shows `record` in `slot` (< config().slots, else nothing happens), notes the change, and rings
+  // if the worker may be waiting for it (control_page::worth_waking).
   // `generation`, `changed_ns`, `aux_length` and the flags kAuxReady and kAuxByCall of `record` are
   // filled in here. `aux` may be null; given once, it stays readable until the slot is freed.
   void publish(uint32_t slot, control_page::Record record,
@@ -107,7 +108,8 @@ class ControlPage {
               memory::SharedMemory words, UniqueFd doorbell, UniqueFd worker_doorbell);
   void write_header(const BootId& boot);
   void write_slot(uint32_t slot, const control_page::Record& record, std::string_view aux);
-  void note_change(uint32_t slot);
+  enum class Ring : bool { kNo, kYes };
+  void note_change(uint32_t slot, Ring ring);
   template <typename Fn>
   void tell(Fn&& what) KVFERRY_EXCLUDES(observers_mutex_);
 
@@ -128,6 +130,7 @@ class ControlPage {
     uint32_t generation = 0;
     uint32_t aux_length = 0;
     uint32_t aux_flags = 0;
+    control_page::Record shown;  // the last one of this transfer
   };
   std::vector<Slot> slots_;
   uint64_t ring_head_ = 0;

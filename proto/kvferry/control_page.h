@@ -91,6 +91,17 @@ struct Record {
   bool operator==(const Record&) const = default;
 };
 
+// Whether `after` has something to wake a worker for that `before`, of the same transfer, had not:
+// a flag that is set, the end, another slice of a receive. `before` is Record{} for a new transfer.
+// For this alone the daemon rings the doorbell; all else a worker sees when it next looks.
+inline bool worth_waking(const Record& before, const Record& after) {
+  constexpr uint8_t kFirstEnd = 3;  // TRANSFER_STATE_DELIVERED; what follows are ends too
+  constexpr uint8_t kReceiver = 2;
+  return (after.flags & ~before.flags & ~uint32_t{kMemoryInUse}) != 0 ||
+         (after.state >= kFirstEnd && before.state < kFirstEnd) ||
+         (after.role == kReceiver && after.slices > before.slices);
+}
+
 using SlotImage = std::array<uint64_t, kSlotWords>;  // word 0 is the sequence
 
 inline SlotImage encode(const Record& r) {

@@ -186,11 +186,71 @@ TEST_CASE("words are read once each, and only inside their range") {
   ::munmap(data, page->words_bytes());
 }
 
+TEST_CASE("the doorbell rings for what a worker waits for, and for nothing else") {
+  auto page = make_page();
+  WorkerView worker(*page);
+  const auto rung = [&] {
+    int count = 0;
+    char byte = 0;
+    while (::recv(worker.ends.doorbell.get(), &byte, 1, MSG_DONTWAIT) == 1) ++count;
+    return count;
+  };
+  cp::Record r;
+  r.client_handle = 7;
+  r.role = 2;
+  r.state = 1;
+  page->publish(0, r);
+  r.state = 2;
+  page->publish(0, r);
+  r.bytes_done = 100;
+  r.flags = cp::kMemoryInUse;
+  page->publish(0, r);
+  CHECK(rung() == 0);
+  cp::Record seen;
+  REQUIRE(worker.reader.read(0, seen));
+  CHECK(seen.bytes_done == 100);  // shown all the same
+
+  r.slices = 1;
+  page->publish(0, r);
+  CHECK(rung() == 1);
+  page->publish(0, r);
+  CHECK(rung() == 0);
+  r.state = 4;
+  page->publish(0, r);
+  CHECK(rung() == 1);
+  r.flags |= cp::kDestReleased;
+  page->publish(0, r);
+  CHECK(rung() == 1);
+  r.flags &= ~uint32_t{cp::kMemoryInUse};
+  page->publish(0, r);
+  page->free_slot(0);
+  CHECK(rung() == 0);
+
+  // Another transfer in the slot has told nothing yet.
+  r.client_handle = 8;
+  r.role = 1;
+  r.slices = 3;
+  r.state = 1;
+  r.flags = 0;
+  page->publish(0, r);
+  CHECK(rung() == 0);  // a sender's slices are no event
+  r.flags = cp::kReceiverReady;
+  page->publish(0, r);
+  CHECK(rung() == 1);
+  page->set_draining(true);
+  CHECK(rung() == 1);
+  r.client_handle = 9;
+  r.state = 5;
+  r.flags = cp::kSourceReleased;
+  page->publish(0, r);
+  CHECK(rung() == 1);
+}
+
 TEST_CASE("a full doorbell and a worker that is gone do not hold the daemon up") {
   auto page = make_page();
   {
     WorkerView worker(*page);
-    for (int i = 0; i < 100000; ++i) page->publish(0, record_of(1, static_cast<uint64_t>(i)));
+    for (int i = 0; i < 100000; ++i) page->ring_doorbell();
     char byte = 0;
     CHECK(::recv(worker.ends.doorbell.get(), &byte, 1, MSG_DONTWAIT) == 1);
   }

@@ -118,8 +118,11 @@ std::size_t Client::Impl::poll(std::span<Event> events) {
   // Somebody sleeps on the descriptor: it has to become unreadable before the page is looked at.
   if (event_fd_used_.load(std::memory_order_relaxed)) take_wake_ups();
   const std::size_t count = transfers_.take(events);
-  // What did not fit must keep the descriptor readable.
+  // What did not fit must keep the descriptor readable, and a slot that was being written must be
+  // looked at again.
   if (count == events.size() && count > 0 && event_fd_used_.load(std::memory_order_relaxed))
+    notify();
+  else if (transfers_.unsettled())
     notify();
   return count;
 }
@@ -137,9 +140,10 @@ Result<TransferStatus> Client::Impl::wait(TransferHandle transfer, Deadline dead
   for (;;) {
     if (auto ended = transfers_.ended(transfer)) {
       // Events of others may have been seen on the way, and their wake-ups consumed.
-      notify();
+      if (transfers_.pending()) notify();
       return *ended;
     }
+    if (transfers_.unsettled()) notify();
     if (block(deadline)) continue;
     if (auto ended = transfers_.ended(transfer)) return *ended;
     notify();

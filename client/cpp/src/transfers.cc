@@ -320,8 +320,22 @@ std::optional<Result<TransferStatus>> Transfers::ended(TransferHandle handle) {
   if (!over(*transfer) && !refusal) return std::nullopt;
   Event event;
   while (next_event(*transfer, event)) ++counts_.events;
+  if (transfer->dirty) {
+    transfer->dirty = false;
+    std::erase(dirty_, handle);
+  }
   if (refusal) return Result<TransferStatus>(*transfer->refusal);
   return Result<TransferStatus>(status_of(*transfer));
+}
+
+bool Transfers::pending() const {
+  MutexLock lock(mutex_);
+  return !dirty_.empty() || !global_.empty();
+}
+
+bool Transfers::unsettled() const {
+  MutexLock lock(mutex_);
+  return !retry_.empty();
 }
 
 TransferStatus Transfers::status_of(const Transfer& t) {

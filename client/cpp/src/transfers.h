@@ -63,6 +63,10 @@ class Transfers {
   // For wait(): what is known if the transfer has come to its end (consuming its events) or was
   // refused; nothing while it goes on. NOT_FOUND for an unknown one.
   std::optional<Result<TransferStatus>> ended(TransferHandle handle) KVFERRY_EXCLUDES(mutex_);
+  // Whether there is something to take.
+  bool pending() const KVFERRY_EXCLUDES(mutex_);
+  // Whether a slot could not be read as its writer was at work: nothing has to ring for it again.
+  bool unsettled() const KVFERRY_EXCLUDES(mutex_);
   Result<TransferStatus> status(TransferHandle handle) KVFERRY_EXCLUDES(mutex_);
   // The aux if it is in the page; nothing if it must be fetched. FAILED_PRECONDITION AUX_NOT_READY.
   Result<std::optional<std::string>> aux(TransferHandle handle) KVFERRY_EXCLUDES(mutex_);
