@@ -162,6 +162,25 @@ TEST_CASE("block ids are checked up to the prompt's end") {
   CHECK(compute_needs(layout, twice).error().reason == "GROUP_TWICE");
 }
 
+TEST_CASE("an id that stands twice is found among few and many, near and far") {
+  constexpr uint64_t kIds = 1U << 30;
+  const RankLayout layout = layout_with(16, 0, kIds);
+  for (const int32_t stride : {1, 3, 70, 1'000'003}) {
+    for (const std::size_t count : {2U, 3U, 63U, 1000U}) {
+      CAPTURE(stride, count);
+      GroupReceive receive{16 * count, 0, {}};
+      for (std::size_t i = 0; i < count; ++i)
+        receive.blocks.ids.push_back(static_cast<int32_t>(count - i) * stride);
+      CHECK(compute_needs(layout, std::span(&receive, 1)));
+      receive.blocks.ids.back() = receive.blocks.ids.front();
+      const auto needs = compute_needs(layout, std::span(&receive, 1));
+      REQUIRE_FALSE(needs);
+      CHECK(needs.error().reason == "BLOCK_TWICE");
+      CHECK(needs.error().field == "groups[0].block_ids[" + std::to_string(count - 1) + "]");
+    }
+  }
+}
+
 TEST_CASE("an id stands once in all groups of an id space") {
   RankLayout layout = layout_with(16);
   GroupSpec spec;
