@@ -26,35 +26,54 @@ struct Free {
   void operator()(EVP_MAC_CTX* p) const { EVP_MAC_CTX_free(p); }
   void operator()(EVP_KDF_CTX* p) const { EVP_KDF_CTX_free(p); }
   void operator()(EVP_MAC* p) const { EVP_MAC_free(p); }
+  void operator()(EVP_MD* p) const { EVP_MD_free(p); }
   void operator()(EVP_KDF* p) const { EVP_KDF_free(p); }
 };
 
-// Fetching an algorithm costs microseconds, so each thread keeps its context.
+// Fetching an algorithm costs microseconds, so each thread keeps its contexts. The MAC's has its
+// digest for good: a key alone begins the next one.
 EVP_MAC_CTX* mac_context() {
-  thread_local std::unique_ptr<EVP_MAC, Free> mac(EVP_MAC_fetch(nullptr, "HMAC", nullptr));
-  thread_local std::unique_ptr<EVP_MAC_CTX, Free> context(EVP_MAC_CTX_new(mac.get()));
-  demand(context != nullptr, "EVP_MAC_CTX_new");
+  thread_local const std::unique_ptr<EVP_MAC_CTX, Free> context = [] {
+    const std::unique_ptr<EVP_MAC, Free> mac(EVP_MAC_fetch(nullptr, "HMAC", nullptr));
+    std::unique_ptr<EVP_MAC_CTX, Free> made(EVP_MAC_CTX_new(mac.get()));
+    char digest[] = "SHA256";
+    const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
+                                 OSSL_PARAM_construct_end()};
+    demand(made && EVP_MAC_CTX_set_params(made.get(), params) == 1, "EVP_MAC_CTX_set_params");
+    return made;
+  }();
+  return context.get();
+}
+
+EVP_MD_CTX* sha256_context() {
+  thread_local const std::unique_ptr<EVP_MD_CTX, Free> context = [] {
+    const std::unique_ptr<EVP_MD, Free> digest(EVP_MD_fetch(nullptr, "SHA256", nullptr));
+    std::unique_ptr<EVP_MD_CTX, Free> made(EVP_MD_CTX_new());
+    demand(made && EVP_DigestInit_ex(made.get(), digest.get(), nullptr) == 1, "EVP_DigestInit");
+    return made;
+  }();
   return context.get();
 }
 
 }  // namespace
 
 Sha256 sha256(std::initializer_list<Bytes> pieces) {
-  std::unique_ptr<EVP_MD_CTX, Free> context(EVP_MD_CTX_new());
-  demand(context && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) == 1, "EVP_DigestInit");
+  EVP_MD_CTX* context = sha256_context();
+  // No type: the one that it has.
+  demand(EVP_DigestInit_ex(context, nullptr, nullptr) == 1, "EVP_DigestInit");
   for (Bytes piece : pieces)
-    demand(EVP_DigestUpdate(context.get(), piece.data(), piece.size()) == 1, "EVP_DigestUpdate");
+    demand(EVP_DigestUpdate(context, piece.data(), piece.size()) == 1, "EVP_DigestUpdate");
   Sha256 out{};
-  demand(EVP_DigestFinal_ex(context.get(), out.data(), nullptr) == 1, "EVP_DigestFinal");
+  demand(EVP_DigestFinal_ex(context, out.data(), nullptr) == 1, "EVP_DigestFinal");
   return out;
 }
 
 Sha256 hmac_sha256(Bytes key, std::initializer_list<Bytes> pieces) {
   EVP_MAC_CTX* context = mac_context();
-  char digest[] = "SHA256";
-  const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
-                               OSSL_PARAM_construct_end()};
-  demand(EVP_MAC_init(context, key.data(), key.size(), params) == 1, "EVP_MAC_init");
+  // A null pointer would be the key before this one.
+  const uint8_t none = 0;
+  demand(EVP_MAC_init(context, key.empty() ? &none : key.data(), key.size(), nullptr) == 1,
+         "EVP_MAC_init");
   for (Bytes piece : pieces)
     demand(EVP_MAC_update(context, piece.data(), piece.size()) == 1, "EVP_MAC_update");
   Sha256 out{};
