@@ -170,6 +170,7 @@ void EngineThread::run() {
       engine_.flush(monotonic_now(), commands_);
       execute_all();
     } while (!follow_up_.empty());
+    tell_replies();
 
     refresh_views(monotonic_now());
     wait();
@@ -269,9 +270,14 @@ void EngineThread::poll_conditions() {
 void EngineThread::execute(engine::Reply& command) {
   const auto it = replies_.find(command.op.op_id);
   if (it == replies_.end()) return;
-  ReplyFn reply = std::move(it->second);
+  answers_.emplace_back(std::move(it->second), std::move(command));
   replies_.erase(it);
-  reply(command);
+}
+
+// Last in a round: each may write to a socket, and transfers shall not wait for that.
+void EngineThread::tell_replies() {
+  for (const auto& [reply, answer] : answers_) reply(answer);
+  answers_.clear();
 }
 
 void EngineThread::execute(engine::Publish& command) {

@@ -139,6 +139,8 @@ class EngineThread final : private rails::RailsEvents {
   template <typename Answer>
   void answered(std::optional<Answer> answer);
 
+  void tell_replies();
+
   // One for each command.
   void execute(engine::Reply& command);
   void execute(engine::Publish& command);
@@ -211,8 +213,9 @@ class EngineThread final : private rails::RailsEvents {
   uint64_t next_control_token_ = 1;
   uint64_t controls_under_way_ = 0;  // sends that have not ended
   bool draining_ = false;
-  std::unordered_map<uint64_t, ReplyFn> replies_;  // by op id
-  uint64_t next_op_id_ = 1;                        // ... and of what operators ask
+  std::unordered_map<uint64_t, ReplyFn> replies_;           // by op id
+  std::vector<std::pair<ReplyFn, engine::Reply>> answers_;  // of this round
+  uint64_t next_op_id_ = 1;                                 // ... and of what operators ask
   std::map<uint64_t, std::function<void(const engine::QuarantineReleased&)>> releases_;
   std::unordered_map<WorkerId, std::shared_ptr<rpc::Session>, IdHash> sessions_;
   std::map<ConditionId, Condition> conditions_;  // words of workers
