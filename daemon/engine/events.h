@@ -344,11 +344,18 @@ struct ArenaMapped {
   LinkId link;
   uint32_t arena = 0;  // the peer's number
 };
-// That life of a peer has ended, seen on its process itself (same host): nothing of it writes any
-// more, its copies have ended with it. Evidence for every region that was lent to it; also ends its
-// link.
+// This daemon has handed out what it takes to map its arena number `arena` to the link's peer, who
+// may say MAPPED of it from now on.
+struct ArenaLent {
+  LinkId link;
+  uint32_t arena = 0;
+};
+// That life of a node's daemon has ended, seen on its process itself (same host): nothing of it
+// writes any more, its copies have ended with it. Evidence for every region that was lent to it;
+// also ends its link.
 struct PeerProcessGone {
   BootId boot;
+  std::string node;
 };
 // The peer has unmapped all arenas of that (ended) link: nothing of it writes any more. Evidence
 // for every region that was lent over the link.
@@ -378,7 +385,7 @@ using Event =
                  WorkerAttached, WorkerGone, UnregisterLayout, Resolved, PullResolved, Compiled,
                  CopyCompiled, Packed, CopyEnded, ConditionMet, ConditionFailed, LinkUp, LinkEnded,
                  LaneConnected, LaneFailed, LaneReopened, LaneReopenFailed, PeerLaneDown, MessageIn,
-                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, ArenaMapped, PeerProcessGone,
-                 PeerUnmapped, ReleaseQuarantine, RailsUp, RailsDied, Drain>;
+                 RefuseIn, OfferIn, ReceiveEnded, OfferSendEnded, ArenaMapped, ArenaLent,
+                 PeerProcessGone, PeerUnmapped, ReleaseQuarantine, RailsUp, RailsDied, Drain>;
 
 }  // namespace kvferry::engine
