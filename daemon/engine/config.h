@@ -17,6 +17,8 @@ struct ArenaConfig {
   // store. Nothing is staged in it and no layout names it. It holds at least one region of the
   // largest chunk.
   bool mapped = false;
+  // The processor cannot read it, so nothing with a check lands in it.
+  bool on_device = false;
 };
 
 struct EngineConfig {

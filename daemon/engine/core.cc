@@ -265,8 +265,11 @@ void Core::on(ArenaMapped& event) {
 }
 void Core::on(PeerProcessGone& event) {
   if (event.boot == config.boot) return;
-  lanes.process_gone(event.boot);
-  receiver.process_gone(event.boot);
+  lanes.process_gone(event);
+  receiver.process_gone(event);
+}
+void Core::on(ArenaLent& event) {
+  lanes.arena_lent(event);
 }
 void Core::on(PeerUnmapped& event) {
   if (lanes.find(event.link) == nullptr) receiver.peer_unmapped(event.link);

@@ -123,6 +123,7 @@ class Core {
   void on(ReceiveEnded& event);
   void on(OfferSendEnded& event);
   void on(ArenaMapped& event);
+  void on(ArenaLent& event);
   void on(PeerProcessGone& event);
   void on(PeerUnmapped& event);
   void on(ReleaseQuarantine& event);

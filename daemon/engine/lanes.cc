@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "daemon/base/check.h"
 #include "daemon/engine/core.h"
 
 namespace kvferry::engine {
@@ -47,6 +48,11 @@ Link* Lanes::find_node(const std::string& node) {
   for (auto& [id, link] : links_)
     if (link.node == node) return &link;
   return nullptr;
+}
+
+Link* Lanes::find_life(const std::string& node, const BootId& boot) {
+  Link* link = find_node(node);
+  return link != nullptr && link->boot == boot && !link->looped() ? link : nullptr;
 }
 
 Link* Lanes::find_boot(const BootId& boot) {
@@ -104,8 +110,17 @@ void Lanes::link_ended(const LinkEnded& event) {
   if (find(event.link) != nullptr) end_link(event.link, event.reason, false);
 }
 
-void Lanes::process_gone(const BootId& boot) {
-  if (const Link* link = find_boot(boot)) end_link(LinkId{link->id}, Reason::kPeerLost, true);
+void Lanes::process_gone(const PeerProcessGone& event) {
+  if (const Link* link = find_life(event.node, event.boot))
+    end_link(LinkId{link->id}, Reason::kPeerLost, true);
+}
+
+void Lanes::arena_lent(const ArenaLent& event) {
+  const auto& arenas = core_.config.arenas;
+  KVFERRY_CHECK(event.arena < arenas.size() && arenas[event.arena].mapped,
+                "only mapped arenas are lent");
+  Link* link = event.link == kLoopedLink ? nullptr : find(event.link);
+  if (link != nullptr) link->lendable.insert(event.arena);
 }
 
 void Lanes::arena_mapped(const ArenaMapped& event) {

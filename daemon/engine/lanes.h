@@ -35,7 +35,8 @@ class Lanes {
   void offer_in(const OfferIn& event);
   void arena_mapped(const ArenaMapped& event);
   // That life of a peer is over: its link ends.
-  void process_gone(const BootId& boot);
+  void process_gone(const PeerProcessGone& event);
+  void arena_lent(const ArenaLent& event);
   void rails_up();
   void rails_died();
   void timer(TimerKey key);
@@ -50,6 +51,8 @@ class Lanes {
   const Link* find(LinkId id) const;
   Link* find_node(const std::string& node);
   Link* find_boot(const BootId& boot);
+  // A node's link, if it is to that life of it.
+  Link* find_life(const std::string& node, const BootId& boot);
   std::map<LinkId, Link>& all() { return links_; }
   const std::map<LinkId, Link>& all() const { return links_; }
 

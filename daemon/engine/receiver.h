@@ -63,7 +63,7 @@ class Receiver {
   void drained_in(Link& link, const MsgDrained& message);
 
   // Evidence about regions that were lent.
-  void process_gone(const BootId& boot);
+  void process_gone(const PeerProcessGone& event);
   void peer_unmapped(LinkId link);
   void release_quarantine(const ReleaseQuarantine& event);
 
@@ -148,7 +148,7 @@ class Receiver {
   void copy_chunk(RxLeg& leg);
 
   // receiver_mapped.cc
-  void choose_mapped(RxLeg& leg, const Link& link, const std::optional<uint32_t>& beside) const;
+  void choose_mapped(RxLeg& leg, const Receive& receive, const Link& link) const;
   void written(RxLeg& leg, const MsgWritten& message);
   void decide_writes(uint64_t pull);
   void end_credits(RxLeg& leg);

@@ -187,7 +187,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   leg.expected_bytes = of.expected_bytes;
   leg.credit_bytes = std::min(link.chunk_bytes, of.expected_bytes);
   leg.context = of.context;
-  choose_mapped(leg, link, receive.layout->mapped_arena);
+  choose_mapped(leg, receive, link);
   leg.name = receive.name;
   leg.name.incarnation = receive.sender_incarnation;
   leg.turn = {receive.tenant, receive.worker.value, receive.id, leg.pull};

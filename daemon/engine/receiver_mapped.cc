@@ -12,20 +12,22 @@
 namespace kvferry::engine {
 
 void Receiver::mapped_in(Link& link, const MsgMapped& message) {
-  if (link.looped() || message.arena >= core_.config.arenas.size() ||
-      !core_.config.arenas[message.arena].mapped) {
+  // Whoever was given nothing cannot write, and would have old bytes scattered as his.
+  if (!link.lendable.contains(message.arena)) {
     core_.lanes.protocol_error(link.id);
     return;
   }
   link.lent.insert(message.arena);
 }
 
-// A new leg's arena: the mapped one beside its layout's if its sender has mapped that. Where
-// nothing of it comes back any more, as its writers are gone without evidence, the ordinary one.
-void Receiver::choose_mapped(RxLeg& leg, const Link& link,
-                             const std::optional<uint32_t>& beside) const {
+// A new leg's arena: its layout's mapped one if its sender has mapped that. Where nothing of it
+// comes back any more, as its writers are gone without evidence, and where room was promised, the
+// ordinary one.
+void Receiver::choose_mapped(RxLeg& leg, const Receive& receive, const Link& link) const {
+  const std::optional<uint32_t>& beside = receive.layout->mapped_arena;
   if (!beside || !link.lent.contains(*beside) || leg.expected_bytes == 0) return;
-  if (core_.arenas[*beside].lost()) return;
+  if (receive.reservation != 0 || core_.arenas[*beside].lost()) return;
+  if (link.check != CheckKind::kNone && core_.config.arenas[*beside].on_device) return;
   leg.mapped = true;
   leg.arena = *beside;
   leg.lent_over = link.id;
@@ -128,7 +130,8 @@ void Receiver::end_credits(RxLeg& leg) {
 // neither a leg that has regions waits for what else is evidence.
 void Receiver::end_mapped(RxLeg& leg) {
   Link* link = core_.lanes.find(leg.link);
-  if (link == nullptr && leg.lent > 0 && (link = core_.lanes.find_boot(leg.boot)) != nullptr) {
+  if (link == nullptr && leg.lent > 0 &&
+      (link = core_.lanes.find_life(leg.node, leg.boot)) != nullptr) {
     leg.link = link->id;
     link->own_pulls.insert(leg.pull);
   }
@@ -142,7 +145,8 @@ void Receiver::end_mapped(RxLeg& leg) {
 void Receiver::link_up(Link& link) {
   for (auto& [pull, leg] : legs_) {
     const bool over = leg.state == RxLegState::kEnded || leg.state == RxLegState::kReleased;
-    if (!leg.mapped || !over || leg.boot != link.boot || core_.lanes.find(leg.link) != nullptr)
+    if (!leg.mapped || !over || leg.boot != link.boot || leg.node != link.node ||
+        core_.lanes.find(leg.link) != nullptr)
       continue;
     leg.link = link.id;
     link.own_pulls.insert(pull);
@@ -178,10 +182,10 @@ void Receiver::drained_in(Link& link, const MsgDrained& message) {
 }
 
 // Their link has ended by now.
-void Receiver::process_gone(const BootId& boot) {
+void Receiver::process_gone(const PeerProcessGone& event) {
   std::vector<uint64_t> pulls;
   for (const auto& [pull, leg] : legs_)
-    if (leg.mapped && leg.boot == boot) pulls.push_back(pull);
+    if (leg.mapped && leg.boot == event.boot && leg.node == event.node) pulls.push_back(pull);
   written_no_more(pulls);
 }
 

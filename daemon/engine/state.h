@@ -102,8 +102,9 @@ struct Link {
   std::set<uint32_t> mapped;  // the peer's arenas that gathers here can write
   // As receiver: own pulls that are not closed.
   std::set<uint64_t> own_pulls;
-  uint64_t oldest_told = 0;  // what the peer may forget, as last told by a message
-  std::set<uint32_t> lent;   // own arenas that the peer has mapped
+  uint64_t oldest_told = 0;     // what the peer may forget, as last told by a message
+  std::set<uint32_t> lendable;  // own arenas that the peer has been given
+  std::set<uint32_t> lent;      // ... and has mapped
 
   bool looped() const { return id == kLoopedLink; }
 };

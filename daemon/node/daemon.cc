@@ -91,6 +91,7 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
     engine::ArenaConfig& to = out.arenas.emplace_back();
     to.segment_bytes = arena.segment_bytes;
     to.mapped = arena.mapped;
+    to.on_device = arena.device != nullptr;
   }
   out.chunk_bytes = config.engine.chunk_bytes;
   out.leg_credits = config.engine.leg_credits;

@@ -55,6 +55,15 @@ std::shared_ptr<rpc::PeerStub> LinkManager::Impl::stub_back(
   return endpoint ? dialer.dial(endpoint->host, endpoint->port) : nullptr;
 }
 
+// A boot id is one node's: it names in evidence who may still write what.
+Status LinkManager::Impl::check_boot(const rpc::PeerHello& theirs) const {
+  for (const auto& [id, link] : links)
+    if (link.boot == theirs.boot && link.node != theirs.node)
+      return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
+                  "another node is linked under this boot id");
+  return {};
+}
+
 Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
   if (stopped) return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
   if (rails.empty()) return fail(Code::kUnavailable, "RAILS_DOWN", "the peer's rails are not up");
@@ -63,6 +72,7 @@ Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
     if (link != nullptr && link->boot == theirs.boot)
       return fail(Code::kAlreadyExists, "ALREADY_LINKED", "the two daemons have a link");
   }
+  KVFERRY_RETURN_IF_ERROR(check_boot(theirs));
   // Both dial: the dial of the smaller node id stays.
   const auto dial = dials.find(theirs.node);
   if (config.node < theirs.node && dial != dials.end() && dial->second.under_way)

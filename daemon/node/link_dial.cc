@@ -167,14 +167,16 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
                                       config.cluster_secret, true);
   std::string wanted;
   std::vector<ops::PeerConfig> allowed;
+  Status status;
   {
     MutexLock lock(mutex);
     const auto dial = dials.find(attempt->key);
     if (dial != dials.end()) wanted = dial->second.target.node;
     allowed = peers;
+    status = check_boot(*theirs);
   }
   Result<Agreed> agreed = agree(attempt->hello, *theirs, config.max_lanes);
-  Status status = check_reply(*attempt, wanted, *theirs, allowed);
+  if (status) status = check_reply(*attempt, wanted, *theirs, allowed);
   if (!status || !agreed) {
     take_back(*attempt, keys);
     return dial_failed(attempt->key, attempt->number,

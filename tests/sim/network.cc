@@ -178,8 +178,10 @@ void Network::map_arenas(uint64_t index, uint32_t side) {
     if (!arenas[arena].mapped || own.chance(100)) continue;
     world_.after(own.micros(0, own.chance(700) ? 500 : 50000), [this, index, side, arena] {
       const Link& now = links_.at(index);
-      if (now.ends[side].up && alive(now.ends[other(side)]))
-        post(now.ends[side], ArenaMapped{now.ends[side].id, arena});
+      const End& owner = now.ends[other(side)];
+      if (!now.ends[side].up || !owner.up || !alive(owner)) return;
+      post(owner, ArenaLent{owner.id, arena});
+      post(now.ends[side], ArenaMapped{now.ends[side].id, arena});
     });
   }
 }

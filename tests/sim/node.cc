@@ -127,8 +127,9 @@ void Node::tell_of_death() {
   Rng own(world_.scenario.seed ^ mix(0x3A9F00 + 16 * life_ + index_));
   for (uint32_t n = 0; n < world_.nodes.size(); ++n) {
     if (n == index_ || !world_.scenario.one_host(index_, n)) continue;
-    world_.after(own.micros(50, own.chance(500) ? 2000 : 800000),
-                 [this, n, boot = boot_] { world_.nodes[n]->post(PeerProcessGone{boot}); });
+    world_.after(own.micros(50, own.chance(500) ? 2000 : 800000), [this, n, boot = boot_] {
+      world_.nodes[n]->post(PeerProcessGone{boot, name_});
+    });
   }
 }
 

@@ -227,6 +227,9 @@ std::string describe(const Event& event) {
           [](const ArenaMapped& e) {
             return text("ArenaMapped link ", e.link.value, " arena ", e.arena);
           },
+          [](const ArenaLent& e) {
+            return text("ArenaLent link ", e.link.value, " arena ", e.arena);
+          },
           [](const PeerProcessGone& e) {
             return text("PeerProcessGone ", static_cast<int>(e.boot.bytes[0]), ".",
                         static_cast<int>(e.boot.bytes[1]));

@@ -31,12 +31,13 @@ struct Receiving : Box {
     layout = receivers_layout();
     post(WorkerAttached{{2}, "default", 64});
     link_up(1);
+    post(ArenaLent{link, 1});
     say(MsgMapped{1});
   }
-  void link_up(uint64_t number, uint8_t life = 1) {
+  void link_up(uint64_t number, uint8_t life = 1, CheckKind check = CheckKind::kNone) {
     link = {number};
     next = {0, 0};
-    post(LinkUp{link, "node1", boot_of(life), false, 2, kChunk, 64, CheckKind::kNone});
+    post(LinkUp{link, "node1", boot_of(life), false, 2, kChunk, 64, check});
     for (uint32_t lane = 0; lane < 2; ++lane) {
       post(LaneConnected{{link, lane, 0}});
       say(MsgHello{false}, lane);
@@ -178,6 +179,7 @@ TEST_CASE("only new pulls are mapped, and only where the layout's mapped arena i
   const MsgPull before = other.pull("b", 3);
   CHECK_FALSE(before.mapped);
   CHECK(before.credits.size() == 3);
+  other.post(ArenaLent{other.link, 1});
   other.say(MsgMapped{1});
   CHECK(other.pull("c", 3).mapped == 1);
   other.post(LaneFailed{{{2}, 0, 0}});
@@ -185,7 +187,32 @@ TEST_CASE("only new pulls are mapped, and only where the layout's mapped arena i
     if (pull.pull == before.pull) CHECK_FALSE(pull.mapped);  // all its life
 }
 
-TEST_CASE("MAPPED of an arena that is not lent is a protocol error") {
+TEST_CASE("with a check nothing lands where the processor cannot read, and promised room is used") {
+  EngineConfig config = with_mapped(2);
+  config.arenas[1].on_device = true;
+  for (const CheckKind check : {CheckKind::kNone, CheckKind::kXxh3}) {
+    Receiving r(config);
+    r.link_up(2, 1, check);
+    r.post(ArenaLent{r.link, 1});
+    r.say(MsgMapped{1});
+    CHECK(r.pull("a", 3).mapped.has_value() == (check == CheckKind::kNone));
+  }
+  Receiving r;
+  ReserveOp reserve;
+  reserve.op = {{2}, ++r.ops};
+  reserve.key = key_of("b");
+  reserve.layout = r.layout;
+  reserve.lease = seconds(10);
+  r.post(reserve);
+  CHECK_FALSE(r.pull("b", 3).mapped);
+  CHECK(r.pull("c", 3).mapped == 1);
+}
+
+TEST_CASE("MAPPED of an arena that was not lent to that peer is a protocol error") {
+  Receiving bare;
+  bare.link_up(2);  // given nothing
+  bare.say(MsgMapped{1});
+  CHECK(bare.drops(DropCause::kProtocol) == 1);
   Receiving r;
   r.say(MsgMapped{0});
   r.say(MsgMapped{2});
@@ -414,10 +441,11 @@ TEST_CASE("the link's end is no evidence; the end of the peer's process is") {
   CHECK(r.arena(1).quarantined_bytes == 2 * kChunk);
   REQUIRE(r.lent().size() == 1);
   CHECK_FALSE(r.lent()[0].linked);
-  r.post(PeerProcessGone{boot_of(9)});
+  r.post(PeerProcessGone{boot_of(9), "node1"});
+  r.post(PeerProcessGone{boot_of(1), "node7"});  // another node that calls itself so
   r.post(RailsDied{});
   CHECK(r.arena(1).quarantined_bytes == 2 * kChunk);
-  r.post(PeerProcessGone{boot_of(1)});
+  r.post(PeerProcessGone{boot_of(1), "node1"});
   CHECK(r.arena(1).free_bytes == r.arena(1).total_bytes);
   CHECK(r.engine.stats().regions_proven == 2);
 }
@@ -440,7 +468,7 @@ TEST_CASE("the end of the peer's process ends its link, and frees what open tran
   Receiving r;
   const MsgPull pull = r.pull("a", 3);
   r.slice(pull, 3);
-  r.post(PeerProcessGone{boot_of(1)});
+  r.post(PeerProcessGone{boot_of(1), "node1"});
   CHECK(r.status("a").reason == Reason::kPeerLost);
   CHECK(r.seen<CloseLink>().size() == 1);
   CHECK(r.engine.snapshot(r.now).links.empty());
@@ -507,6 +535,7 @@ TEST_CASE("when all of the mapped arena is quarantined, new pulls land beside it
 TEST_CASE("a transfer into a mapped arena completes on both sides and leaves nothing") {
   Pair world(small_config(1), with_mapped(2));
   world.r_layout = receivers_layout();
+  world.r.post(ArenaLent{{1}, 1});
   world.s.post(ArenaMapped{{1}, 1});
   world.run();
   world.s.post(world.send_op("a", 0, {0, 32}, false));
@@ -531,6 +560,7 @@ TEST_CASE("a Revoke on a mapped leg brings what is sent anew") {
   small.arenas[1].segment_bytes = {kChunk};  // one region for all of it
   Pair world(small_config(1), small);
   world.r_layout = receivers_layout();
+  world.r.post(ArenaLent{{1}, 1});
   world.s.post(ArenaMapped{{1}, 1});
   world.run();
   world.answer_gathers = false;
