@@ -1,10 +1,16 @@
 #include "daemon/ops/http.h"
 
+#include <arpa/inet.h>
 #include <civetweb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <array>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <future>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <string_view>
@@ -62,6 +68,24 @@ class CivetLibrary {
   CivetLibrary& operator=(const CivetLibrary&) = delete;
 };
 
+// Connects to a listener of this machine and hangs up. Never blocks.
+void knock(const std::string& address, uint16_t port) {
+  sockaddr_in v4{};
+  sockaddr_in6 v6{};
+  v4.sin_family = AF_INET;
+  v6.sin6_family = AF_INET6;
+  v4.sin_port = v6.sin6_port = htons(port);
+  const bool is_v4 = ::inet_pton(AF_INET, address.c_str(), &v4.sin_addr) == 1;
+  if (!is_v4 && ::inet_pton(AF_INET6, address.c_str(), &v6.sin6_addr) != 1) return;
+  const int fd =
+      ::socket(is_v4 ? AF_INET : AF_INET6, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return;
+  const auto* const to =
+      is_v4 ? reinterpret_cast<const sockaddr*>(&v4) : reinterpret_cast<const sockaddr*>(&v6);
+  (void)::connect(fd, to, is_v4 ? sizeof v4 : sizeof v6);
+  ::close(fd);
+}
+
 }  // namespace
 
 bool HealthReport::ok() const {
@@ -85,7 +109,9 @@ struct HttpServer::Impl {
   HttpHandlers handlers;
   mg_context* context = nullptr;
   uint16_t port = 0;
+  std::string address;
   std::thread stopper;
+  std::future<void> stopped;
   bool stopping = false;
 
   static int serve(mg_connection* connection, void* data) {
@@ -110,6 +136,7 @@ Result<std::unique_ptr<HttpServer>> HttpServer::start(const std::string& address
                                                       HttpHandlers handlers) {
   auto impl = std::make_unique<Impl>();
   impl->handlers = std::move(handlers);
+  impl->address = address;
   const bool v6 = address.find(':') != std::string::npos;
   const std::string listen = (v6 ? "[" + address + "]" : address) + ":" + std::to_string(port);
   // Few threads and short waits: scrapes are rare and answers small, strangers may be slow.
@@ -161,11 +188,21 @@ uint16_t HttpServer::port() const {
 
 void HttpServer::stop_async() {
   if (std::exchange(impl_->stopping, true)) return;
-  impl_->stopper = std::thread([context = impl_->context] { mg_stop(context); });
+  std::promise<void> stopped;
+  impl_->stopped = stopped.get_future();
+  impl_->stopper = std::thread([context = impl_->context, stopped = std::move(stopped)]() mutable {
+    mg_stop(context);
+    stopped.set_value();
+  });
 }
 
 void HttpServer::join() {
-  if (impl_->stopper.joinable()) impl_->stopper.join();
+  if (!impl_->stopper.joinable()) return;
+  // civetweb's listening thread looks at the flag that mg_stop sets when a connection comes, else
+  // every two seconds.
+  while (impl_->stopped.wait_for(std::chrono::milliseconds(10)) != std::future_status::ready)
+    knock(impl_->address, impl_->port);
+  impl_->stopper.join();
 }
 
 }  // namespace kvferry::ops

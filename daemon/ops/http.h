@@ -47,8 +47,8 @@ class HttpServer {
 
   uint16_t port() const;
 
-  // Stopping takes the server about two seconds: begin it when the drain begins (probes then fail
-  // to connect, which is what "do not send work here" means), join at the end. Both repeatable.
+  // Begin to stop early and join at the end: answers that are being given are ended in between.
+  // Both repeatable. join() waits for them, at most for the five seconds that a request has.
   void stop_async();
   void join();
 

@@ -256,8 +256,11 @@ TEST_CASE("the HTTP server tells metrics, health and readiness with reasons") {
   REQUIRE_FALSE(second);
   CHECK(second.error().reason == "HTTP_LISTEN");
 
+  const Time before = monotonic_now();
   (*server)->stop_async();
   (*server)->join();
+  // Not the two seconds after which civetweb looks up by itself.
+  CHECK(monotonic_now() - before < std::chrono::milliseconds(1500));
   (*server)->stop_async();
   (*server)->join();
 }
