@@ -154,7 +154,6 @@ void EngineThread::run() {
   }
   while (!stop_.load(std::memory_order_acquire)) {
     if (parts_.ticker != nullptr) parts_.ticker->tick(monotonic_now());
-    inbox_.acknowledge();
     batch_.clear();
     inbox_.drain(kBatch, batch_);
     const Time now = monotonic_now();
@@ -191,19 +190,29 @@ void EngineThread::let_messages_go() {
 }
 
 void EngineThread::wait() {
-  if (inbox_.waiting() > 0 || stop_.load(std::memory_order_acquire)) return;
-  if (!parts_.rails->prepare_wait()) return;
+  if (stop_.load(std::memory_order_acquire) || !parts_.rails->prepare_wait(rails::Wake::kWork))
+    return;
+  if (!inbox_.prepare_sleep()) {
+    parts_.rails->waited({});
+    return;
+  }
   Time until = std::min(engine_.next_timer(), parts_.rails->next_wakeup());
   const Time now = monotonic_now();
   Duration sleep = until <= now ? Duration{} : std::min(until - now, kLongestSleep);
   if (!conditions_.empty()) sleep = std::min(sleep, kConditionPoll);
-  std::vector<pollfd> fds = parts_.rails->pollfds();
-  fds.push_back({inbox_.fd(), POLLIN, 0});
+  if (const uint64_t generation = parts_.rails->generation(); generation != polled_generation_) {
+    polled_generation_ = generation;
+    polled_ = parts_.rails->pollfds();
+    polled_.push_back({inbox_.fd(), POLLIN, 0});
+  }
   timespec timeout{};
   timeout.tv_sec = static_cast<time_t>(sleep.count() / 1'000'000'000);
   timeout.tv_nsec = static_cast<long>(sleep.count() % 1'000'000'000);
-  // An error here is EINTR; the loop looks again anyway.
-  (void)ppoll(fds.data(), fds.size(), &timeout, nullptr);
+  // An error here is EINTR, as if the time were over; the loop looks again anyway.
+  if (ppoll(polled_.data(), polled_.size(), &timeout, nullptr) < 0)
+    for (pollfd& entry : polled_) entry.revents = 0;
+  inbox_.end_sleep(polled_.back().revents != 0);
+  parts_.rails->waited(std::span(polled_).first(polled_.size() - 1));
 }
 
 void EngineThread::take(Posted posted, Time now) {
@@ -246,6 +255,7 @@ void EngineThread::execute_all() {
   engine::Commands commands = std::exchange(commands_, {});
   for (engine::Command& command : commands)
     std::visit([this](auto& one) { execute(one); }, command);
+  parts_.rails->ring();
   commands.clear();
   if (commands_.empty()) commands_ = std::move(commands);  // keep the capacity
 }

@@ -5,6 +5,8 @@
 // It never blocks but in ppoll(), whose wait is bounded by the engine's next timer and 100 ms.
 #pragma once
 
+#include <poll.h>
+
 #include <atomic>
 #include <functional>
 #include <map>
@@ -204,6 +206,8 @@ class EngineThread final : private rails::RailsEvents {
   engine::Engine engine_;
   engine::Commands commands_;
   std::vector<Posted> batch_;
+  std::vector<pollfd> polled_;  // of the rails, then of the inbox
+  uint64_t polled_generation_ = UINT64_MAX;
   std::vector<engine::Event> follow_up_;  // events born of executing commands
   link::LinkTable links_;
   std::vector<uint8_t> sealed_;

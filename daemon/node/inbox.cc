@@ -19,16 +19,17 @@ Inbox::~Inbox() {
 }
 
 bool Inbox::post(uint64_t source, Posted posted) {
-  bool was_empty = false;
+  bool sleeps = false;
   {
     MutexLock lock(mutex_);
     if (closed_) return false;
     std::deque<Posted>& queue = queues_[source];
     if (source != kInternal && queue.size() >= limit_) return false;
     queue.push_back(std::move(posted));
-    was_empty = waiting_++ == 0;
+    ++waiting_;
+    sleeps = std::exchange(sleeps_, false);
   }
-  if (was_empty) wake();
+  if (sleeps) wake();
   return true;
 }
 
@@ -38,7 +39,18 @@ void Inbox::wake() {
   [[maybe_unused]] const ssize_t written = ::write(event_fd_, &one, sizeof one);
 }
 
-void Inbox::acknowledge() {
+bool Inbox::prepare_sleep() {
+  MutexLock lock(mutex_);
+  sleeps_ = waiting_ == 0;
+  return sleeps_;
+}
+
+void Inbox::end_sleep(bool readable) {
+  {
+    MutexLock lock(mutex_);
+    sleeps_ = false;
+  }
+  if (!readable) return;
   uint64_t count = 0;
   [[maybe_unused]] const ssize_t taken = ::read(event_fd_, &count, sizeof count);
 }

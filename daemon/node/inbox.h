@@ -46,11 +46,14 @@ class Inbox {
   [[nodiscard]] bool post(uint64_t source, Posted posted) KVFERRY_EXCLUDES(mutex_);
   // Moves up to `most` entries to `out`, one of each source in turn.
   void drain(std::size_t most, std::vector<Posted>& out) KVFERRY_EXCLUDES(mutex_);
-  // Readable while something waits; poll() it. wake() makes it readable once.
+  // Before the draining thread sleeps on fd(): true if nothing waits; the next post() then makes it
+  // readable. Nobody is woken who has not said so, as a write costs more than what is posted.
+  [[nodiscard]] bool prepare_sleep() KVFERRY_EXCLUDES(mutex_);
+  // After the sleep; `readable`: what poll() said of fd().
+  void end_sleep(bool readable) KVFERRY_EXCLUDES(mutex_);
   int fd() const { return event_fd_; }
+  // Makes fd() readable once.
   void wake();
-  // Clears readability; called by the draining thread before drain().
-  void acknowledge();
   std::size_t waiting() const KVFERRY_EXCLUDES(mutex_);
   // No more posts are taken; what waits is dropped.
   void close() KVFERRY_EXCLUDES(mutex_);
@@ -62,6 +65,7 @@ class Inbox {
   std::map<uint64_t, std::deque<Posted>> queues_ KVFERRY_GUARDED_BY(mutex_);
   uint64_t last_served_ KVFERRY_GUARDED_BY(mutex_) = 0;
   std::size_t waiting_ KVFERRY_GUARDED_BY(mutex_) = 0;
+  bool sleeps_ KVFERRY_GUARDED_BY(mutex_) = false;
   bool closed_ KVFERRY_GUARDED_BY(mutex_) = false;
 };
 

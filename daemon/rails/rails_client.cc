@@ -15,7 +15,7 @@
 namespace kvferry::rails {
 namespace {
 
-// How often the process is asked whether it lives while records keep coming.
+// How often the process is asked whether it lives while nobody sleeps on its descriptor.
 constexpr Duration kAliveCheck = std::chrono::milliseconds(5);
 
 template <std::size_t N>
@@ -112,6 +112,8 @@ class RailsClient::Impl {
   void stop();
   void kill(std::string_view why);
   uint32_t poll(Time now, RailsEvents& events, uint32_t max_records);
+  std::vector<pollfd> pollfds() const;
+  void waited(std::span<const pollfd> polled);
 
   Status connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address);
   Status close(LaneKey lane);
@@ -174,7 +176,9 @@ class RailsClient::Impl {
   uint64_t bogus_ = 0;
   uint32_t failures_ = 0;  // lives in a row that ended early
   uint32_t next_rail_ = 0;
-  bool waited_ = false;
+  bool waited_ = false;      // and nobody has said what poll(2) saw
+  RailsProcess::Seen seen_;  // while this thread slept
+  bool looked_ = false;      // what seen_ says was found out since the last poll()
   Time started_at_;
   Time ready_at_;
   Time restart_at_ = Time::never();
@@ -218,6 +222,8 @@ void RailsClient::Impl::forget_everything() {
   held_.clear();
   next_rail_ = 0;
   waited_ = false;
+  seen_ = {};
+  looked_ = false;
 }
 
 void RailsClient::Impl::stop() {
@@ -256,8 +262,6 @@ void RailsClient::Impl::restart(Time now) {
 
 void RailsClient::Impl::notice_death(Time now, RailsEvents& events) {
   checked_at_ = now;
-  if (phase_ == Phase::kStarting && now >= started_at_ + config_.ready_timeout)
-    kill("not ready in time");
   ChildProcess::Exit exit;
   if (!process_->child().reap(exit)) return;
   RailsExit told;
@@ -278,16 +282,30 @@ void RailsClient::Impl::notice_death(Time now, RailsEvents& events) {
   events.on_died(told);
 }
 
+std::vector<pollfd> RailsClient::Impl::pollfds() const {
+  std::vector<pollfd> fds;
+  if (process_) process_->append_pollfds(fds);
+  return fds;
+}
+
+void RailsClient::Impl::waited(std::span<const pollfd> polled) {
+  if (!process_ || !std::exchange(waited_, false)) return;
+  seen_ = process_->end_wait(polled);
+  looked_ = !polled.empty();
+}
+
 uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_records) {
   if (!process_) {
     if (phase_ == Phase::kWaiting && now >= restart_at_) restart(now);
     return 0;
   }
-  const bool woken = std::exchange(waited_, false);
-  if (woken) {
-    process_->end_wait();
-    process_->read_last_words();
+  if (waited_) {
+    std::vector<pollfd> all = pollfds();
+    for (pollfd& entry : all) entry.revents = POLLIN;
+    waited(all);
   }
+  const RailsProcess::Seen seen = std::exchange(seen_, {});
+  if (seen.channel) process_->read_last_words();
   process_->flush();
   // One record of each rail in turn, until all are empty.
   uint32_t handled = 0;
@@ -309,7 +327,12 @@ uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_rec
     }
     ++handled;
   }
-  if (woken || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck) notice_death(now, events);
+  process_->ring();
+  if (phase_ == Phase::kStarting && now >= started_at_ + config_.ready_timeout)
+    kill("not ready in time");
+  if (std::exchange(looked_, false) && !seen.exit) checked_at_ = now;
+  if (seen.exit || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck)
+    notice_death(now, events);
   return handled;
 }
 
@@ -668,9 +691,7 @@ uint64_t RailsClient::generation() const {
 }
 
 std::vector<pollfd> RailsClient::pollfds() const {
-  std::vector<pollfd> fds;
-  if (impl_->process_) impl_->process_->append_pollfds(fds);
-  return fds;
+  return impl_->pollfds();
 }
 
 Time RailsClient::next_wakeup() const {
@@ -686,11 +707,19 @@ Time RailsClient::next_wakeup() const {
   return Time::never();
 }
 
-bool RailsClient::prepare_wait() {
+bool RailsClient::prepare_wait(Wake wake) {
   if (!impl_->process_) return true;
-  if (!impl_->process_->prepare_wait()) return false;
+  if (!impl_->process_->prepare_wait(wake)) return false;
   impl_->waited_ = true;
   return true;
+}
+
+void RailsClient::waited(std::span<const pollfd> polled) {
+  impl_->waited(polled);
+}
+
+void RailsClient::ring() {
+  if (impl_->process_) impl_->process_->ring();
 }
 
 uint32_t RailsClient::poll(Time now, RailsEvents& events, uint32_t max_records) {

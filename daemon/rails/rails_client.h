@@ -3,6 +3,8 @@
 // comes from the process is taken as hostile: an impossible index or record ends it.
 //
 // Used by exactly one thread, the one that also starts it (the child dies with that thread).
+// A command is in its ring when the call returns; a rail that sleeps learns of it by the next
+// ring(), prepare_wait() or poll(), so that a batch costs one wake-up.
 // Nothing here blocks except start, which waits for nothing but exec, and the destructor, which
 // waits for the process's exit for at most a second.
 //
@@ -183,8 +185,15 @@ class RailsClient {
   // The moment poll() has something to do without any descriptor being readable.
   Time next_wakeup() const;
   // Before the thread sleeps on pollfds(): true if nothing is waiting and a doorbell will ring;
-  // false: call poll() first.
-  bool prepare_wait();
+  // false: call poll() first. With Wake::kWork it does not ring for the end of a control message
+  // alone.
+  bool prepare_wait(Wake wake = Wake::kAny);
+  // After it: what poll(2) answered for pollfds(), in their order, so that the next poll() looks at
+  // nothing else. Without it, it looks at all of them.
+  void waited(std::span<const pollfd> polled);
+  // Wakes rails that sleep, for the commands since the last poll(), prepare_wait() or ring(). To be
+  // called after a batch of them.
+  void ring();
   // Hands at most `max_records` records to `events`, notices the process's death, restarts it.
   // Returns how many records were handed over.
   uint32_t poll(Time now, RailsEvents& events, uint32_t max_records = 1024);

@@ -12,6 +12,13 @@ namespace {
 constexpr std::size_t kMaxDescriptors = 1 + kMaxRails + kMaxSegments;
 static_assert(kMaxDescriptors <= 253, "SCM_MAX_FD of the kernel");
 
+// A batch that is longer shall not keep a sleeping rail waiting.
+constexpr uint32_t kMostUnrung = 16;
+
+Wake wake_for(const Record& command) {
+  return command.kind == static_cast<uint16_t>(Command::kReturnSlot) ? Wake::kAny : Wake::kWork;
+}
+
 }  // namespace
 
 Result<std::unique_ptr<RailsProcess>> RailsProcess::spawn(const Plan& plan) {
@@ -91,8 +98,21 @@ void RailsProcess::append_pollfds(std::vector<pollfd>& out) const {
 
 bool RailsProcess::push_now(RailEnds& rail, const Record& record) {
   if (rail.commands.push(record) != RingState::kOk) return false;
-  if (rail.commands.take_wake()) ring_doorbell(rail.doorbell.get());
+  const Wake wake = wake_for(record);
+  rail.unrung = std::min(rail.unrung.value_or(wake), wake);
+  if (++rail.unrung_records >= kMostUnrung) ring(rail);
   return true;
+}
+
+void RailsProcess::ring(RailEnds& rail) {
+  if (!rail.unrung) return;
+  if (rail.commands.take_wake(*rail.unrung)) ring_doorbell(rail.doorbell.get());
+  rail.unrung.reset();
+  rail.unrung_records = 0;
+}
+
+void RailsProcess::ring() {
+  for (RailEnds& rail : rails_) ring(rail);
 }
 
 bool RailsProcess::push(uint32_t rail, const Record& record) {
@@ -122,20 +142,27 @@ RingState RailsProcess::pop(uint32_t rail, Record& record) {
   return rails_[rail].events.pop(record);
 }
 
-bool RailsProcess::prepare_wait() {
+bool RailsProcess::prepare_wait(Wake wake) {
+  ring();
   for (std::size_t i = 0; i < rails_.size(); ++i) {
-    if (rails_[i].events.prepare_sleep()) continue;
+    if (rails_[i].events.prepare_sleep(wake)) continue;
     for (std::size_t k = 0; k < i; ++k) rails_[k].events.end_sleep();
     return false;
   }
   return true;
 }
 
-void RailsProcess::end_wait() {
-  for (RailEnds& rail : rails_) {
-    rail.events.end_sleep();
-    quiet_doorbell(rail.doorbell.get());
+RailsProcess::Seen RailsProcess::end_wait(std::span<const pollfd> polled) {
+  Seen seen;
+  for (RailEnds& rail : rails_) rail.events.end_sleep();
+  for (std::size_t i = 0; i < polled.size(); ++i) {
+    if (polled[i].revents == 0) continue;
+    if (i < rails_.size())
+      quiet_doorbell(rails_[i].doorbell.get());
+    else
+      (polled[i].fd == channel_.get() ? seen.channel : seen.exit) = true;
   }
+  return seen;
 }
 
 const std::string& RailsProcess::read_last_words() {

@@ -37,21 +37,31 @@ class RailsProcess {
   const SharedLayout& layout() const { return layout_; }
   ChildProcess& child() { return child_; }
   const ChildProcess& child() const { return child_; }
+  // Doorbells, channel, process.
   void append_pollfds(std::vector<pollfd>& out) const;
 
-  // --- Commands. False: no room (or the ring is corrupt).
+  // --- Commands. The rail sees them at once if it is awake; ring() wakes those that sleep.
+  // False: no room (or the ring is corrupt).
   bool push(uint32_t rail, const Record& record);
   // Kept here until there is room.
   void push_later(uint32_t rail, const Record& record);
+  // Once after a batch. A slot that is given back wakes only a rail that wants for slots.
+  void ring();
   // More is kept for the rail than an honest process could have made us keep.
   bool overrun(uint32_t rail) const;
   void flush();
 
   // --- Events.
   RingState pop(uint32_t rail, Record& record);
-  bool prepare_wait();
-  // After a sleep: the doorbells are silent again.
-  void end_wait();
+  // Rings first, as nobody does while this thread sleeps.
+  bool prepare_wait(Wake wake = Wake::kAny);
+  // After a sleep; `polled` is what append_pollfds gave, in its order, as poll left it. The
+  // doorbells that rang are silent again; says what else was there to see.
+  struct Seen {
+    bool channel = false;
+    bool exit = false;
+  };
+  Seen end_wait(std::span<const pollfd> polled);
   // What the process says over its channel, cleaned of everything unprintable; the last text
   // counts.
   const std::string& read_last_words();
@@ -71,11 +81,14 @@ class RailsProcess {
     RingProducer<Record> commands;
     RingConsumer<Record> events;
     std::deque<Record> later;
+    std::optional<Wake> unrung;  // the most urgent record since the last ring()
+    uint32_t unrung_records = 0;
   };
 
   explicit RailsProcess(SharedLayout layout) : layout_(layout) {}
   Status send_setup(const Plan& plan, int memory, std::span<const UniqueFd> their_doorbells);
   bool push_now(RailEnds& rail, const Record& record);
+  static void ring(RailEnds& rail);
 
   SharedLayout layout_;
   ChildProcess child_;

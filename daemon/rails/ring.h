@@ -5,9 +5,10 @@
 // before anybody looks at it. A value that cannot be right makes the ring kCorrupt for good; what
 // to do then is the owner's business (the main process ends the rails process).
 //
-// Waking: the consumer says that it is about to sleep (prepare_sleep), the producer asks after a
-// batch whether somebody must be woken (take_wake) and rings a doorbell that lies outside this
-// file. Both flags are only hints; every wait has a bound of its own.
+// Waking: the consumer says that it is about to sleep and what it wants to be woken for
+// (prepare_sleep), the producer asks after a batch whether somebody must be woken for what it has
+// pushed (take_wake) and rings a doorbell that lies outside this file. Both are only hints; every
+// wait has a bound of its own.
 //
 // One thread per side. Nothing here blocks or allocates.
 #pragma once
@@ -29,12 +30,19 @@ enum class RingState : uint8_t {
   kCorrupt,  // the other side's index is impossible; nothing was moved and nothing will be
 };
 
+// What a sleeping consumer is woken for, and what a batch of records holds. Some records only give
+// back what nobody waits for (a message's slot): they can lie until there is something to do.
+enum class Wake : uint32_t {
+  kWork = 1,  // records that somebody has to act on
+  kAny = 2,   // every record
+};
+
 // Lies in shared memory, zero when fresh. Each word has one writer, on a cache line of its own,
 // except `consumer_sleeps`, which the consumer raises and either side lowers.
 struct RingHeader {
-  alignas(kCacheLineBytes) std::atomic<uint64_t> tail;  // records ever pushed
-  alignas(kCacheLineBytes) std::atomic<uint64_t> head;  // records ever popped
-  alignas(kCacheLineBytes) std::atomic<uint32_t> consumer_sleeps;
+  alignas(kCacheLineBytes) std::atomic<uint64_t> tail;             // records ever pushed
+  alignas(kCacheLineBytes) std::atomic<uint64_t> head;             // records ever popped
+  alignas(kCacheLineBytes) std::atomic<uint32_t> consumer_sleeps;  // 0: awake, else a Wake
 };
 static_assert(sizeof(RingHeader) == 3 * kCacheLineBytes);
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
@@ -93,10 +101,11 @@ class RingProducer {
     return RingState::kOk;
   }
 
-  // True at most once per sleep of the consumer: somebody has to ring its doorbell.
-  bool take_wake() {
+  // After pushing records of which the most urgent is `pushed` (kWork before kAny). True at most
+  // once per sleep of the consumer: somebody has to ring its doorbell.
+  bool take_wake(Wake pushed = Wake::kWork) {
     auto& flag = memory_.header->consumer_sleeps;
-    return flag.load(std::memory_order_seq_cst) != 0 &&
+    return flag.load(std::memory_order_seq_cst) >= static_cast<uint32_t>(pushed) &&
            flag.exchange(0, std::memory_order_seq_cst) != 0;
   }
 
@@ -129,10 +138,10 @@ class RingConsumer {
     return RingState::kOk;
   }
 
-  // True: the ring is empty and the producer will ring the doorbell for the next record. False:
-  // there is something to read (or the ring is corrupt), do not sleep.
-  bool prepare_sleep() {
-    memory_.header->consumer_sleeps.store(1, std::memory_order_seq_cst);
+  // True: the ring is empty and the producer will ring the doorbell for the next record of that
+  // kind. False: there is something to read (or the ring is corrupt), do not sleep.
+  bool prepare_sleep(Wake wake = Wake::kAny) {
+    memory_.header->consumer_sleeps.store(static_cast<uint32_t>(wake), std::memory_order_seq_cst);
     if (look() == RingState::kBlocked) return true;
     end_sleep();
     return false;

@@ -253,7 +253,7 @@ class RawMain {
       std::vector<pollfd> waits;
       process->append_pollfds(waits);
       ::poll(waits.data(), waits.size(), 20);
-      process->end_wait();
+      process->end_wait(waits);
     }
     return true;
   }

@@ -100,6 +100,14 @@ TEST_CASE("A sleeping consumer is woken exactly once") {
   RingProducer<Record> producer(ring.memory);
   RingConsumer<Record> consumer(ring.memory);
   REQUIRE_FALSE(producer.take_wake());
+  // Who sleeps for work is not woken for what only gives something back.
+  REQUIRE(consumer.prepare_sleep(Wake::kWork));
+  REQUIRE_FALSE(producer.take_wake(Wake::kAny));
+  REQUIRE(producer.take_wake(Wake::kWork));
+  REQUIRE_FALSE(producer.take_wake(Wake::kWork));
+  REQUIRE(consumer.prepare_sleep(Wake::kAny));
+  REQUIRE(producer.take_wake(Wake::kAny));
+  REQUIRE_FALSE(producer.take_wake(Wake::kWork));
   REQUIRE(consumer.prepare_sleep());
   REQUIRE(producer.push(numbered(1)) == RingState::kOk);
   REQUIRE(producer.take_wake());

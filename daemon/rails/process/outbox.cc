@@ -1,5 +1,6 @@
 #include "daemon/rails/process/outbox.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "daemon/rails/shared_memory.h"
@@ -24,8 +25,9 @@ Outbox::Outbox(const SharedLayout& layout, std::byte* shared, uint32_t rail, int
   for (uint32_t i = large_.count; i > 0; --i) free_large_.push_back(large_.first + i - 1);
 }
 
-void Outbox::emit(const Record& record) {
+void Outbox::emit(const Record& record, Wake wake) {
   if (!records_.empty() || ring_.push(record) != RingState::kOk) records_.push_back(record);
+  unrung_ = std::min(unrung_.value_or(wake), wake);
 }
 
 bool Outbox::place(Record record, std::span<const uint8_t> bytes) {
@@ -65,6 +67,7 @@ bool Outbox::flush() {
   bool moved = false;
   while (!records_.empty() && ring_.push(records_.front()) == RingState::kOk) {
     records_.pop_front();
+    unrung_ = Wake::kWork;
     moved = true;
   }
   while (!messages_.empty() && place(messages_.front().record, messages_.front().bytes)) {
@@ -72,8 +75,14 @@ bool Outbox::flush() {
     messages_.pop_front();
     moved = true;
   }
-  if (ring_.take_wake()) ring_doorbell(doorbell_);
+  ring();
   return moved;
+}
+
+void Outbox::ring() {
+  if (!unrung_) return;
+  if (ring_.take_wake(*unrung_)) ring_doorbell(doorbell_);
+  unrung_.reset();
 }
 
 }  // namespace kvferry::rails

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -17,15 +18,19 @@ class Outbox {
  public:
   Outbox(const SharedLayout& layout, std::byte* shared, uint32_t rail, int doorbell);
 
-  void emit(const Record& record);
+  // `wake`: what main must sleep for to be woken for this one.
+  void emit(const Record& record, Wake wake = Wake::kWork);
   // `record` gets a slot with a copy of `bytes`. False: too large or beyond the limit; nothing is
   // kept.
   bool emit_message(const Record& record, std::span<const uint8_t> bytes);
   // False for a slot that is not out.
   bool take_back(uint32_t slot);
 
-  // Moves on what was kept, rings the doorbell if main sleeps. True if anything was moved.
+  // Moves on what was kept, and rings. True if anything was moved.
   bool flush();
+  // Rings the doorbell if main sleeps and wants to be woken for what was emitted since the last
+  // time.
+  void ring();
   bool congested() const { return !records_.empty() || !messages_.empty(); }
 
  private:
@@ -44,6 +49,7 @@ class Outbox {
   std::vector<uint32_t> free_small_;
   std::vector<uint32_t> free_large_;
   std::vector<bool> out_;  // by slot number less small_.first
+  std::optional<Wake> unrung_;
   std::deque<Record> records_;
   std::deque<Kept> messages_;
   uint64_t kept_bytes_ = 0;

@@ -99,7 +99,11 @@ bool Rail::progress() {
   // Main does not keep up: leave it to the network to slow the peers down.
   if (outbox_.congested()) return settle_closing();
   bool moved = false;
-  for (int round = 0; round < kProgressRounds && worker_->progress() != 0; ++round) moved = true;
+  for (int round = 0; round < kProgressRounds && worker_->progress() != 0; ++round) {
+    moved = true;
+    // Main acts on what came while the next round copies.
+    outbox_.ring();
+  }
   return settle_closing() || moved;
 }
 
@@ -283,8 +287,10 @@ void Rail::end_send(Operation* operation, ucs_status_t status) {
   record.token = operation->token;
   record.status = status;
   if (operation->offer && status == UCS_OK) count(counters_.bytes_sent, operation->bytes);
+  // A control message that has gone out only gives its slot back.
+  const bool nobody_waits = !operation->offer && status == UCS_OK;
   release(operation);
-  outbox_.emit(record);
+  outbox_.emit(record, nobody_waits ? Wake::kAny : Wake::kWork);
 }
 
 void Rail::refuse_receive(const Record& command, int32_t status) {

@@ -74,7 +74,8 @@ void RailThread::sleep() {
     spin_ns_ = std::min(std::max(spin_ns_, kLeastSpinNs) * 2, spin_limit_ns_);
     return;
   }
-  if (!commands_.prepare_sleep()) {
+  // Slots that main gives back are worth waking for while messages wait for them.
+  if (!commands_.prepare_sleep(congested ? Wake::kAny : Wake::kWork)) {
     spin_ns_ = std::min(std::max(spin_ns_, kLeastSpinNs) * 2, spin_limit_ns_);
     return;
   }
