@@ -51,6 +51,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
   std::map<uint64_t, uint32_t> reads;
   std::map<std::pair<uint64_t, uint64_t>, uint32_t> packed_gathers;
   std::map<PullId, uint32_t> writing;
+  std::map<uint64_t, uint32_t> asking;
   for (const auto& [copy, of] : packings_) {
     ++gathers[of.first];
     ++reads[of.first];
@@ -71,6 +72,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
         ++reads[staging.send];
     }
     if (!staging.wanted) continue;
+    if (staging.offered && staging.asks) ++asking[staging.leg];
     const auto leg = legs_.find(staging.leg);
     KVFERRY_CHECK(leg != legs_.end(), "wanted staging has a live leg");
     const TxSlice& slice = leg->second.slices.at(staging.slice);
@@ -100,6 +102,8 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     KVFERRY_CHECK(send->second.legs.contains(id), "a send knows its legs");
     uint64_t ungathered = 0;
     uint64_t unacked = 0;
+    KVFERRY_CHECK((asking.contains(id) ? asking.at(id) : 0U) == (leg.asking ? 1U : 0U),
+                  "a leg has one offer under a spent credit out at most");
     for (const auto& [ordinal, slice] : leg.slices) {
       if (slice.dropped) continue;
       uint64_t acked = 0;
@@ -275,6 +279,13 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
                   "a live leg's transfer is open");
     KVFERRY_CHECK(leg.local == (leg.link == kLoopedLink) && (!leg.local || leg.credits.empty()),
                   "a local leg has no credits");
+    for (const auto& [ordinal, chunk] : leg.refused) {
+      const auto slice = leg.slices.find(ordinal);
+      if (slice == leg.slices.end() || slice->second.state == RxSlice::State::kCompiling) continue;
+      KVFERRY_CHECK(slice->second.state == RxSlice::State::kCounts && chunk < slice->second.count &&
+                        slice->second.chunk_state(chunk) == RxState::kNeeded,
+                    "a chunk that was refused is needed");
+    }
     uint64_t chunks = 0;
     uint64_t done = 0;
     for (const auto& [ordinal, slice] : leg.slices) {

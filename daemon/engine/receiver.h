@@ -123,6 +123,7 @@ class Receiver {
   void decide_held(uint64_t pull);
   void drop_held(RxLeg& leg, uint64_t slice, uint64_t chunk);
   void drop_offer(const HeldOffer& offer);
+  void refuse(RxLeg& leg, const HeldOffer& offer);
   void accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer);
   void landed(RxRegion& region);
   void scatter_landed(Receive& receive);

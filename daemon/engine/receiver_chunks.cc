@@ -6,6 +6,13 @@
 #include "daemon/engine/core.h"
 
 namespace kvferry::engine {
+namespace {
+
+// Chunks of a leg that are refused before their slice is compiled: as many as a peer may be
+// configured to stage ahead.
+constexpr std::size_t kMostRefusedEarly = 1024;
+
+}  // namespace
 
 void Receiver::drop_offer(const HeldOffer& offer) {
   core_.emit(DropOffer{offer.lane, offer.descriptor});
@@ -65,6 +72,12 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
       if (!flawed(Flaw::kKeepCredit)) spend(leg, of.credit.value);
       return;
     case RxState::kLanding: {
+      // Of a chunk that is not here a spent credit is refused, whether or not its slice is known.
+      if (!known && leg.send.counter != 0 && !leg.credits.contains(of.credit.value) &&
+          leg.refused.size() < leg.known_chunks + kMostRefusedEarly) {
+        refuse(leg, offer);
+        return;
+      }
       // Too early to say. A lost lane's offers may stand beside those that replace them.
       const Link& link = *core_.lanes.find(leg.link);
       if (leg.held.size() >= (leg.next_credit - 1) * link.lanes.size()) {
@@ -79,11 +92,7 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
   }
   const auto credit = leg.credits.find(of.credit.value);
   if (credit == leg.credits.end()) {
-    ++core_.stats.offers_refused;
-    leg.refused.insert({of.slice, of.chunk});
-    drop_offer(offer);
-    core_.lanes.refuse(offer.lane, {of.pull, of.offer});
-    update(leg);
+    refuse(leg, offer);
     return;
   }
   const Link& link = *core_.lanes.find(leg.link);
@@ -94,6 +103,15 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
     return;
   }
   accept(leg, it->second, offer);
+}
+
+// The credit is spent: the chunk waits at the peer for another one.
+void Receiver::refuse(RxLeg& leg, const HeldOffer& offer) {
+  ++core_.stats.offers_refused;
+  leg.refused.insert({offer.offer.slice, offer.offer.chunk});
+  drop_offer(offer);
+  core_.lanes.refuse(offer.lane, {offer.offer.pull, offer.offer.offer});
+  update(leg);
 }
 
 void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {

@@ -183,6 +183,10 @@ bool Receiver::compiled(Compiled& event) {
   const Link& link = *core_.lanes.find(leg.link);
   if (reason == Reason::kNone && std::min(link.chunk_bytes, slice.bytes) > leg.credit_bytes)
     reason = Reason::kLayoutMismatch;  // more than the directory said that this leg brings
+  const uint64_t count = ceil_div(slice.bytes, link.chunk_bytes);
+  const auto beyond = leg.refused.lower_bound({ordinal, count});
+  if (reason == Reason::kNone && beyond != leg.refused.end() && beyond->first == ordinal)
+    reason = Reason::kProtocol;  // a chunk was offered that the slice does not have
   if (reason != Reason::kNone) {
     const uint64_t id = receive.id;
     end_receive(receive, TransferState::kFailed, reason);
@@ -192,7 +196,7 @@ bool Receiver::compiled(Compiled& event) {
   --leg.compiling;
   slice.state = RxSlice::State::kCounts;
   slice.plan = std::move(event.plan);
-  slice.count = ceil_div(slice.bytes, link.chunk_bytes);
+  slice.count = count;
   slice.chunks.assign(slice.count, RxState::kNeeded);
   leg.known_bytes += slice.bytes;
   leg.known_chunks += slice.count;
@@ -218,6 +222,7 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
   // Whatever is dropped, the last slice known so far is dropped with it; a new one will come.
   if (known == leg->slices.end() || known->second.state != RxSlice::State::kDropped)
     leg->last.reset();
+  std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
   if (known == leg->slices.end()) {
     if (leg->slices.size() >= core_.config.max_slices) {
       core_.lanes.protocol_error(link.id);
@@ -267,7 +272,6 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
     }
   }
   leg->to_copy.erase(message.slice);
-  std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
   update(*leg);
   const uint64_t pull = leg->pull;
   decide_held(pull);

@@ -186,6 +186,7 @@ class Sender {
   // END(COMPLETED) acknowledges everything, whatever acks are still on their way.
   void ack_all(TxLeg& leg);
   void lost_offer(Staging& staging, bool credit_usable);
+  static void stray_offer(TxLeg& leg, const Staging& staging);
   void unwant(uint64_t staging);
   void give_back(Staging& staging);
   void free_if_done(uint64_t staging);

@@ -267,9 +267,12 @@ std::set<std::pair<uint64_t, uint64_t>>::const_iterator Sender::unknown_to_peer(
 
 // A REFUSE that comes after the credit which replaces the refused one leaves a chunk that was
 // gathered for that credit with none. Beyond what may be staged ahead nobody would wait for such a
-// chunk: it is offered under the spent credit, so that the peer refuses it and knows.
+// chunk: it is offered under the spent credit, so that the peer refuses it and knows. One at a
+// time: a peer may hold an offer until its slice is compiled, but no more of them than there were
+// credits.
 bool Sender::must_ask(const TxLeg& leg) const {
-  return leg.spent && leg.ahead > 0 && turns_[leg.arena].ahead_total > core_.config.staged_ahead &&
+  return leg.spent && !leg.asking && leg.ahead > 0 &&
+         turns_[leg.arena].ahead_total > core_.config.staged_ahead &&
          unknown_to_peer(leg) != leg.staged.end();
 }
 
@@ -291,7 +294,10 @@ void Sender::offer(TxLeg& leg) {
     if (!lane) break;
     staging.credit = asks ? *leg.spent : credits.back();
     staging.asks = asks;
-    if (!asks) credits.pop_back();
+    if (asks)
+      leg.asking = true;
+    else
+      credits.pop_back();
     staging.lane = *lane;
     staging.epoch = link.lanes[*lane].epoch;
     staging.offer = OfferId{core_.next_number()};
@@ -328,10 +334,16 @@ void Sender::lost_offer(Staging& staging, bool credit_usable) {
   TxLeg& leg = legs_.at(staging.leg);
   newest_.erase(staging.offer);
   staging.offered = false;
+  if (staging.asks) leg.asking = false;
   leg.slices.at(staging.slice).chunks[staging.chunk].state = TxState::kStaged;
   leg.staged.insert({staging.slice, staging.chunk});
   if (credit_usable && !staging.asks && !flawed(Flaw::kFresh))
     leg.returned.push_back(staging.credit);
+}
+
+// Nobody waits for the chunk's newest offer any more.
+void Sender::stray_offer(TxLeg& leg, const Staging& staging) {
+  if (!staging.asks) leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
 }
 
 void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t chunk) {
@@ -339,8 +351,7 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   TxChunk& of = slice.chunks[chunk];
   Staging& staging = stagings_.at(of.staging);
   if (of.state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
-  if (of.state == TxState::kOffered && of.offered_again)
-    leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
+  if (of.state == TxState::kOffered && of.offered_again) stray_offer(leg, staging);
   of.state = TxState::kAcked;
   of.staging = 0;
   --leg.holding;
@@ -373,6 +384,7 @@ void Sender::unwant(uint64_t id) {
   Staging& staging = stagings_.at(id);
   staging.wanted = false;
   if (staging.offered) newest_.erase(staging.offer);
+  if (staging.offered && staging.asks) legs_.at(staging.leg).asking = false;
   staging.offered = false;
   free_if_done(id);
 }

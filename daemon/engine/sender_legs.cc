@@ -436,8 +436,7 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
     --leg.holding;
     if (state == TxState::kGathering) --leg.gathering;
     if (state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
-    if (state == TxState::kOffered && !staging.lent)
-      leg.stray_offers.push_back({staging.lane, staging.epoch, staging.credit});
+    if (state == TxState::kOffered && !staging.lent) stray_offer(leg, staging);
     // That of a gather which still runs is usable again when it ends; this one the peer spends.
     if (state == TxState::kWritten)
       leg.dropped_writes[{ordinal, chunk}] = {staging.credit.credit, staging.check};

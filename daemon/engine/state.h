@@ -241,6 +241,7 @@ struct TxLeg {
   std::deque<CreditGrant> credits;
   std::deque<CreditGrant> returned;
   std::optional<CreditGrant> spent;           // the newest that was refused
+  bool asking = false;                        // an offer that names it is out
   std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
   std::vector<StrayOffer> stray_offers;
   std::map<std::pair<uint64_t, uint64_t>, DroppedWrite> dropped_writes;  // by slice, chunk
@@ -441,7 +442,8 @@ struct RxLeg {
   std::map<uint64_t, HeldOffer> held;    // by order of arrival
   // By credit, all LIVE: of slices that are being compiled.
   std::map<uint64_t, MsgWritten> held_writes;
-  // Chunks that wait, staged, for another credit than the one that was refused.
+  // Chunks that wait, staged, for another credit than the one that was refused; also of slices that
+  // are not compiled yet.
   std::set<std::pair<uint64_t, uint64_t>> refused;
   std::vector<CreditGrant> new_credits;  // for the next UPDATE
   std::vector<Ack> new_acks;

@@ -45,7 +45,7 @@
 #define SCAT 4
 #define QUAR 5
 #define SL(c) ((c)==2 -> 2 : 0)
-byte S=1, R=1, rev; bit p1, p2;
+byte S=1, R=1, rev; bit p1, p2, bound;
 byte sc[NC], na[NC]; bit sh[NC]; byte so[NO], ofr[NO], oq[NO]; bit ork[NO];
 byte cs[NQ], rq[NQ], rqg[NQ], nq; byte rg[NG], rgo[NG], rc[NC], rs[3], cell[2], cnt[NC];
 bit mAE, sAE, mCR[NQ], mA[NC], mREF[NO], mES, mER, mERC, brk, sdn, rdn, rsR; byte aborts;
@@ -70,12 +70,15 @@ inline endR(y){ R=y; if :: y==3 -> mER=1 :: else -> mERC=1 fi; for (i : 0 .. NQ-
 #else
 #define GONE(c) (rs[SL(c)]==2)
 #endif
+/* A spent credit is refused though its slice is not known, once another SLICE has bound the leg. */
+#define EARLY(c,q) (bound && rs[SL(c)]==0 && rq[q]!=1)
 inline offerIn(o){ c=o/2; q=oq[o];
   if :: R!=1 -> ofr[o]=5
      :: R==1 && rs[SL(c)]==2 -> ofr[o]=5; spend(q)
      :: R==1 && rs[SL(c)]!=2 && rc[c]==2 -> ofr[o]=5; spend(q); mA[c]=1
      :: R==1 && rs[SL(c)]!=2 && rc[c]==3 -> ofr[o]=5; spend(q)
-     :: R==1 && rs[SL(c)]!=2 && rc[c]<2 && (rs[SL(c)]==0 || rc[c]==1) -> ofr[o]=2
+     :: R==1 && rs[SL(c)]!=2 && rc[c]<2 && (rs[SL(c)]==0 || rc[c]==1) && !EARLY(c,q) -> ofr[o]=2
+     :: R==1 && rc[c]<2 && EARLY(c,q) -> ofr[o]=5; mREF[o]=1
      :: R==1 && rs[SL(c)]==1 && rc[c]==0 && rq[q]==1 -> rq[q]=2; g0=rqg[q]; rg[g0]=LANDING; rgo[g0]=o+1; rc[c]=1; ofr[o]=3
      :: R==1 && rs[SL(c)]==1 && rc[c]==0 && rq[q]!=1 -> ofr[o]=5; mREF[o]=1
   fi }
@@ -91,6 +94,7 @@ inline compl(){ if :: R==1 && ((rs[0]==1 && rs[1]==1 && rc[0]==2 && rc[1]==2) ||
 #endif
    )) -> printf("R COMPLETED\n"); endR(2) :: else fi }
 inline slice(m){ /* 1: SLICE 0, 2: SLICE 1, 3: DROP 0 and 1, 4: SLICE 2 */
+  bound = bound || m!=3;
   if :: R!=1 -> skip
      :: R==1 && m==1 -> printf("R gets SLICE 0\n");
 #ifdef V_UNSTICKY

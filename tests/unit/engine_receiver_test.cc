@@ -359,6 +359,60 @@ TEST_CASE("more held offers than credits and lanes explain are a protocol error"
   CHECK(r.seen<DropOffer>().size() == 3);
 }
 
+// Its first slice is here, one credit is spent and three are good.
+MsgPull with_spent_credit(Lone& r) {
+  const MsgPull pull = r.pull("a", 640);
+  REQUIRE(pull.credits.size() == 4);
+  r.slice(pull, 0, {0, 16}, false);
+  r.offer(pull, 0, 0, pull.credits[0].credit);
+  REQUIRE(r.seen<AcceptOffer>().size() == 1);
+  return pull;
+}
+
+TEST_CASE("an offer under a spent credit is refused at once, though its slice is not known") {
+  Lone r(small_config(2), 1);
+  const MsgPull pull = with_spent_credit(r);
+  const CreditId spent = pull.credits[0].credit;
+  for (uint64_t chunk = 0; chunk < 4; ++chunk) CHECK(r.dropped(r.offer(pull, 1, chunk, spent)));
+  r.say(0, r.slice_of(pull, 1, {16, 64}, true));  // is being compiled
+  for (uint64_t chunk = 4; chunk < 8; ++chunk) CHECK(r.dropped(r.offer(pull, 1, chunk, spent)));
+  CHECK(r.seen<SendRefuse>().size() == 8);
+  const DescriptorId good = r.offer(pull, 1, 0, pull.credits[1].credit);
+  CHECK_FALSE(r.dropped(good));  // held
+  r.compile(480);
+  REQUIRE(r.seen<AcceptOffer>().size() == 2);
+  CHECK(r.seen<AcceptOffer>()[1].descriptor == good);
+}
+
+TEST_CASE("a chunk that was refused before its slice came must be one of the slice") {
+  Lone r;
+  const MsgPull pull = with_spent_credit(r);
+  r.offer(pull, 1, 8, pull.credits[0].credit);
+  const bool dropped = GENERATE(false, true);
+  if (dropped) {
+    r.say(0, MsgDrop{pull.pull, 1});
+    r.say(0, r.slice_of(pull, 2, {16, 64}, true));
+  } else {
+    r.say(0, r.slice_of(pull, 1, {16, 64}, true));
+  }
+  r.compile(480);  // eight chunks
+  CHECK((r.status().state == TransferState::kFailed) == !dropped);
+  CHECK((r.status().reason == Reason::kProtocol) == !dropped);
+}
+
+TEST_CASE("refusals before the slice are bounded, and then so is what is held") {
+  Lone r(small_config(2), 1);
+  r.verify = false;
+  const MsgPull pull = with_spent_credit(r);
+  uint64_t chunk = 0;
+  while (r.status().state != TransferState::kFailed && chunk < 2000)
+    r.offer(pull, 1, chunk++, pull.credits[0].credit);
+  CHECK(r.status().reason == Reason::kProtocol);
+  constexpr uint64_t kKnown = 3;  // chunks of its first slice
+  CHECK(r.seen<SendRefuse>().size() == 1024 + kKnown);
+  CHECK(chunk == 1024 + kKnown + 4 + 1);  // then as many are held as there were credits
+}
+
 TEST_CASE("DROP: landed regions are free, done cells are needed again, new scatters wait") {
   Lone r;
   const MsgPull pull = r.pull("a", 2 * kChunk + 32);

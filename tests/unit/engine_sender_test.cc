@@ -126,6 +126,68 @@ TEST_CASE("an ack of an earlier offer does not lose the credit of a later one") 
   CHECK(s.seen<SendOffer>()[2].offer.credit == first.offer.credit);
 }
 
+void refuse(Lone& s, const SendOffer& of) {
+  s.post(RefuseIn{of.lane, {of.offer.pull, of.offer.offer}});
+}
+
+// A leg of four chunks whose credits are all gone: chunk 0 is known to be refused, the others'
+// gathers run.
+std::vector<Gather> without_credits(Lone& s) {
+  s.open("a", 4, {1, 2, 3});
+  const auto gathers = s.seen<Gather>();
+  REQUIRE(gathers.size() == 4);
+  s.post(CopyEnded{gathers[0].copy, CopyOutcome::kOk, {}});
+  for (int credit = 0; credit < 3; ++credit) refuse(s, s.seen<SendOffer>().back());
+  REQUIRE(s.seen<SendOffer>().size() == 3);
+  s.forget();
+  return gathers;
+}
+
+TEST_CASE("beyond E, chunks without a credit are offered under a spent one, one at a time") {
+  Lone s;
+  const auto gathers = without_credits(s);
+  for (std::size_t chunk = 1; chunk < 4; ++chunk)
+    s.post(CopyEnded{gathers[chunk].copy, CopyOutcome::kOk, {}});
+  REQUIRE(s.seen<SendOffer>().size() == 1);
+  const SendOffer first = s.seen<SendOffer>()[0];
+  CHECK(first.offer.chunk == 1);
+  CHECK(first.offer.credit.value == 1);  // the newest that was refused
+  refuse(s, first);                      // now the peer knows
+  REQUIRE(s.seen<SendOffer>().size() == 2);
+  const SendOffer second = s.seen<SendOffer>()[1];
+  CHECK(second.offer.chunk == 2);
+  s.post(LaneFailed{second.lane});  // lost: asked again
+  REQUIRE(s.seen<SendOffer>().size() == 3);
+  const SendOffer again = s.seen<SendOffer>()[2];
+  CHECK(again.offer.chunk == 2);
+  CHECK(again.offer.credit == second.offer.credit);
+  MsgUpdate acked;
+  acked.pull = again.offer.pull;
+  acked.acks = {{0, 2}};
+  s.say(again.lane.lane, acked);  // an earlier offer of it had come
+  REQUIRE(s.seen<SendOffer>().size() == 4);
+  CHECK(s.seen<SendOffer>()[3].offer.chunk == 3);
+}
+
+TEST_CASE("a spent credit that a dropped chunk was offered under is not used as if it were good") {
+  Lone s;
+  const auto gathers = without_credits(s);
+  s.post(CopyEnded{gathers[1].copy, CopyOutcome::kOk, {}});
+  REQUIRE(s.seen<SendOffer>().size() == 1);
+  const SendOffer asked = s.seen<SendOffer>()[0];
+  s.post(RevokeOp{{{1}, 2}, std::hash<std::string>{}("a") | 1, 0});
+  s.post(CopyEnded{gathers[2].copy, CopyOutcome::kOk, {}});
+  s.post(CopyEnded{gathers[3].copy, CopyOutcome::kOk, {}});
+  REQUIRE(s.last_reply().dropped_sends == std::vector<uint32_t>{0});
+  s.post(LaneFailed{asked.lane});
+  s.forget();
+  s.send("a", 1, {0, 6}, true);
+  s.compile_all();
+  s.gather_all();
+  REQUIRE(s.seen<Gather>().size() == 1);  // ahead
+  CHECK(s.seen<SendOffer>().empty());
+}
+
 TEST_CASE("all acked and a last one: DELIVERED, END; END(COMPLETED) does not wait for acks") {
   Lone s;
   s.open("a", 2, {1, 2});
