@@ -362,10 +362,12 @@ void Receiver::end_in(Link& link, const MsgEnd& message) {
   const uint64_t id = receive.id;
   Reason reason = message.reason == Reason::kNone ? Reason::kCancelled : message.reason;
   if (message.outcome == Outcome::kDelivered) {
-    // It has all our acks. Anything else contradicts them.
+    // It has all our acks, and nothing is to come any more: what a Revoke took back stays away.
+    // Anything else contradicts the acks.
     if (complete(leg)) return;
-    core_.dropped(DropCause::kProtocol);
-    reason = Reason::kProtocol;
+    const bool acked = not_offered(leg) && leg.done_chunks == leg.known_chunks;
+    if (!acked) core_.dropped(DropCause::kProtocol);
+    reason = acked ? Reason::kNotOffered : Reason::kProtocol;
   } else if (!receive.decided && reason == Reason::kNoSend && receive.groups.size() > 1) {
     drop_group(receive, leg.dp_group);
     return;

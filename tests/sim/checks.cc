@@ -314,6 +314,10 @@ void Workload::check_agreement(const Transfer& transfer) const {
     }
     // What a receiver has from its own node its senders know nothing of.
     if (receiver->hashed) continue;
+    // Nor of what they should have sent anew after a Revoke.
+    if (transfer.revoked && (transfer.causes & kCauseNotOffered) != 0 && receiver->record &&
+        receiver->record->reason == Reason::kNotOffered)
+      continue;
     if (all_delivered && !receiver->lost && !receiver->in(TransferState::kCompleted))
       broken("agreement", *receiver, "all its senders are DELIVERED, but it is not COMPLETED");
   }

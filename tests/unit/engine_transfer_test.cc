@@ -349,6 +349,26 @@ TEST_CASE("a revoked slice is dropped with the last one and sent again") {
   CHECK(pair.sent("a").state == TransferState::kDelivered);
 }
 
+TEST_CASE("what a Revoke took back and nobody sends anew was not offered") {
+  Pair pair;
+  pair.answer_gathers = false;
+  pair.s.post(pair.send_op("a", 0, {0, 32}, false));
+  pair.r.post(pair.receive_op("a", {0, 64}));
+  pair.run();
+  const auto gathers = pair.s.seen<Gather>();
+  REQUIRE_FALSE(gathers.empty());
+  pair.s.post(RevokeOp{{{1}, 9}, Pair::handle_of("a"), 0});
+  pair.answer_gathers = true;
+  for (const Gather& gather : gathers) pair.s.post(CopyEnded{gather.copy, CopyOutcome::kOk, {}});
+  pair.run();
+  REQUIRE(pair.s.last_reply().dropped_sends == std::vector<uint32_t>{0});
+  pair.s.post(pair.send_op("a", 1, {32, 64}, true));
+  pair.run();
+  CHECK(pair.sent("a").state == TransferState::kDelivered);  // all that it counts
+  CHECK(pair.received("a").state == TransferState::kFailed);
+  CHECK(pair.received("a").reason == Reason::kNotOffered);
+}
+
 TEST_CASE("a silent peer is lost within the limit, and its link is closed") {
   Pair pair;
   pair.s.post(pair.send_op("a", 0, {0, 64}, true));
