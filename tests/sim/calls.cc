@@ -458,7 +458,9 @@ void Workload::make_ready(Side& side, Slice slice) {
   const Duration delay =
       rng_.chance(habits.late_condition) ? rng_.micros(5000, 100000) : rng_.micros(0, 3000);
   later(side, delay, [this, slice](Side& s) {
-    if (!s.sent.at(slice.send_index).dropped) fill(s, slice);
+    const bool sent =
+        slice.send_index < s.sent.size() && s.sent[slice.send_index].attempt == slice.attempt;
+    if (sent && !s.sent[slice.send_index].dropped) fill(s, slice);
     uint64_t& word = s.worker->words.at(s.word);
     if (word + 1 == slice.ready.value) {
       word = slice.ready.value;
@@ -494,6 +496,7 @@ void Workload::call_next_send(Side& side) {
   side.called_at = std::min(side.called_at, world_.now());
   slice.send_index = static_cast<uint32_t>(side.sent.size());
   slice.after_revokes = side.revokes;
+  slice.attempt = ++side.attempts;
   make_ready(side, slice);
   SendOp call;
   call.op = op(side, first ? PendingOp::Kind::kFirst : PendingOp::Kind::kMore);
@@ -528,7 +531,8 @@ void Workload::call_next_send(Side& side) {
     later(side, rng_.micros(0, 8000), [this](Side& s) { call_next_send(s); });
 }
 
-// A Send was refused for want of room for its copy: it comes again without one.
+// A Send was refused for want of room for its copy: it comes again without one. While a Revoke is
+// under way it waits: what that drops comes before it, and it may be the last.
 bool Workload::send_without_copy(Side& side, PendingOp::Kind kind, const Reply& reply) {
   if (!side.packed_call || side.packed_call->op.op_id != reply.op.op_id) return false;
   const std::optional<SendOp> call = std::exchange(side.packed_call, std::nullopt);
@@ -537,6 +541,10 @@ bool Workload::send_without_copy(Side& side, PendingOp::Kind kind, const Reply& 
           "replies", "PACKED_MEMORY_FULL with another code or field");
   ++packed_refused_;
   if (!can_call(side)) return false;
+  if (side.revoking) {
+    side.take_back = true;
+    return true;
+  }
   SendOp again = *call;
   again.packed_bytes.reset();
   again.op = op(side, kind);
@@ -671,6 +679,12 @@ void Workload::call_close(Side& side) {
 // Dropped slices are computed anew and sent as new slices, before what was not sent yet.
 void Workload::revoked(Side& side, const std::vector<uint32_t>& dropped) {
   side.revoking = false;
+  uint64_t value = 0;  // the highest that a condition has waited for
+  for (const Slice& slice : side.sent) value = std::max(value, slice.ready.value);
+  if (std::exchange(side.take_back, false)) {
+    side.to_send.push_front(side.sent.back());
+    side.sent.pop_back();
+  }
   std::vector<Slice> again;
   for (const uint32_t index : dropped) {
     require(index < side.sent.size() && !side.sent[index].dropped, "revoke",
@@ -702,8 +716,6 @@ void Workload::revoked(Side& side, const std::vector<uint32_t>& dropped) {
   // Conditions count up in the order of sending.
   for (Slice& slice : side.to_send)
     if (slice.ready.kind == ReadyCondition::Kind::kTimeline) slice.ready.value = 0;
-  uint64_t value = 0;
-  for (const Slice& slice : side.sent) value = std::max(value, slice.ready.value);
   for (Slice& slice : side.to_send)
     if (slice.ready.kind == ReadyCondition::Kind::kTimeline) slice.ready.value = ++value;
   side.done_calling = side.to_send.empty();

@@ -52,6 +52,7 @@ struct Slice {
   uint32_t version = 0;
   engine::ReadyCondition ready;
   uint32_t send_index = 0;     // once sent
+  uint32_t attempt = 0;        // counts its side's: who has taken one back makes another
   uint32_t after_revokes = 0;  // Revokes of its side that were called before it
   bool dropped = false;
   uint32_t dropped_by = 0;  // which of its side's Revokes, from 1
@@ -94,6 +95,8 @@ struct Side {
   bool sending_planned = false;
   bool packs = false;                         // most of its slices
   std::optional<engine::SendOp> packed_call;  // not answered yet
+  bool take_back = false;                     // it was refused while a Revoke was under way
+  uint32_t attempts = 0;
   bool opened = false;
 
   // receiver
