@@ -384,6 +384,24 @@ TEST_CASE("an offer under a spent credit is refused at once, though its slice is
   CHECK(r.seen<AcceptOffer>()[1].descriptor == good);
 }
 
+TEST_CASE("a chunk that is refused before its slice is known may take others' unused credits") {
+  EngineConfig config = small_config(2);
+  config.arenas = {{{4 * kChunk}}};  // two landing regions
+  Lone r(config);
+  const MsgPull late = r.pull("b", 640);
+  REQUIRE(late.credits.size() == 2);
+  const MsgPull first = r.pull("a", 640);
+  r.slice(first, 0, {0, 64}, true);  // has both now
+  r.slice(late, 0, {0, 16}, false);
+  REQUIRE(r.engine.stats().credits_withdrawn == 2);
+  r.forget();
+  r.offer(late, 1, 0, late.credits[0].credit);
+  CHECK(r.engine.stats().credits_withdrawn == 3);
+  REQUIRE(r.told<MsgUpdate>().size() == 1);
+  CHECK(r.told<MsgUpdate>()[0].pull == late.pull);
+  CHECK(r.told<MsgUpdate>()[0].credits.size() == 1);
+}
+
 TEST_CASE("a chunk that was refused before its slice came must be one of the slice") {
   Lone r;
   const MsgPull pull = with_spent_credit(r);
