@@ -88,7 +88,8 @@ Result<SharedMemory> SharedMemory::create(std::string_view name, uint64_t bytes,
   // here shows again in fallocate.
   if (options.huge_pages) ::madvise(memory.data_, bytes, MADV_POPULATE_WRITE);
   KVFERRY_RETURN_IF_ERROR(allocate_blocks(memory.fd(), bytes));
-  KVFERRY_RETURN_IF_ERROR(memory.seal(F_SEAL_SHRINK | F_SEAL_GROW));
+  KVFERRY_RETURN_IF_ERROR(
+      memory.seal(F_SEAL_SHRINK | F_SEAL_GROW | (options.last_seals ? F_SEAL_SEAL : 0)));
   if (options.populate) ::madvise(memory.data_, bytes, MADV_POPULATE_WRITE);
   return memory;
 }

@@ -20,7 +20,8 @@ enum class Access : uint8_t { kReadOnly, kReadWrite };
 struct SharedMemoryOptions {
   bool huge_pages = false;  // ask for transparent huge pages; the kernel may decline
   bool in_core_dumps = false;
-  bool populate = false;  // fill the page tables now instead of at first touch
+  bool populate = false;    // fill the page tables now instead of at first touch
+  bool last_seals = false;  // create(): nobody who gets the descriptor can add seals
 };
 
 // A memfd and its mapping. Closes and unmaps when it goes; moves keep the address.

@@ -63,6 +63,7 @@ Status Arenas::add_host(const std::string& name, const std::vector<uint64_t>& se
   memory::SharedMemoryOptions options;
   options.huge_pages = true;
   options.populate = true;
+  options.last_seals = mapped;  // a peer's seal against writing would keep the others out
   auto host = memory::HostArena::create(name, segment_bytes, options);
   KVFERRY_RETURN_IF_ERROR(host);
   next(mapped, segment_bytes, {"host", "shared_host", mapped ? "configured" : ""});

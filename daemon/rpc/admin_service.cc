@@ -6,9 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -370,9 +372,21 @@ class AdminService final : public pb::Admin::CallbackService {
   }
 
   // What the backend calls with its answer: `into` fills the response, which lives until Finish.
+  // One that is dropped unanswered, as the engine stops, is answered with that.
   template <typename T, typename Into>
   Reply<T> answer(grpc::ServerUnaryReactor* reactor, Into into) {
-    return [this, reactor, into](Result<T> result) {
+    struct Pending {
+      AdminService& service;
+      grpc::ServerUnaryReactor* reactor;
+      std::atomic<bool> answered{false};
+      ~Pending() {
+        if (!answered)
+          service.finish(reactor, {Code::kUnavailable, "SHUTDOWN", "the daemon stops", {}});
+      }
+    };
+    auto pending = std::make_shared<Pending>(*this, reactor);
+    return [this, pending, reactor, into](Result<T> result) {
+      if (pending->answered.exchange(true)) return;
       if (!result) {
         finish(reactor, result.error());
         return;

@@ -30,6 +30,7 @@ class FakeBackend : public AdminBackend {
   }
   bool healthy = true;
   std::string cancelled;
+  bool drops = false;  // answers nothing, as a daemon does that stops
   std::string released_node;
   std::optional<BootId> released_boot;
 
@@ -79,6 +80,7 @@ class FakeBackend : public AdminBackend {
     done(std::vector<PeerInfo>{linked, down});
   }
   void list_rails(Time, Reply<std::vector<RailInfo>> done) override {
+    if (drops) return;
     RailInfo rail;
     rail.transport = "tcp";
     rail.device = "lo";
@@ -263,6 +265,13 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(ctl("arenas").first.find("25%") != std::string::npos);
   CHECK(ctl("arenas").first.find("away") != std::string::npos);
   CHECK(nlohmann::json::parse(ctl("arenas --json").first)["lent"][0]["bytes"] == 2 << 20);
+}
+
+TEST_CASE_METHOD(Fixture, "a call whose answer is dropped is answered all the same") {
+  backend.drops = true;
+  const auto [text, code] = ctl("rails");
+  CHECK(code != 0);
+  CHECK(text.find("SHUTDOWN") != std::string::npos);
 }
 
 TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {

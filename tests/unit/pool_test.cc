@@ -94,6 +94,15 @@ TEST_CASE("shared memory is zeroed, sealed, without holes, and the same through 
   REQUIRE(view->data()[5 * kPage] == std::byte{7});
 }
 
+TEST_CASE("nobody adds seals to memory that was made with its last ones") {
+  auto memory = SharedMemory::create("test", kPage, {.last_seals = true});
+  REQUIRE(memory.has_value());
+  CHECK(::fcntl(memory->fd(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE) != 0);
+  auto open = SharedMemory::create("test", kPage);
+  REQUIRE(open.has_value());
+  CHECK(::fcntl(open->fd(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE) == 0);
+}
+
 TEST_CASE("moving shared memory keeps its address") {
   auto made = SharedMemory::create("test", kPage, {.huge_pages = true, .populate = true});
   REQUIRE(made.has_value());

@@ -137,6 +137,7 @@ void Transfers::lose() {
   answered_.notify_all();
   if (!attachment_) return;
   look();
+  retry_.clear();  // slots of a page that nobody will finish writing
   attachment_.reset();
   for (auto& [handle, transfer] : transfers_) {
     Transfer& t = *transfer;
