@@ -108,8 +108,25 @@ rpc::ArenasOffer ArenaLender::offer(const PeerRef& peer, const rpc::ArenasQuery&
     if (link->second.token.is_zero()) random_bytes(link->second.token.bytes);
     out.socket_path = config_.socket_path;
     out.token = link->second.token;
+    // The engine hears of these arenas when the token is shown: before, the peer's end would not be
+    // seen here.
+    return out;
   }
+  // With this answer the peer has all that it takes.
+  for (const rpc::OfferedArena& arena : out.arenas) tell_lent(link->second, arena.number);
   return out;
+}
+
+void ArenaLender::tell_lent(Link& link, uint32_t arena) {
+  if (link.lent.insert(arena).second) sink_(engine::ArenaLent{link.peer.link, arena});
+}
+
+void ArenaLender::tell_lent(LinkId id) {
+  MutexLock lock(mutex_);
+  // Under the lock: never after the link's end has been seen here.
+  const auto link = links_.find(id);
+  if (link == links_.end()) return;
+  for (const LentArena& arena : arenas_) tell_lent(link->second, arena.number);
 }
 
 void ArenaLender::on_link_up(const PeerRef& peer, engine::CheckKind) {

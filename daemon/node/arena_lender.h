@@ -3,15 +3,17 @@
 // the rules. Constant arenas; nothing is copied here.
 //
 // A peer's daemon asks with GetArenas (offer()), comes to the socket with the token it was given,
-// gets descriptors, and stays connected. What ends there is told to `sink`:
+// gets descriptors, and stays connected. `sink` is told
+//   ArenaLent        before the peer can have what it takes to map the arena
 //   PeerUnmapped     it said so, and its link has ended
 //   PeerProcessGone  its process has exited
-// and nothing else is: neither a closed connection nor time.
+// Neither a closed connection nor time ends what was lent.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -88,14 +90,18 @@ class ArenaLender final : public ArenaOffers, public LinkWatch {
   class Loop;
   struct Link {
     PeerRef peer;
-    Token token;        // zero: none has been given
-    bool used = false;  // it has been shown
+    Token token;              // zero: none has been given
+    bool used = false;        // it has been shown
+    std::set<uint32_t> lent;  // arenas of which the engine has been told
   };
 
   ArenaLender(ArenaLenderConfig config, std::vector<LentArena> arenas, EventSink sink);
   // The link that the token names, if it is up and the token has not been shown before.
   bool take_token(const Token& token, PeerRef& peer) KVFERRY_EXCLUDES(mutex_);
   bool is_up(LinkId link) const KVFERRY_EXCLUDES(mutex_);
+  // The link's peer is about to get all it takes to map the arenas.
+  void tell_lent(LinkId link) KVFERRY_EXCLUDES(mutex_);
+  void tell_lent(Link& link, uint32_t arena) KVFERRY_REQUIRES(mutex_);
 
   const ArenaLenderConfig config_;
   const std::vector<LentArena> arenas_;

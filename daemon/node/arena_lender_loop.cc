@@ -187,6 +187,7 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   process->links[peer.link] = false;
   connection.pidfd.reset();
   connection.peer = peer;
+  owner_.tell_lent(peer.link);
   if (!hand_out(connection.fd.get())) return "it does not take its descriptors";
   ops::log_info("arenas lent", {ops::field("node", peer.node), ops::field("link", peer.link.value),
                                 ops::field("pid", process->pid)});

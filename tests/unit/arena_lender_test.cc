@@ -184,6 +184,50 @@ TEST_CASE("A dead lender's socket is replaced, a living one's is not") {
   world.fence();
 }
 
+TEST_CASE("The engine knows that an arena is lent before the peer can map it, and once") {
+  TemporaryDirectory directory;
+  HostMemory memory({kPage, 2 * kPage});
+  Events events;
+  const auto lender = start_lender(lender_config(directory),
+                                   {device_arena(rpc::LentKind::kFabricVmm, 9, 30), memory.lent,
+                                    device_arena(rpc::LentKind::kCudaMalloc, 7, 25)},
+                                   events);
+  lender->on_link_up(peer_ref(1), engine::CheckKind::kNone);
+  SECTION("on this host, when the token has been shown") {
+    const Token token = lender->offer(peer_ref(1), {host_id()}).token;
+    CHECK(events.size() == 0);
+    RawClient wrong(directory.file("arenas.sock"));
+    REQUIRE(wrong.show(Token{}));
+    REQUIRE(wrong.closed());
+    CHECK(events.size() == 0);
+    RawClient client(directory.file("arenas.sock"));
+    REQUIRE(client.show(token));
+    wire::Welcome welcome;
+    std::vector<UniqueFd> none;
+    REQUIRE(client.receive(welcome, none));
+    // Those with handles too, which it has by the offer.
+    for (const uint32_t arena : {3U, 7U, 9U}) CHECK(events.lent(LinkId{1}, arena) == 1);
+    CHECK(events.size() == 3);
+    // Who then says that he is of another host has been told of already.
+    CHECK(lender->offer(peer_ref(1), {host_id(8)}).arenas.size() == 1);
+    CHECK(events.size() == 3);
+  }
+  SECTION("on another host, with the handles") {
+    for (int i = 0; i < 2; ++i) CHECK(lender->offer(peer_ref(1), {host_id(8)}).arenas.size() == 1);
+    CHECK(events.lent(LinkId{1}, 9) == 1);
+    CHECK(events.size() == 1);
+    lender->on_link_up(peer_ref(2, 2), engine::CheckKind::kNone);
+    (void)lender->offer(peer_ref(2, 2), {});
+    CHECK(events.lent(LinkId{2}, 9) == 1);
+    CHECK(events.size() == 2);
+  }
+  SECTION("nothing of a link that is not up") {
+    lender->on_link_gone(LinkId{1});
+    (void)lender->offer(peer_ref(1), {host_id(8)});
+    CHECK(events.size() == 0);
+  }
+}
+
 TEST_CASE("A token gets the descriptors, once, and while its link lives") {
   World world;
   const Token token = world.token(1);
@@ -267,7 +311,7 @@ TEST_CASE("UNMAPPED counts from the link's end, a closed connection never does")
     CHECK(soon([&] { return world.lender->stats().connections == 0; }));
     world.lender->on_link_gone(LinkId{1});
     world.fence();
-    CHECK(world.events.size() == 1);
+    CHECK(world.events.evidence() == 1);
     // The process, which is this one, is looked at on.
     CHECK(soon([&] { return world.lender->stats().processes == 1; }));
     return;
@@ -278,7 +322,7 @@ TEST_CASE("UNMAPPED counts from the link's end, a closed connection never does")
     CHECK(client->closed());
     world.lender->on_link_gone(LinkId{1});
     world.fence();
-    CHECK(world.events.size() == 1);
+    CHECK(world.events.evidence() == 1);
     CHECK(soon([&] { return world.lender->stats().processes == 1; }));
     return;
   }
@@ -331,7 +375,7 @@ TEST_CASE("Who says nothing is turned away, and so is who says what nobody says"
   CHECK(soon([&] { return world.lender->stats().refused == 1; }));
   CHECK(logged("connection for lent arenas ended").size() >= 1);
   world.fence();
-  CHECK(world.events.size() == 1);
+  CHECK(world.events.evidence() == 1);
 }
 
 TEST_CASE("Connections are limited, and those that have shown no token more so") {

@@ -97,6 +97,15 @@ class Events {
     return wait<engine::ArenaMapped>(
         [=](const auto& event) { return event.link == link && event.arena == arena; });
   }
+  // How often the arena was told to be lent over the link.
+  std::size_t lent(LinkId link, uint32_t arena) {
+    return count<engine::ArenaLent>(
+        [=](const auto& event) { return event.link == link && event.arena == arena; });
+  }
+  // All that says what a peer has no more.
+  std::size_t evidence() {
+    return count<engine::PeerUnmapped>() + count<engine::PeerProcessGone>();
+  }
   bool unmapped(LinkId link) {
     return wait<engine::PeerUnmapped>([=](const auto& event) { return event.link == link; });
   }
