@@ -160,6 +160,13 @@ bool ArenaLender::is_up(LinkId link) const {
   return links_.contains(link);
 }
 
+bool ArenaLender::watches(const std::string& node, const std::optional<BootId>& boot) const {
+  MutexLock lock(mutex_);
+  return std::any_of(watched_.begin(), watched_.end(), [&](const Life& life) {
+    return (node.empty() || life.first == node) && (!boot || life.second == *boot);
+  });
+}
+
 ArenaLender::Stats ArenaLender::stats() const {
   MutexLock lock(mutex_);
   return stats_;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <vector>
@@ -84,10 +85,17 @@ class ArenaLender final : public ArenaOffers, public LinkWatch {
   // The token is void. Connection and process are looked at until there is evidence.
   void on_link_gone(LinkId link) override KVFERRY_EXCLUDES(mutex_);
 
+  // Whether the end of a process of that node (empty: of any) and life (nothing: any) is being
+  // waited for, so that what was lent to it comes free without an operator. Any thread.
+  bool watches(const std::string& node, const std::optional<BootId>& boot) const
+      KVFERRY_EXCLUDES(mutex_);
   Stats stats() const KVFERRY_EXCLUDES(mutex_);
 
  private:
   class Loop;
+  // One of a peer's daemon: its node, which the link manager has checked, and its boot id, which is
+  // the peer's own word, so that it may be another node's too.
+  using Life = std::pair<std::string, BootId>;
   struct Link {
     PeerRef peer;
     Token token;              // zero: none has been given
@@ -108,6 +116,7 @@ class ArenaLender final : public ArenaOffers, public LinkWatch {
   const EventSink sink_;
   mutable Mutex mutex_;
   std::map<LinkId, Link> links_ KVFERRY_GUARDED_BY(mutex_);
+  std::set<Life> watched_ KVFERRY_GUARDED_BY(mutex_);  // of the loop's processes
   Stats stats_ KVFERRY_GUARDED_BY(mutex_);
   std::unique_ptr<Loop> loop_;  // null without a socket
 };

@@ -56,13 +56,13 @@ void ArenaLender::Loop::run() {
   while (!stopping_.load()) {
     std::vector<pollfd> polled{{wake_.get(), POLLIN, 0}, {listener_.get(), POLLIN, 0}};
     std::vector<uint64_t> keys;
-    std::vector<BootId> boots;
+    std::vector<Life> lives;
     for (const auto& [key, connection] : connections_) {
       keys.push_back(key);
       polled.push_back({connection.fd.get(), POLLIN | POLLRDHUP, 0});
     }
-    for (const auto& [boot, process] : processes_) {
-      boots.push_back(boot);
+    for (const auto& [life, process] : processes_) {
+      lives.push_back(life);
       polled.push_back({process.pidfd.get(), POLLIN, 0});
     }
     if (::poll(polled.data(), polled.size(), next_timeout_ms(monotonic_now())) < 0) continue;
@@ -72,8 +72,8 @@ void ArenaLender::Loop::run() {
     }
     for (std::size_t i = 0; i < keys.size(); ++i)
       if (polled[2 + i].revents != 0) read_one(keys[i]);
-    for (std::size_t i = 0; i < boots.size(); ++i)
-      if ((polled[2 + keys.size() + i].revents & POLLIN) != 0) process_gone(boots[i]);
+    for (std::size_t i = 0; i < lives.size(); ++i)
+      if ((polled[2 + keys.size() + i].revents & POLLIN) != 0) process_gone(lives[i]);
     if (polled[1].revents != 0) accept_some();
     settle_unmapped();
     expire(monotonic_now());
@@ -157,10 +157,10 @@ void ArenaLender::Loop::read_one(uint64_t key) {
 }
 
 ArenaLender::Loop::Process* ArenaLender::Loop::process_of(Connection& connection,
-                                                          const BootId& boot) {
+                                                          const Life& life) {
   struct stat file {};
   if (::fstat(connection.pidfd.get(), &file) != 0) return nullptr;
-  const auto known = processes_.find(boot);
+  const auto known = processes_.find(life);
   if (known != processes_.end()) {
     // Since Linux 6.9 the inode names the process. Before, it is the same for all, and the pid
     // does: it is not used again while the first process lives, whose end is looked at in each
@@ -169,10 +169,12 @@ ArenaLender::Loop::Process* ArenaLender::Loop::process_of(Connection& connection
     return same ? &known->second : nullptr;
   }
   if (processes_.size() >= owner_.config_.max_processes) return nullptr;
-  Process& process = processes_[boot];
+  Process& process = processes_[life];
   process.pidfd = std::move(connection.pidfd);
   process.pid = connection.pid;
   process.inode = file.st_ino;
+  MutexLock lock(owner_.mutex_);
+  owner_.watched_.insert(life);
   return &process;
 }
 
@@ -181,7 +183,7 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   std::memcpy(token.bytes.data(), show.token, sizeof show.token);
   PeerRef peer;
   if (!owner_.take_token(token, peer)) return "not a token that is good now";
-  Process* const process = process_of(connection, peer.boot);
+  Process* const process = process_of(connection, {peer.node, peer.boot});
   if (process == nullptr) return "another process of that daemon, or too many";
   // Before the first descriptor leaves: from here on there is something to be evident.
   process->links[peer.link] = false;
@@ -216,7 +218,7 @@ bool ArenaLender::Loop::hand_out(int fd) const {
 void ArenaLender::Loop::on_unmapped(uint64_t key) {
   auto node = connections_.extract(key);
   const PeerRef& peer = *node.mapped().peer;
-  if (const auto process = processes_.find(peer.boot); process != processes_.end())
+  if (const auto process = processes_.find({peer.node, peer.boot}); process != processes_.end())
     process->second.links.at(peer.link) = true;
 }
 
@@ -237,16 +239,17 @@ void ArenaLender::Loop::expire(Time now) {
   for (const uint64_t key : late) refuse(key, "no token came in time");
 }
 
-void ArenaLender::Loop::process_gone(const BootId& boot) {
-  processes_.erase(boot);
+void ArenaLender::Loop::process_gone(const Life& life) {
+  processes_.erase(life);
   std::erase_if(connections_, [&](const auto& entry) {
-    return entry.second.peer && entry.second.peer->boot == boot;
+    return entry.second.peer && entry.second.peer->node == life.first &&
+           entry.second.peer->boot == life.second;
   });
   {
     MutexLock lock(owner_.mutex_);
     ++owner_.stats_.processes_gone;
   }
-  owner_.sink_(engine::PeerProcessGone{boot});
+  owner_.sink_(engine::PeerProcessGone{life.second, life.first});
 }
 
 void ArenaLender::Loop::settle_unmapped() {
@@ -274,6 +277,7 @@ void ArenaLender::Loop::publish() {
   MutexLock lock(owner_.mutex_);
   owner_.stats_.connections = static_cast<uint32_t>(shown);
   owner_.stats_.processes = static_cast<uint32_t>(processes_.size());
+  std::erase_if(owner_.watched_, [&](const Life& life) { return !processes_.contains(life); });
 }
 
 }  // namespace kvferry::node

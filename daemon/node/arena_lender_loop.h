@@ -55,11 +55,11 @@ class ArenaLender::Loop {
   const char* on_show(Connection& connection, const wire::Show& show);
   void on_unmapped(uint64_t key);
   // Null: there is no room, or that life of a daemon is in another process.
-  Process* process_of(Connection& connection, const BootId& boot);
+  Process* process_of(Connection& connection, const Life& life);
   bool hand_out(int fd) const;
   void refuse(uint64_t key, const char* reason);
   void expire(Time now);
-  void process_gone(const BootId& boot);
+  void process_gone(const Life& life);
   // What was said before its link's end has come to count.
   void settle_unmapped();
   void publish();
@@ -69,7 +69,7 @@ class ArenaLender::Loop {
   UniqueFd wake_;
   UniqueFd spare_;
   std::map<uint64_t, Connection> connections_;
-  std::map<BootId, Process> processes_;
+  std::map<Life, Process> processes_;
   uint64_t next_key_ = 1;
   ops::LogLimiter refusals_{5, std::chrono::minutes(1)};
   std::atomic<bool> stopping_{false};

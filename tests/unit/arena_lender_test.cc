@@ -1,6 +1,8 @@
 // The lender and whoever comes to its socket, well-behaved or not.
 #include "daemon/node/arena_lender.h"
 
+#include <sys/wait.h>
+
 #include "tests/unit/lending_support.h"
 
 namespace kvferry::node {
@@ -415,6 +417,87 @@ TEST_CASE("A process that has been told enough lives of daemons is told no more"
   RawClient again(world.path);
   REQUIRE(again.show(world.token(4, 1)));
   CHECK(world.gets(again));
+}
+
+TEST_CASE("A life of a daemon is its node's: who names another's boot id changes nothing for him") {
+  World world;
+  const PeerRef honest = {LinkId{1}, "honest", boot_id(5)};
+  const PeerRef liar = {LinkId{2}, "liar", boot_id(5)};
+  const auto token = [&](const PeerRef& peer) {
+    world.lender->on_link_up(peer, engine::CheckKind::kNone);
+    return world.lender->offer(peer, {host_id()}).token;
+  };
+  // A process that shows the liar's token and lives until it is told to end.
+  int hold[2];
+  REQUIRE(::pipe2(hold, O_CLOEXEC) == 0);
+  int shown[2];
+  REQUIRE(::pipe2(shown, O_CLOEXEC) == 0);
+  const Token theirs = token(liar);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  world.path.copy(address.sun_path, sizeof address.sun_path - 1);
+  wire::Show show;
+  std::memcpy(show.token, theirs.bytes.data(), sizeof show.token);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::close(hold[1]);
+    const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET, 0);
+    char byte = 0;
+    if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+        ::send(fd, &show, sizeof show, 0) != sizeof show || ::recv(fd, &byte, 1, 0) != 1 ||
+        ::write(shown[1], "s", 1) != 1)
+      ::_exit(1);
+    ::_exit(static_cast<int>(::read(hold[0], &byte, 1)));
+  }
+  REQUIRE(child > 0);
+  ::close(hold[0]);
+  ::close(shown[1]);
+  char byte = 0;
+  REQUIRE(::read(shown[0], &byte, 1) == 1);
+  ::close(shown[0]);
+  // The honest one, which is another process, gets what it is offered.
+  RawClient client(world.path);
+  REQUIRE(client.show(token(honest)));
+  CHECK(world.gets(client));
+  CHECK(world.lender->watches("honest", boot_id(5)));
+  CHECK(world.lender->watches("liar", boot_id(5)));
+  CHECK(world.lender->watches("liar", std::nullopt));
+  CHECK(world.lender->watches("", boot_id(5)));
+  CHECK(world.lender->watches("", std::nullopt));
+  CHECK_FALSE(world.lender->watches("", boot_id(6)));
+  CHECK_FALSE(world.lender->watches("honest", boot_id(6)));
+  CHECK_FALSE(world.lender->watches("other", boot_id(5)));
+  CHECK_FALSE(world.lender->watches("other", std::nullopt));
+  // The liar's end is the liar's alone.
+  ::close(hold[1]);
+  int status = 0;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  REQUIRE(world.events.wait<engine::PeerProcessGone>());
+  CHECK(world.events.count<engine::PeerProcessGone>([](const auto& event) {
+    return event.node == "liar" && event.boot == boot_id(5);
+  }) == 1);
+  CHECK(soon([&] { return !world.lender->watches("liar", boot_id(5)); }));
+  CHECK(world.lender->watches("honest", boot_id(5)));
+  CHECK(world.events.count<engine::PeerProcessGone>() == 1);
+  // Of the honest one there is its word, and then there is nothing to look for.
+  REQUIRE(client.send(wire::Unmapped{}));
+  world.lender->on_link_gone(LinkId{1});
+  CHECK(world.events.unmapped(LinkId{1}));
+  CHECK(soon([&] { return !world.lender->watches("", std::nullopt); }));
+}
+
+TEST_CASE("A process is looked at before it gets anything, and until the lender stops") {
+  World world;
+  CHECK_FALSE(world.lender->watches("", std::nullopt));
+  RawClient client(world.path);
+  REQUIRE(client.show(world.token(1)));
+  wire::Welcome welcome;
+  std::vector<UniqueFd> none;
+  REQUIRE(client.receive(welcome, none));
+  CHECK(world.lender->watches("peer-1", boot_id(1)));
+  world.lender->stop();
+  CHECK_FALSE(world.lender->watches("peer-1", boot_id(1)));
 }
 
 TEST_CASE("A lender that has gone leaves no descriptor open") {
