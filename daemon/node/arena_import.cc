@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "daemon/base/check.h"
+#include "daemon/base/crypto.h"
 #include "daemon/base/seqpacket.h"
 #include "daemon/node/arena_wire.h"
 
@@ -110,6 +111,9 @@ Status LenderSession::get_descriptors(const rpc::ArenasOffer& offer, Time deadli
   KVFERRY_RETURN_IF_ERROR(
       receive(socket_.get(), deadline, stop, wire::Type::kWelcome, welcome, none));
   if (!none.empty() || welcome.arenas > rpc::kMaxLentArenas) return broken("no such welcome");
+  if (!equal_constant_time(welcome.proof, offer.proof.bytes))
+    return fail(Code::kPermissionDenied, "LENDER_FOREIGN",
+                "another daemon than the link's peer lends at " + offer.socket_path);
   for (uint32_t i = 0; i < welcome.arenas; ++i) {
     wire::Descriptors message;
     std::vector<UniqueFd> fds;

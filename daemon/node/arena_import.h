@@ -31,8 +31,9 @@ class LenderSession {
   // Connects, shows the token and gets the descriptors of all arenas of the offer that have some.
   // `stop` (an eventfd) becoming readable ends the wait. PERMISSION_DENIED SOCKET_FOREIGN where the
   // socket is neither this user's nor root's; UNAVAILABLE SOCKET_FAILED, with the call; UNAVAILABLE
-  // SOCKET_CLOSED when the lender turns us away; DEADLINE_EXCEEDED SOCKET_SILENT; INTERNAL
-  // SOCKET_PROTOCOL for what no lender sends.
+  // SOCKET_CLOSED when the lender turns us away; PERMISSION_DENIED LENDER_FOREIGN when it is not
+  // the link's peer; DEADLINE_EXCEEDED SOCKET_SILENT; INTERNAL SOCKET_PROTOCOL for what no lender
+  // sends.
   static Result<std::shared_ptr<LenderSession>> open(const rpc::ArenasOffer& offer, Time deadline,
                                                      int stop, ArenaDescriptors& descriptors);
   ~LenderSession();

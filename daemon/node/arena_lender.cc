@@ -106,6 +106,7 @@ rpc::ArenasOffer ArenaLender::offer(const PeerRef& peer, const rpc::ArenasQuery&
   if (same_host) {
     // One for the link's life: an answer that is asked for again must be the same one.
     if (link->second.token.is_zero()) random_bytes(link->second.token.bytes);
+    link->second.proof = query.proof;
     out.socket_path = config_.socket_path;
     out.token = link->second.token;
     // The engine hears of these arenas when the token is shown: before, the peer's end would not be
@@ -142,7 +143,7 @@ void ArenaLender::on_link_gone(LinkId link) {
   if (loop_ != nullptr) loop_->wake();
 }
 
-bool ArenaLender::take_token(const Token& token, PeerRef& peer) {
+bool ArenaLender::take_token(const Token& token, PeerRef& peer, rpc::WelcomeProof& proof) {
   MutexLock lock(mutex_);
   // Every token is compared, so the time tells neither whether nor where one matched.
   Link* found = nullptr;
@@ -152,6 +153,7 @@ bool ArenaLender::take_token(const Token& token, PeerRef& peer) {
   if (found == nullptr || found->used) return false;
   found->used = true;
   peer = found->peer;
+  proof = found->proof;
   return true;
 }
 

@@ -98,14 +98,16 @@ class ArenaLender final : public ArenaOffers, public LinkWatch {
   using Life = std::pair<std::string, BootId>;
   struct Link {
     PeerRef peer;
-    Token token;              // zero: none has been given
+    Token token;  // zero: none has been given
+    rpc::WelcomeProof proof;
     bool used = false;        // it has been shown
     std::set<uint32_t> lent;  // arenas of which the engine has been told
   };
 
   ArenaLender(ArenaLenderConfig config, std::vector<LentArena> arenas, EventSink sink);
   // The link that the token names, if it is up and the token has not been shown before.
-  bool take_token(const Token& token, PeerRef& peer) KVFERRY_EXCLUDES(mutex_);
+  bool take_token(const Token& token, PeerRef& peer, rpc::WelcomeProof& proof)
+      KVFERRY_EXCLUDES(mutex_);
   bool is_up(LinkId link) const KVFERRY_EXCLUDES(mutex_);
   // The link's peer is about to get all it takes to map the arenas.
   void tell_lent(LinkId link) KVFERRY_EXCLUDES(mutex_);

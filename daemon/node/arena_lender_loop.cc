@@ -182,7 +182,8 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   Token token;
   std::memcpy(token.bytes.data(), show.token, sizeof show.token);
   PeerRef peer;
-  if (!owner_.take_token(token, peer)) return "not a token that is good now";
+  rpc::WelcomeProof proof;
+  if (!owner_.take_token(token, peer, proof)) return "not a token that is good now";
   Process* const process = process_of(connection, {peer.node, peer.boot});
   if (process == nullptr) return "another process of that daemon, or too many";
   // Before the first descriptor leaves: from here on there is something to be evident.
@@ -190,7 +191,7 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   connection.pidfd.reset();
   connection.peer = peer;
   owner_.tell_lent(peer.link);
-  if (!hand_out(connection.fd.get())) return "it does not take its descriptors";
+  if (!hand_out(connection.fd.get(), proof)) return "it does not take its descriptors";
   ops::log_info("arenas lent", {ops::field("node", peer.node), ops::field("link", peer.link.value),
                                 ops::field("pid", process->pid)});
   MutexLock lock(owner_.mutex_);
@@ -198,8 +199,9 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   return nullptr;
 }
 
-bool ArenaLender::Loop::hand_out(int fd) const {
+bool ArenaLender::Loop::hand_out(int fd, const rpc::WelcomeProof& proof) const {
   wire::Welcome welcome;
+  std::memcpy(welcome.proof, proof.bytes.data(), sizeof welcome.proof);
   for (const LentArena& arena : owner_.arenas_)
     if (rpc::has_descriptors(arena.kind)) ++welcome.arenas;
   if (!send_message(fd, &welcome, sizeof welcome)) return false;

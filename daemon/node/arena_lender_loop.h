@@ -56,7 +56,7 @@ class ArenaLender::Loop {
   void on_unmapped(uint64_t key);
   // Null: there is no room, or that life of a daemon is in another process.
   Process* process_of(Connection& connection, const Life& life);
-  bool hand_out(int fd) const;
+  bool hand_out(int fd, const rpc::WelcomeProof& proof) const;
   void refuse(uint64_t key, const char* reason);
   void expire(Time now);
   void process_gone(const Life& life);

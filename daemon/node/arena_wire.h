@@ -3,7 +3,7 @@
 //
 //   borrower                       lender
 //   Show{token}             →
-//                           ←      Welcome{arenas}
+//                           ←      Welcome{arenas, proof}
 //                           ←      Descriptors{arena, count}, as many as said; the segments'
 //                                  descriptors come with it, in the order of the offer
 //   ... and when all that was mapped for the link is unmapped:
@@ -30,6 +30,7 @@ struct Welcome {
   Type type = Type::kWelcome;
   uint32_t arenas = 0;  // Descriptors that follow
   uint32_t reserved = 0;
+  uint8_t proof[16] = {};  // rpc::WelcomeProof of the token's link
 };
 struct Descriptors {
   uint32_t magic = kMagic;

@@ -102,6 +102,10 @@ rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& tag, std:
   return cut<16>(hmac_sha256(key, {bytes_of("kvferry link reply"), tag, bytes_of(body)}));
 }
 
+rpc::WelcomeProof welcome_proof(const link::KeyBytes& key) {
+  return {cut<16>(hmac_sha256(key, {bytes_of("kvferry arenas welcome 1")}))};
+}
+
 void seal_offer(const link::KeyBytes& key, const rpc::Tag16& tag, rpc::ArenasOffer& offer) {
   std::array<uint8_t, 64 * rpc::kMaxLentSegments> stream{};
   const auto make_stream = [&](uint64_t number, std::size_t bytes) {

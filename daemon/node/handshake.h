@@ -44,6 +44,9 @@ rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc
 rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& call_tag,
                           std::string_view body);
 
+// By what the lender of a link is known at its socket. `key` is the call key of its direction.
+rpc::WelcomeProof welcome_proof(const link::KeyBytes& key);
+
 // Seals token and handles of an offer, or opens sealed ones, which is the same. `key` is the call
 // key of the direction in which the offer travels, `call_tag` that of the request it answers.
 void seal_offer(const link::KeyBytes& key, const rpc::Tag16& call_tag, rpc::ArenasOffer& offer);

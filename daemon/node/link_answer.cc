@@ -161,6 +161,7 @@ Result<std::string> LinkManager::Impl::answer_arenas(const PeerRef& peer, const 
     lender = offers;
   }
   rpc::ArenasOffer offer;
+  query->proof = welcome_proof(out_key);
   if (lender != nullptr) offer = lender->offer(peer, *query);
   seal_offer(out_key, call.tag, offer);
   return rpc::encode(offer);

@@ -364,7 +364,10 @@ void LinkManager::get_arenas(LinkId id, rpc::ArenasQuery query, Time deadline,
                                   return done(tl::unexpected<Error>(std::move(answer).error()));
                                 Result<rpc::ArenasOffer> offer =
                                     rpc::decode_arenas_offer(answer->body);
-                                if (offer) seal_offer(answer->key, answer->call_tag, *offer);
+                                if (offer) {
+                                  seal_offer(answer->key, answer->call_tag, *offer);
+                                  offer->proof = welcome_proof(answer->key);
+                                }
                                 done(std::move(offer));
                               });
 }

@@ -150,9 +150,14 @@ struct JoinForward {
 // which is nobody's.
 using HostId = FixedBytes<struct HostTag, 16>;
 
+// What a lender shows at its socket: that it is the peer of that link and no other daemon whose
+// socket the peer has named. Both sides of a link derive it from the link's keys.
+using WelcomeProof = FixedBytes<struct WelcomeProofTag, 16>;
+
 // "What could I map of yours?"
 struct ArenasQuery {
-  HostId host;  // the asker's
+  HostId host;              // the asker's
+  WelcomeProof proof = {};  // the asked side's; not sent, but filled in by who opens the message
 };
 
 // How a peer gets at a lent arena.
@@ -203,6 +208,7 @@ struct ArenasOffer {
   std::string socket_path;  // where the asker gets descriptors; empty: nowhere
   Token token;              // names the link there; a secret; zero without a path
   std::vector<OfferedArena> arenas;
+  WelcomeProof proof = {};  // who has the socket shows it; not sent, as above
   bool operator==(const ArenasOffer&) const = default;
 };
 

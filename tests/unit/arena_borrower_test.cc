@@ -66,9 +66,16 @@ class StubLender {
     out.host = host_id();
     out.socket_path = path;
     out.token.bytes.fill(5);
+    out.proof.bytes.fill(6);
     rpc::OfferedArena& arena = out.arenas.emplace_back();
     arena.number = kArena;
     for (uint32_t i = 0; i < sizes.size(); ++i) arena.segments.push_back({10 + i, sizes[i], {}});
+    return out;
+  }
+  static wire::Welcome welcome(uint32_t arenas) {
+    wire::Welcome out;
+    out.arenas = arenas;
+    std::memset(out.proof, 6, sizeof out.proof);
     return out;
   }
   // The next caller, once it has shown the token of the offer.
@@ -83,8 +90,7 @@ class StubLender {
     return fd;
   }
   static void hand_out(int fd, std::vector<int> fds, uint32_t arena = kArena) {
-    wire::Welcome welcome;
-    welcome.arenas = 1;
+    const wire::Welcome welcome = StubLender::welcome(1);
     REQUIRE(send_message(fd, &welcome, sizeof welcome));
     wire::Descriptors message;
     message.arena = arena;
@@ -362,8 +368,7 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
       StubLender::hand_out(connection.get(), good, kArena + 1);
     }
     SECTION("the same arena twice") {
-      wire::Welcome welcome;
-      welcome.arenas = 2;
+      const wire::Welcome welcome = StubLender::welcome(2);
       REQUIRE(send_message(connection.get(), &welcome, sizeof welcome));
       wire::Descriptors message;
       message.arena = kArena;
@@ -372,8 +377,7 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
         REQUIRE(send_message(connection.get(), &message, sizeof message, good));
     }
     SECTION("another count than there are") {
-      wire::Welcome welcome;
-      welcome.arenas = 1;
+      const wire::Welcome welcome = StubLender::welcome(1);
       REQUIRE(send_message(connection.get(), &welcome, sizeof welcome));
       wire::Descriptors message;
       message.arena = kArena;
@@ -381,9 +385,14 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
       REQUIRE(send_message(connection.get(), &message, sizeof message, good));
     }
     SECTION("more arenas than there can be") {
-      wire::Welcome welcome;
-      welcome.arenas = 65;
+      const wire::Welcome welcome = StubLender::welcome(65);
       REQUIRE(send_message(connection.get(), &welcome, sizeof welcome));
+    }
+    SECTION("a welcome that is not the peer's") {
+      wire::Welcome welcome = StubLender::welcome(1);
+      welcome.proof[GENERATE(0, 15)] ^= 1;
+      REQUIRE(send_message(connection.get(), &welcome, sizeof welcome));
+      reason = "LENDER_FOREIGN";
     }
     SECTION("another message") {
       REQUIRE(send_message(connection.get(), good.data(), 4));
@@ -406,7 +415,7 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
       StubLender::hand_out(connection.get(), {good[0], STDIN_FILENO});
       reason = "POOL_";
     }
-    if (reason == "SOCKET_PROTOCOL") {
+    if (reason == "SOCKET_PROTOCOL" || reason == "LENDER_FOREIGN") {
       CHECK(StubLender::closes(connection.get()));
       CHECK(soon([&] { return world.borrower->stats().failed_socket == 1; }));
     } else {
@@ -420,6 +429,24 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
     world.fence();
   }
   CHECK(open_descriptors() == before);
+}
+
+TEST_CASE("A peer that names another daemon's socket has nothing of that daemon's written") {
+  World world;
+  // The liar has a link to the honest lender, and offers as its own what it is offered there.
+  const PeerRef liar = peer_ref(901, 9);
+  world.lender->on_link_up(liar, engine::CheckKind::kNone);
+  rpc::ArenasOffer offer = world.lender->offer(liar, {host_id(), proof_of(liar.link)});
+  REQUIRE(offer.socket_path == world.directory.file("arenas.sock"));
+  offer.proof = proof_of(LinkId{101});  // of the liar's link to us
+  world.calls.answer_next(offer);
+  world.borrower->on_link_up(peer_ref(1, 9), engine::CheckKind::kNone);
+  CHECK(soon([&] { return world.borrower->stats().failed_socket == 1; }));
+  CHECK(logged("LENDER_FOREIGN").size() == 1);
+  CHECK(world.borrower->segments(LinkId{1}, kArena) == nullptr);
+  CHECK(world.borrower->stats().arenas == 0);
+  CHECK(world.at_borrower.size() == 0);
+  world.fence();
 }
 
 TEST_CASE("A borrower that stops leaves what copies hold, and nothing else") {

@@ -138,6 +138,13 @@ inline BootId boot_id(uint8_t byte) {
   boot.bytes.fill(byte);
   return boot;
 }
+// What both sides of a link derive from its keys, for the lender's number of it.
+inline rpc::WelcomeProof proof_of(LinkId link) {
+  rpc::WelcomeProof proof;
+  std::memcpy(proof.bytes.data(), &link.value, sizeof link.value);
+  proof.bytes[15] = 1;
+  return proof;
+}
 inline PeerRef peer_ref(uint64_t link, uint8_t boot = 1) {
   return {LinkId{link}, "peer-" + std::to_string(boot), boot_id(boot)};
 }
@@ -265,7 +272,12 @@ class Calls : public ArenaCalls {
         answer = [done, result = std::move(next_.front())] { done(result); };
         next_.pop_front();
       } else if (const auto found = links_.find(link); found != links_.end()) {
-        answer = [done, query, to = found->second] { done(to.first->offer(to.second, query)); };
+        query.proof = proof_of(found->second.second.link);
+        answer = [done, query, to = found->second] {
+          rpc::ArenasOffer offer = to.first->offer(to.second, query);
+          offer.proof = query.proof;
+          done(std::move(offer));
+        };
       } else {
         answer = [done] { done(fail(Code::kUnavailable, "LINK_DOWN", "no such link")); };
       }

@@ -144,6 +144,10 @@ class Questions : public PeerQuestions {
 class Offers : public ArenaOffers {
  public:
   rpc::ArenasOffer offer(const PeerRef& peer, const rpc::ArenasQuery& query) override {
+    {
+      MutexLock lock(mutex_);
+      proof_ = query.proof;
+    }
     rpc::ArenasOffer out;
     out.host = query.host;
     out.socket_path = "/run/" + peer.node + ".sock";
@@ -160,6 +164,15 @@ class Offers : public ArenaOffers {
     }
     return out;
   }
+  // Of the last question.
+  rpc::WelcomeProof proof() {
+    MutexLock lock(mutex_);
+    return proof_;
+  }
+
+ private:
+  Mutex mutex_;
+  rpc::WelcomeProof proof_ KVFERRY_GUARDED_BY(mutex_);
 };
 
 // Notes of what it is told, in order: "+1", "-1".
@@ -551,7 +564,8 @@ TEST_CASE("what a daemon lends is told to its peer, and its secrets to nobody on
   // Nobody lends.
   const auto nothing = a.arenas(link);
   REQUIRE(nothing);
-  CHECK(*nothing == rpc::ArenasOffer{});
+  CHECK(nothing->arenas.empty());
+  CHECK(nothing->socket_path.empty());
 
   b.manager->set_arena_offers(&b.offers);
   Box<rpc::LinkCall> requests;
@@ -562,11 +576,18 @@ TEST_CASE("what a daemon lends is told to its peer, and its secrets to nobody on
                                            }});
   rpc::ArenasQuery query;
   query.host.bytes.fill(1);
-  const rpc::ArenasOffer expected = b.offers.offer(at_b, query);
+  rpc::ArenasOffer expected = b.offers.offer(at_b, query);
   const auto first = a.arenas(link);
   REQUIRE(first);
+  // What the lender shows at its socket is known to both sides, is the link's own, and is not sent.
+  expected.proof = b.offers.proof();
+  CHECK_FALSE(expected.proof.is_zero());
+  CHECK(expected.proof == welcome_proof(a.manager->keys(link)->in.call));
+  CHECK(expected.proof != welcome_proof(a.manager->keys(link)->out.call));
   CHECK(*first == expected);
   const std::string body = *bodies.take();
+  CHECK(body.find(std::string(expected.proof.bytes.begin(), expected.proof.bytes.end())) ==
+        std::string::npos);
   // In the open it would be all runs of one byte.
   for (const uint8_t byte : {uint8_t{0x77}, uint8_t{0x55}})
     CHECK(body.find(text_of(5, byte)) == std::string::npos);
