@@ -262,6 +262,11 @@ void Admin::list_arenas(Time, rpc::Reply<rpc::ArenasInfo> done) {
 
 void Admin::release_arenas(std::string node, std::optional<BootId> boot, Time,
                            rpc::Reply<rpc::ReleasedInfo> done) {
+  if (facts_.lender != nullptr && facts_.lender->watches(node, boot)) {
+    done(fail(Code::kFailedPrecondition, "PROCESS_WATCHED",
+              "a process of that peer runs on this machine: it is released when that ends"));
+    return;
+  }
   ops::log_warning(
       "an operator releases what was lent",
       {ops::field("node", node), ops::field("boot", boot ? to_hex(boot->bytes) : std::string())});

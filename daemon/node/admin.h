@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "daemon/gpu/device.h"
+#include "daemon/node/arena_lender.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/registry.h"
@@ -29,6 +30,7 @@ class Admin final : public rpc::AdminBackend {
     std::vector<rpc::MemoryChoice> arenas;        // as EngineConfig::arenas
     std::vector<ops::GpuLabels> gpus;             // as the devices
     std::shared_ptr<const gpu::Devices> devices;  // null: no GPU is used
+    const ArenaLender* lender = nullptr;          // null: nothing is lent
   };
 
   // All outlive it.

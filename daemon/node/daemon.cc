@@ -323,6 +323,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   for (const Arenas::Arena& arena : arenas->all()) facts.arenas.push_back(arena.choice);
   facts.gpus = gpu.labels();
   facts.devices = gpu.devices;
+  facts.lender = lender.get();
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
   late_peers.set(links.get());
   return engine->start();
