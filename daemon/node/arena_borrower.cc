@@ -188,11 +188,18 @@ void ArenaBorrower::Impl::import(LinkId id, const rpc::ArenasOffer& offer) {
   const bool same_host = !config_.host.is_zero() && offer.host == config_.host;
   ArenaDescriptors descriptors;
   std::shared_ptr<LenderSession> session;
-  if (same_host && !offer.socket_path.empty()) {
+  if (same_host && offer.socket_path.empty()) {
+    // Nor what needs no descriptor: the lender would not see this process end.
+    ops::log_warning("arenas of a peer not mapped",
+                     {ops::field("node", peer.node), ops::field("reason", "it has no socket")});
+    counters_.failed_socket.fetch_add(1);
+    return;
+  }
+  if (same_host) {
     auto opened = LenderSession::open(offer, monotonic_now() + config_.socket_timeout, stop_.get(),
                                       descriptors);
     if (!opened) {
-      // Nor what would need no descriptor: the lender would not see this process end.
+      // As above.
       ops::log_warning("arenas of a peer not mapped",
                        {ops::field("node", peer.node), ops::field("error", opened.error())});
       counters_.failed_socket.fetch_add(1);

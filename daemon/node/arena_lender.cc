@@ -85,12 +85,12 @@ void ArenaLender::stop() {
 }
 
 rpc::ArenasOffer ArenaLender::offer(const PeerRef& peer, const rpc::ArenasQuery& query) {
-  const bool same_host = loop_ != nullptr && !query.host.is_zero() && query.host == config_.host;
+  const bool same_host = !query.host.is_zero() && query.host == config_.host;
   rpc::ArenasOffer out;
   out.host = config_.host;
+  // Without a socket there would be no evidence of the peer's end, which on this host there can be.
+  if (same_host && loop_ == nullptr) return out;
   for (const LentArena& arena : arenas_) {
-    // Without a socket there would be no evidence of the peer's end, which on this host there can
-    // be.
     if (rpc::needs_same_host(arena.kind) && !same_host) continue;
     rpc::OfferedArena& to = out.arenas.emplace_back();
     to.number = arena.number;

@@ -78,7 +78,7 @@ class ArenaLender final : public ArenaOffers, public LinkWatch {
   // Idempotent.
   void stop();
 
-  // What that peer could map: nothing for a link that is not up.
+  // What that peer could map: nothing for a link that is not up, nor on this host without a socket.
   rpc::ArenasOffer offer(const PeerRef& peer, const rpc::ArenasQuery& query) override
       KVFERRY_EXCLUDES(mutex_);
   void on_link_up(const PeerRef& peer, engine::CheckKind check) override KVFERRY_EXCLUDES(mutex_);

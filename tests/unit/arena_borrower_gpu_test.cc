@@ -293,6 +293,21 @@ TEST_CASE("Fabric memory of another host is mapped through any device, and has n
   CHECK(world.at_lender.size() == 1);
 }
 
+TEST_CASE("On one host nothing is borrowed without a socket, handles or not") {
+  const gpu::ArenaKind kind = GENERATE(gpu::ArenaKind::kFabricVmm, gpu::ArenaKind::kCudaMalloc);
+  World world(kind);
+  world.lender->on_link_up(peer_ref(101, 1), engine::CheckKind::kNone);
+  auto offer = world.lender->offer(peer_ref(101, 1), {host_id()});
+  offer.socket_path.clear();
+  offer.token = {};
+  world.calls.answer_next(offer);
+  world.up(1);
+  REQUIRE(soon([&] { return world.borrower->stats().failed_socket == 1; }));
+  CHECK(logged("it has no socket").size() == 1);
+  CHECK(world.at_borrower.size() == 0);
+  CHECK(world.held() == world.owned);
+}
+
 TEST_CASE("Whichever call of the driver fails, nothing is left behind and nothing untrue is said") {
   const gpu::ArenaKind kind = GENERATE(from_range(std::begin(kVmm), std::end(kVmm)));
   INFO(name_of(kind));

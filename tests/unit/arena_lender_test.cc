@@ -116,7 +116,7 @@ TEST_CASE("A peer is offered what it could map") {
   CHECK(lender->offer(peer_ref(1), {host_id()}).arenas.empty());
 }
 
-TEST_CASE("Without a socket, or an id of its host, a lender has fabric memory alone to offer") {
+TEST_CASE("Without a socket, or an id of its host, a lender has fabric memory for others alone") {
   TemporaryDirectory directory;
   HostMemory memory({kPage});
   Events events;
@@ -130,7 +130,11 @@ TEST_CASE("Without a socket, or an id of its host, a lender has fabric memory al
   const auto lender =
       start_lender(config, {device_arena(rpc::LentKind::kFabricVmm, 9, 30), memory.lent}, events);
   lender->on_link_up(peer_ref(1), engine::CheckKind::kNone);
-  for (const rpc::HostId& host : {host_id(), rpc::HostId{}}) {
+  if (!config.host.is_zero()) {
+    CHECK(lender->offer(peer_ref(1), {host_id()}).arenas.empty());
+    CHECK(events.size() == 0);
+  }
+  for (const rpc::HostId& host : {host_id(8), rpc::HostId{}}) {
     const auto offer = lender->offer(peer_ref(1), {host});
     CHECK(offer.socket_path.empty());
     REQUIRE(offer.arenas.size() == 1);
