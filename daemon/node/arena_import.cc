@@ -114,19 +114,24 @@ Status LenderSession::get_descriptors(const rpc::ArenasOffer& offer, Time deadli
   if (!equal_constant_time(welcome.proof, offer.proof.bytes))
     return fail(Code::kPermissionDenied, "LENDER_FOREIGN",
                 "another daemon than the link's peer lends at " + offer.socket_path);
+  std::size_t kept = 0;
+  std::map<uint32_t, std::size_t> counts;  // of what has come
   for (uint32_t i = 0; i < welcome.arenas; ++i) {
     wire::Descriptors message;
     std::vector<UniqueFd> fds;
     KVFERRY_RETURN_IF_ERROR(
         receive(socket_.get(), deadline, stop, wire::Type::kDescriptors, message, fds));
-    if (fds.size() != message.count || !descriptors.emplace(message.arena, std::move(fds)).second)
+    if (fds.size() != message.count || !counts.emplace(message.arena, fds.size()).second)
       return broken("descriptors that do not belong together");
+    if (kept + fds.size() > kMaxLinkDescriptors) continue;
+    kept += fds.size();
+    descriptors[message.arena] = std::move(fds);
   }
   // Arenas of kinds that this release does not know have descriptors too.
   for (const rpc::OfferedArena& arena : offer.arenas) {
     if (!rpc::has_descriptors(arena.kind)) continue;
-    const auto found = descriptors.find(arena.number);
-    if (found == descriptors.end() || found->second.size() != arena.segments.size())
+    const auto found = counts.find(arena.number);
+    if (found == counts.end() || found->second != arena.segments.size())
       return broken("an arena without its descriptors");
   }
   return {};
@@ -227,6 +232,9 @@ Status map_on_device(const rpc::OfferedArena& arena, bool same_host,
 Result<std::unique_ptr<BorrowedMemory>> map_arena(const rpc::OfferedArena& arena, bool same_host,
                                                   std::vector<UniqueFd> descriptors,
                                                   const gpu::Devices* devices) {
+  if (rpc::has_descriptors(arena.kind) && descriptors.empty())
+    return fail(Code::kResourceExhausted, "TOO_MANY_DESCRIPTORS",
+                "more than " + std::to_string(kMaxLinkDescriptors) + " segments over one link");
   KVFERRY_CHECK(!rpc::has_descriptors(arena.kind) || descriptors.size() == arena.segments.size(),
                 "each segment has its descriptor");
   auto out = std::make_unique<BorrowedMemory>();

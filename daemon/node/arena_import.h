@@ -21,14 +21,20 @@
 
 namespace kvferry::node {
 
-// Descriptors of arenas by the arena's number, in the order of its segments.
+// How many descriptors are kept for one link: a lender of as many arenas and segments as there can
+// be would leave none for workers. The arenas that come first have them.
+inline constexpr std::size_t kMaxLinkDescriptors = 64;
+
+// Descriptors of arenas by the arena's number, in the order of its segments; none for one that was
+// too many.
 using ArenaDescriptors = std::map<uint32_t, std::vector<UniqueFd>>;
 
 // The connection to a lender, as long as anything of its link is mapped here. It ends by telling
 // the lender that nothing is, unless that is not so.
 class LenderSession {
  public:
-  // Connects, shows the token and gets the descriptors of all arenas of the offer that have some.
+  // Connects, shows the token and gets the descriptors of all arenas of the offer that have some,
+  // kMaxLinkDescriptors at most.
   // `stop` (an eventfd) becoming readable ends the wait. PERMISSION_DENIED SOCKET_FOREIGN where the
   // socket is neither this user's nor root's; UNAVAILABLE SOCKET_FAILED, with the call; UNAVAILABLE
   // SOCKET_CLOSED when the lender turns us away; PERMISSION_DENIED LENDER_FOREIGN when it is not
@@ -74,7 +80,8 @@ struct BorrowedMemory {
   std::shared_ptr<LenderSession> session;
 };
 
-// Maps all segments or none. `descriptors` are the arena's, `devices` may be null. The errors of
+// Maps all segments or none. `descriptors` are the arena's, `devices` may be null.
+// RESOURCE_EXHAUSTED TOO_MANY_DESCRIPTORS where there are none though it needs some; the errors of
 // HostPool::import, PinnedMemory::pin and DeviceArenaView::open; UNAVAILABLE PIN_FAILED where a GPU
 // does not see host memory; NOT_FOUND DEVICE_NOT_VISIBLE; FAILED_PRECONDITION NO_PEER_ACCESS where
 // not all GPUs that are up here reach the arena's.

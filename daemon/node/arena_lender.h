@@ -49,6 +49,9 @@ struct ArenaLenderConfig {
   uint32_t max_connections = 64;
   uint32_t max_unproven = 16;    // of those: without a token yet
   uint32_t max_processes = 256;  // whose end is awaited
+  // Over which one process has got something and has not said UNMAPPED of. One more is refused:
+  // forgetting an old one would lose what is known of it.
+  uint32_t max_links_of_process = 64;
 };
 
 // The kernel's boot id; zero where it cannot be read.

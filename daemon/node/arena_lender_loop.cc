@@ -186,6 +186,8 @@ const char* ArenaLender::Loop::on_show(Connection& connection, const wire::Show&
   if (!owner_.take_token(token, peer, proof)) return "not a token that is good now";
   Process* const process = process_of(connection, {peer.node, peer.boot});
   if (process == nullptr) return "another process of that daemon, or too many";
+  if (process->links.size() >= owner_.config_.max_links_of_process)
+    return "that process has not unmapped what it got over too many links";
   // Before the first descriptor leaves: from here on there is something to be evident.
   process->links[peer.link] = false;
   connection.pidfd.reset();

@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "daemon/node/arena_import.h"
 #include "tests/unit/arena_peer.h"
 #include "tests/unit/lending_support.h"
 
@@ -429,6 +430,31 @@ TEST_CASE("A lender that hands over something else than it offers gets nothing w
     world.fence();
   }
   CHECK(open_descriptors() == before);
+}
+
+TEST_CASE("A lender of very many segments does not take all descriptors") {
+  TemporaryDirectory directory;
+  World world;
+  HostMemory many(std::vector<uint64_t>(40, kPage), 20, 100);
+  HostMemory more(std::vector<uint64_t>(25, kPage), 21, 200);
+  HostMemory last(std::vector<uint64_t>(24, kPage), 22, 300);
+  Events events;
+  ArenaLenderConfig config = lender_config(directory);
+  const auto lender = start_lender(config, {many.lent, more.lent, last.lent}, events);
+  const std::size_t before = open_descriptors();
+  lender->on_link_up(peer_ref(700, 1), engine::CheckKind::kNone);
+  world.calls.connect(LinkId{7}, *lender, peer_ref(700, 1));
+  world.borrower->on_link_up(peer_ref(7, 4), engine::CheckKind::kNone);
+  CHECK(world.at_borrower.mapped(LinkId{7}, 20));
+  CHECK(world.at_borrower.mapped(LinkId{7}, 22));
+  CHECK(world.borrower->segments(LinkId{7}, 21) == nullptr);
+  CHECK(world.borrower->stats().failed_import == 1);
+  CHECK(logged("TOO_MANY_DESCRIPTORS").size() == 1);
+  // And the two ends of the socket, and the process that is looked at.
+  CHECK(open_descriptors() <= before + kMaxLinkDescriptors + 3);
+  world.borrower->on_link_gone(LinkId{7});
+  lender->on_link_gone(LinkId{700});
+  CHECK(events.unmapped(LinkId{700}));
 }
 
 TEST_CASE("A peer that names another daemon's socket has nothing of that daemon's written") {

@@ -423,6 +423,27 @@ TEST_CASE("A process that has been told enough lives of daemons is told no more"
   CHECK(world.gets(again));
 }
 
+TEST_CASE("A process that does not say UNMAPPED gets no more after a while") {
+  World world([](ArenaLenderConfig& config) { config.max_links_of_process = 2; });
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (uint64_t link = 1; link <= 2; ++link) {
+    clients.push_back(std::make_unique<RawClient>(world.path));
+    REQUIRE(clients.back()->show(world.token(link)));
+    REQUIRE(world.gets(*clients.back()));
+    world.lender->on_link_gone(LinkId{link});
+  }
+  RawClient third(world.path);
+  REQUIRE(third.show(world.token(3)));
+  CHECK(third.closed());
+  CHECK(world.events.lent(LinkId{3}, 3) == 0);
+  // Nothing is forgotten of the others, and one that has unmapped makes room.
+  for (const auto& client : clients) REQUIRE(client->send(wire::Unmapped{}));
+  for (uint64_t link = 1; link <= 2; ++link) CHECK(world.events.unmapped(LinkId{link}));
+  RawClient fourth(world.path);
+  REQUIRE(fourth.show(world.token(4)));
+  CHECK(world.gets(fourth));
+}
+
 TEST_CASE("A life of a daemon is its node's: who names another's boot id changes nothing for him") {
   World world;
   const PeerRef honest = {LinkId{1}, "honest", boot_id(5)};
