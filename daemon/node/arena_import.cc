@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <sys/socket.h>
-#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -21,29 +20,46 @@ namespace kvferry::node {
 namespace {
 
 constexpr uint64_t kPageBytes = 4096;
+constexpr Duration kConnectAgain = std::chrono::milliseconds(20);
 
 tl::unexpected<Error> broken(const char* what) {
   return fail(Code::kInternal, "SOCKET_PROTOCOL", what);
 }
 
-Result<UniqueFd> connect_to(const std::string& path, Time deadline) {
+// Whether `stop` became readable within that time, which `socket` being readable ends too.
+bool stopped(int stop, Duration most, int socket = -1) {
+  std::array<pollfd, 2> polled{{{stop, POLLIN, 0}, {socket, POLLIN | POLLRDHUP, 0}}};
+  (void)::poll(polled.data(), polled.size(), static_cast<int>(most.count() / 1000000 + 1));
+  return polled[0].revents != 0;
+}
+
+tl::unexpected<Error> stopping() {
+  return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
+}
+
+// Without blocking: connect() itself would not be ended by `stop`. Where the lender's backlog is
+// full the kernel says so at once and does not tell when it is not any more.
+Status connect_by(int fd, const std::string& path, Time deadline, int stop) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   path.copy(address.sun_path, kMaxSocketPathBytes);
-  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-  if (!fd) return fail_errno("SOCKET_FAILED", "socket", errno);
-  const Duration left = std::max(deadline - monotonic_now(), Duration(1000000));
-  // Bounds connect(), which waits while the lender's backlog is full.
-  timeval limit{};
-  limit.tv_sec = left.count() / 1000000000;
-  limit.tv_usec = (left.count() % 1000000000) / 1000;
-  if (::setsockopt(fd.get(), SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit) != 0)
-    return fail_errno("SOCKET_FAILED", "setsockopt", errno);
-  if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
-    Error error = fail_errno("SOCKET_FAILED", "connect(" + path + ")", errno).value();
-    error.code = Code::kUnavailable;
-    return tl::unexpected<Error>(std::move(error));
+  while (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0) {
+    const int error = errno;
+    const Duration left = deadline - monotonic_now();
+    if ((error != EAGAIN && error != EINTR) || left.count() <= 0) {
+      Error failed = fail_errno("SOCKET_FAILED", "connect(" + path + ")", error).value();
+      failed.code = Code::kUnavailable;
+      return tl::unexpected<Error>(std::move(failed));
+    }
+    if (stopped(stop, std::min(left, kConnectAgain))) return stopping();
   }
+  return {};
+}
+
+Result<UniqueFd> connect_to(const std::string& path, Time deadline, int stop) {
+  UniqueFd fd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (!fd) return fail_errno("SOCKET_FAILED", "socket", errno);
+  KVFERRY_RETURN_IF_ERROR(connect_by(fd.get(), path, deadline, stop));
   // Who listens, not who made the file: pages will be written into what he hands over.
   ucred credentials{};
   socklen_t length = sizeof credentials;
@@ -78,10 +94,7 @@ Status receive(int socket, Time deadline, int stop, wire::Type type, T& out,
     const Duration left = deadline - monotonic_now();
     if (left.count() <= 0)
       return fail(Code::kDeadlineExceeded, "SOCKET_SILENT", "the lender says nothing");
-    std::array<pollfd, 2> polled{{{socket, POLLIN | POLLRDHUP, 0}, {stop, POLLIN, 0}}};
-    (void)::poll(polled.data(), polled.size(), static_cast<int>(left.count() / 1000000 + 1));
-    if (polled[1].revents != 0)
-      return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
+    if (stopped(stop, left, socket)) return stopping();
   }
 }
 
@@ -92,7 +105,7 @@ Status receive(int socket, Time deadline, int stop, wire::Type type, T& out,
 Result<std::shared_ptr<LenderSession>> LenderSession::open(const rpc::ArenasOffer& offer,
                                                            Time deadline, int stop,
                                                            ArenaDescriptors& descriptors) {
-  auto socket = connect_to(offer.socket_path, deadline);
+  auto socket = connect_to(offer.socket_path, deadline, stop);
   KVFERRY_RETURN_IF_ERROR(socket);
   std::shared_ptr<LenderSession> session(new LenderSession(std::move(*socket)));
   KVFERRY_RETURN_IF_ERROR(session->get_descriptors(offer, deadline, stop, descriptors));

@@ -1,6 +1,7 @@
 // Borrowed arenas: in host memory, and with lenders that are not what they should be.
 #include "daemon/node/arena_borrower.h"
 
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 
 #include <atomic>
@@ -294,6 +295,51 @@ TEST_CASE("A lender that says nothing is waited for, not for ever") {
     const UniqueFd connection = stub.accept();
     world.borrower->stop();
     CHECK(StubLender::closes(connection.get()));
+  }
+}
+
+TEST_CASE("A lender whose backlog is full is waited for, but not when the daemon stops") {
+  TemporaryDirectory directory;
+  rpc::ArenasOffer offer;
+  offer.socket_path = directory.file("full.sock");
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  offer.socket_path.copy(address.sun_path, sizeof address.sun_path - 1);
+  const auto* generic = reinterpret_cast<const sockaddr*>(&address);
+  const UniqueFd listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  REQUIRE(::bind(listener.get(), generic, sizeof address) == 0);
+  REQUIRE(::listen(listener.get(), 0) == 0);
+  const auto caller = [&] {
+    return UniqueFd(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  };
+  std::vector<UniqueFd> waiting;
+  do {
+    waiting.push_back(caller());
+  } while (::connect(waiting.back().get(), generic, sizeof address) == 0);
+  REQUIRE(errno == EAGAIN);
+  waiting.pop_back();
+  const UniqueFd stop(::eventfd(0, EFD_CLOEXEC));
+  ArenaDescriptors descriptors;
+  const auto open = [&](Duration limit) {
+    const auto session =
+        LenderSession::open(offer, monotonic_now() + limit, stop.get(), descriptors);
+    return session ? std::string() : session.error().reason;
+  };
+  CHECK(open(std::chrono::milliseconds(50)) == "SOCKET_FAILED");
+  std::string reason;
+  std::thread opener([&] { reason = open(kPatience); });
+  SECTION("the daemon stops") {
+    const uint64_t one = 1;
+    REQUIRE(::write(stop.get(), &one, sizeof one) == sizeof one);
+    opener.join();
+    CHECK(reason == "SHUTDOWN");
+  }
+  SECTION("there is room again") {
+    // All that waited, then the one that could not.
+    for (std::size_t i = 0; i <= waiting.size(); ++i)
+      UniqueFd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC)).reset();
+    opener.join();
+    CHECK(reason == "SOCKET_CLOSED");
   }
 }
 
