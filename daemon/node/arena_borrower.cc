@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <deque>
 #include <limits>
 #include <map>
 #include <utility>
@@ -45,6 +46,7 @@ class ArenaBorrower::Impl : public std::enable_shared_from_this<ArenaBorrower::I
 
   void link_up(const PeerRef& peer, engine::CheckKind check) KVFERRY_EXCLUDES(mutex_);
   void link_gone(LinkId link) KVFERRY_EXCLUDES(mutex_);
+  void distrust(LinkId link, uint32_t arena) KVFERRY_EXCLUDES(mutex_);
   void stop() KVFERRY_EXCLUDES(mutex_);
   std::shared_ptr<const Segments> segments(LinkId link, uint32_t arena) const
       KVFERRY_EXCLUDES(mutex_);
@@ -58,7 +60,15 @@ class ArenaBorrower::Impl : public std::enable_shared_from_this<ArenaBorrower::I
     Duration ask_again = kAskAgainFirst;
     std::map<uint32_t, std::shared_ptr<const Segments>> arenas;
   };
+  // An arena of one life of a peer.
+  struct Distrusted {
+    std::string node;
+    BootId boot;
+    uint32_t arena = 0;
+    bool operator==(const Distrusted&) const = default;
+  };
   struct Counters {
+    std::atomic<uint64_t> failed_gather{0};
     std::atomic<uint64_t> mapped{0};
     std::atomic<uint64_t> failed_ask{0};
     std::atomic<uint64_t> failed_socket{0};
@@ -67,6 +77,7 @@ class ArenaBorrower::Impl : public std::enable_shared_from_this<ArenaBorrower::I
     std::atomic<uint64_t> skipped_check{0};
   };
 
+  bool is_distrusted(const PeerRef& peer, uint32_t arena) const KVFERRY_REQUIRES(mutex_);
   void ask(LinkId link) KVFERRY_EXCLUDES(mutex_);
   void answered(LinkId link, Result<rpc::ArenasOffer> offer) KVFERRY_EXCLUDES(mutex_);
   void not_answered(LinkId link, const Error& error) KVFERRY_EXCLUDES(mutex_);
@@ -87,6 +98,7 @@ class ArenaBorrower::Impl : public std::enable_shared_from_this<ArenaBorrower::I
   mutable Mutex mutex_;
   bool stopped_ KVFERRY_GUARDED_BY(mutex_) = false;
   std::map<LinkId, Link> links_ KVFERRY_GUARDED_BY(mutex_);
+  std::deque<Distrusted> distrusted_ KVFERRY_GUARDED_BY(mutex_);  // the oldest first
   TaskPool pool_;
 };
 
@@ -105,6 +117,32 @@ void ArenaBorrower::Impl::link_gone(LinkId id) {
   MutexLock lock(mutex_);
   gone = links_.extract(id);
   // Its arenas are let go after the lock, which is a post to the pool at most.
+}
+
+bool ArenaBorrower::Impl::is_distrusted(const PeerRef& peer, uint32_t arena) const {
+  const Distrusted wanted{peer.node, peer.boot, arena};
+  return std::find(distrusted_.begin(), distrusted_.end(), wanted) != distrusted_.end();
+}
+
+void ArenaBorrower::Impl::distrust(LinkId id, uint32_t arena) {
+  PeerRef peer;
+  std::shared_ptr<const Segments> gone;  // let go after the lock
+  {
+    MutexLock lock(mutex_);
+    const auto link = links_.find(id);
+    if (link == links_.end()) return;
+    const auto found = link->second.arenas.find(arena);
+    if (found == link->second.arenas.end()) return;
+    gone = std::move(found->second);
+    link->second.arenas.erase(found);
+    peer = link->second.peer;
+    if (!is_distrusted(peer, arena)) distrusted_.push_back({peer.node, peer.boot, arena});
+    if (distrusted_.size() > config_.max_distrusted) distrusted_.pop_front();
+  }
+  counters_.failed_gather.fetch_add(1);
+  ops::log_warning("arena of a peer not borrowed any more",
+                   {ops::field("node", peer.node), ops::field("arena", arena),
+                    ops::field("reason", "a gather into it failed")});
 }
 
 std::shared_ptr<const Segments> ArenaBorrower::Impl::segments(LinkId id, uint32_t arena) const {
@@ -231,7 +269,7 @@ void ArenaBorrower::Impl::import_arena(LinkId id, const PeerRef& peer,
                                        const std::shared_ptr<LenderSession>& session) {
   {
     MutexLock lock(mutex_);
-    if (!links_.contains(id)) return;
+    if (!links_.contains(id) || is_distrusted(peer, arena.number)) return;
   }
   const auto kind = rpc::name_of(arena.kind);
   auto mapped = map_arena(arena, same_host, std::move(descriptors), config_.devices.get());
@@ -286,6 +324,7 @@ ArenaBorrower::Stats ArenaBorrower::Impl::stats() const {
   out.failed_socket = counters_.failed_socket.load();
   out.failed_device = counters_.failed_device.load();
   out.failed_import = counters_.failed_import.load();
+  out.failed_gather = counters_.failed_gather.load();
   out.skipped_check = counters_.skipped_check.load();
   return out;
 }
@@ -309,6 +348,10 @@ void ArenaBorrower::on_link_up(const PeerRef& peer, engine::CheckKind check) {
 
 void ArenaBorrower::on_link_gone(LinkId link) {
   impl_->link_gone(link);
+}
+
+void ArenaBorrower::distrust(LinkId link, uint32_t arena) {
+  impl_->distrust(link, arena);
 }
 
 std::shared_ptr<const Segments> ArenaBorrower::segments(LinkId link, uint32_t arena) const {

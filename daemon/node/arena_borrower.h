@@ -28,6 +28,8 @@ struct ArenaBorrowerConfig {
   // A peer that does not answer, or does not know the link yet, is asked again so long.
   Duration ask_limit = std::chrono::seconds(10);
   Duration socket_timeout = std::chrono::seconds(5);  // from connecting to the last descriptor
+  // Arenas into which a gather failed that are remembered; of more the oldest is forgotten.
+  uint32_t max_distrusted = 1024;
 };
 
 class ArenaBorrower final : public LinkWatch {
@@ -41,6 +43,7 @@ class ArenaBorrower final : public LinkWatch {
     uint64_t failed_device = 0;  // arenas on a device that is not visible here, or is down
     uint64_t failed_import = 0;  // arenas that the kernel or the driver refused
     uint64_t skipped_check = 0;  // device arenas, since the link checks its chunks
+    uint64_t failed_gather = 0;  // arenas that distrust() was called of
     uint64_t stuck = 0;          // arenas that the driver would not unmap: the peer is not told
   };
 
@@ -57,6 +60,11 @@ class ArenaBorrower final : public LinkWatch {
 
   void on_link_up(const PeerRef& peer, engine::CheckKind check) override;
   void on_link_gone(LinkId link) override;
+
+  // A gather into that arena failed: it is found no more from now on, and not borrowed again from
+  // that life of the peer (bounded: see ArenaBorrowerConfig::max_distrusted). Nothing happens
+  // for an arena that is not found anyway, as after the link's end. Any thread.
+  void distrust(LinkId link, uint32_t arena);
 
   // The arena as it is mapped here, with the peer's segment numbers; null: it is not. Holding it
   // (or a keep or pin or pool of it) keeps all of it mapped. Any thread; one look-up under a lock.

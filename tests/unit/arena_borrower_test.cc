@@ -521,6 +521,73 @@ TEST_CASE("A peer that names another daemon's socket has nothing of that daemon'
   world.fence();
 }
 
+TEST_CASE("An arena into which a gather failed is not borrowed again from that life of the peer") {
+  World world;
+  world.up(1);
+  REQUIRE(world.at_borrower.mapped(LinkId{1}, kArena));
+  auto held = world.borrower->segments(LinkId{1}, kArena);
+  world.borrower->distrust(LinkId{1}, kArena + 1);  // none
+  world.borrower->distrust(LinkId{2}, kArena);
+  CHECK(world.borrower->stats().failed_gather == 0);
+  world.borrower->distrust(LinkId{1}, kArena);
+  world.borrower->distrust(LinkId{1}, kArena);  // by another copy
+  CHECK(world.borrower->segments(LinkId{1}, kArena) == nullptr);
+  CHECK(world.borrower->stats().failed_gather == 1);
+  CHECK(logged("not borrowed any more").size() == 1);
+  // Who has it keeps it.
+  std::memset(held->host_address({10, 0, kPage}), 1, kPage);
+  held.reset();
+  CHECK(soon([&] { return world.borrower->stats().arenas == 0; }));
+  world.gone(1);
+  CHECK(world.at_lender.unmapped(LinkId{101}));
+  // The same life again: all that is handed over is given back.
+  world.up(2);
+  REQUIRE(soon([&] { return world.lender->stats().handed_out == 2; }));
+  world.gone(2);
+  CHECK(world.at_lender.unmapped(LinkId{102}));
+  CHECK(world.at_borrower.count<engine::ArenaMapped>() == 1);
+  // Another life, and another node that says that it is this life.
+  uint64_t link = 3;
+  for (const PeerRef& peer :
+       {PeerRef{LinkId{3}, "peer-2", boot_id(3)}, PeerRef{LinkId{4}, "other", boot_id(2)}}) {
+    world.lender->on_link_up(peer_ref(link + 100, 1), engine::CheckKind::kNone);
+    world.calls.connect(LinkId{link}, *world.lender, peer_ref(link + 100, 1));
+    world.borrower->on_link_up(peer, engine::CheckKind::kNone);
+    CHECK(world.at_borrower.mapped(LinkId{link}, kArena));
+    ++link;
+  }
+}
+
+TEST_CASE("Of arenas that are not trusted the oldest is forgotten") {
+  World world([](ArenaBorrowerConfig& config) { config.max_distrusted = 3; });
+  const auto up = [&](uint64_t link, const PeerRef& peer) {
+    world.lender->on_link_up(peer_ref(link + 10000, 1), engine::CheckKind::kNone);
+    world.calls.connect(LinkId{link}, *world.lender, peer_ref(link + 10000, 1));
+    world.borrower->on_link_up(peer, engine::CheckKind::kNone);
+  };
+  const auto gone = [&](uint64_t link) {
+    world.borrower->on_link_gone(LinkId{link});
+    world.lender->on_link_gone(LinkId{link + 10000});
+    return world.at_lender.unmapped(LinkId{link + 10000});
+  };
+  const auto fail_one = [&](uint64_t link) {
+    up(link, {LinkId{link}, "n" + std::to_string(link), boot_id(1)});
+    REQUIRE(world.at_borrower.mapped(LinkId{link}, kArena));
+    world.borrower->distrust(LinkId{link}, kArena);
+    REQUIRE(gone(link));
+  };
+  constexpr uint64_t kMost = 3;
+  for (uint64_t link = 1; link <= kMost; ++link) fail_one(link);
+  const uint64_t handed = world.lender->stats().handed_out;
+  up(5000, {LinkId{5000}, "n1", boot_id(1)});
+  REQUIRE(soon([&] { return world.lender->stats().handed_out == handed + 1; }));
+  REQUIRE(gone(5000));
+  CHECK(world.at_borrower.count<engine::ArenaMapped>() == kMost);
+  fail_one(kMost + 1);
+  up(5001, {LinkId{5001}, "n1", boot_id(1)});
+  CHECK(world.at_borrower.mapped(LinkId{5001}, kArena));
+}
+
 TEST_CASE("A borrower that stops leaves what copies hold, and nothing else") {
   World world;
   world.up(1);
