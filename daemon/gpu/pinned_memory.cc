@@ -7,7 +7,8 @@
 namespace kvferry::gpu {
 
 Result<std::shared_ptr<const PinnedMemory>> PinnedMemory::pin(
-    const std::vector<std::shared_ptr<const Device>>& devices, void* base, uint64_t bytes) {
+    const std::vector<std::shared_ptr<const Device>>& devices, void* base, uint64_t bytes,
+    std::shared_ptr<std::atomic<uint32_t>> refused) {
   Error last{Code::kUnavailable, "NO_GPU", "no device is up", {}};
   std::shared_ptr<PinnedMemory> pinned;
   for (const std::shared_ptr<const Device>& device : devices) {
@@ -29,6 +30,7 @@ Result<std::shared_ptr<const PinnedMemory>> PinnedMemory::pin(
         continue;
       }
       pinned.reset(new PinnedMemory(device, base, bytes));
+      pinned->refused_ = refused;
     }
     cuda::CUdeviceptr address = 0;
     const Status seen = device->check(api.cuMemHostGetDevicePointer(&address, base, 0),
@@ -48,8 +50,10 @@ Result<std::shared_ptr<const PinnedMemory>> PinnedMemory::pin(
 PinnedMemory::~PinnedMemory() {
   const Closing current(*owner_);
   // The context of a device that is down took its registrations along.
-  if (current.ok())
-    (void)owner_->check(owner_->api().cuMemHostUnregister(base_), "cuMemHostUnregister");
+  if (!current.ok()) return;
+  const Status given_back =
+      owner_->check(owner_->api().cuMemHostUnregister(base_), "cuMemHostUnregister");
+  if (!given_back && refused_ != nullptr) refused_->fetch_add(1);
 }
 
 cuda::CUdeviceptr PinnedMemory::on(const Device& device) const {

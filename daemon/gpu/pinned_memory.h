@@ -6,6 +6,7 @@
 // first touch): not for the engine's thread.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -20,9 +21,11 @@ class PinnedMemory {
  public:
   // [base, base + bytes) lies on whole pages and stays mapped longer than the object. Devices that
   // are down are left out. FAILED_PRECONDITION PIN_FAILED with the driver's words if no device can
-  // have it.
+  // have it. `refused`, if not null, counts it when the driver will not take the memory back: a GPU
+  // may then still reach it.
   static Result<std::shared_ptr<const PinnedMemory>> pin(
-      const std::vector<std::shared_ptr<const Device>>& devices, void* base, uint64_t bytes);
+      const std::vector<std::shared_ptr<const Device>>& devices, void* base, uint64_t bytes,
+      std::shared_ptr<std::atomic<uint32_t>> refused = nullptr);
   ~PinnedMemory();
   PinnedMemory(const PinnedMemory&) = delete;
   PinnedMemory& operator=(const PinnedMemory&) = delete;
@@ -38,6 +41,7 @@ class PinnedMemory {
   const std::shared_ptr<const Device> owner_;  // whose context registered it
   void* const base_;
   const uint64_t bytes_;
+  std::shared_ptr<std::atomic<uint32_t>> refused_;
   std::vector<std::pair<std::shared_ptr<const Device>, cuda::CUdeviceptr>> addresses_;
 };
 

@@ -55,7 +55,7 @@ class ArenaBorrower final : public LinkWatch {
   ArenaBorrower& operator=(const ArenaBorrower&) = delete;
   // No import any more, no arena is found any more; waits for what runs, some milliseconds unless
   // pages are being pinned. What copies still hold is unmapped by the last of them, on its thread.
-  // Nobody is told: the end of this process is. Idempotent.
+  // Lenders are told of what is unmapped, as ever. Idempotent.
   void stop();
 
   void on_link_up(const PeerRef& peer, engine::CheckKind check) override;

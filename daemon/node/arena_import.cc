@@ -162,7 +162,8 @@ LenderSession::~LenderSession() {
 BorrowedMemory::~BorrowedMemory() {
   pins.clear();
   pools.clear();
-  const bool stuck = view != nullptr && view->close() != 0;
+  const bool unclosed = view != nullptr && view->close() != 0;
+  const bool stuck = unclosed || refused->load() != 0;
   if (stuck && session != nullptr) session->keep_silent();
   if (gauges == nullptr) return;
   gauges->arenas.fetch_sub(1);
@@ -181,8 +182,8 @@ Status map_host(const rpc::OfferedArena& arena, std::vector<UniqueFd> descriptor
     out.pools.push_back(std::move(*pool));
     if (devices == nullptr) continue;
     const memory::HostPool& memory = *out.pools.back();
-    auto pinned =
-        gpu::PinnedMemory::pin(devices->all(), memory.base(), round_up(memory.bytes(), kPageBytes));
+    auto pinned = gpu::PinnedMemory::pin(devices->all(), memory.base(),
+                                         round_up(memory.bytes(), kPageBytes), out.refused);
     KVFERRY_RETURN_IF_ERROR(pinned);
     for (const auto& device : devices->all())
       if (!device->down() && (*pinned)->on(*device) == 0)

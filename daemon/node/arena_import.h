@@ -73,6 +73,8 @@ struct BorrowedMemory {
 
   std::vector<std::shared_ptr<memory::HostPool>> pools;
   std::vector<std::shared_ptr<const gpu::PinnedMemory>> pins;
+  // Of the pins: those that the driver would not take back.
+  std::shared_ptr<std::atomic<uint32_t>> refused = std::make_shared<std::atomic<uint32_t>>(0);
   std::shared_ptr<const gpu::Device> device;
   std::unique_ptr<gpu::DeviceArenaView> view;
   uint64_t bytes = 0;

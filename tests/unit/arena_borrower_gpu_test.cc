@@ -308,6 +308,25 @@ TEST_CASE("On one host nothing is borrowed without a socket, handles or not") {
   CHECK(world.held() == world.owned);
 }
 
+TEST_CASE("Host memory that the driver does not take back is not said to be unmapped") {
+  World world(gpu::ArenaKind::kDeviceVmm);
+  world.up(1);
+  REQUIRE(world.at_borrower.mapped(LinkId{1}, kHostArena));
+  REQUIRE(world.at_borrower.mapped(LinkId{1}, kDeviceArena));
+  world.machine->fail("cuMemHostUnregister", 2, cuda::CUDA_ERROR_OUT_OF_MEMORY);
+  world.gone(1);
+  REQUIRE(soon([&] { return world.borrower->stats().arenas == 0; }));
+  CHECK(world.borrower->stats().stuck == 1);
+  // What has been unmapped after it is told after it.
+  world.up(2);
+  REQUIRE(world.at_borrower.mapped(LinkId{2}, kHostArena));
+  REQUIRE(world.at_borrower.mapped(LinkId{2}, kDeviceArena));
+  world.gone(2);
+  CHECK(world.at_lender.unmapped(LinkId{102}));
+  CHECK(world.at_lender.evidence() == 1);
+  CHECK(world.lender->watches("peer-1", boot_id(1)));
+}
+
 TEST_CASE("Whichever call of the driver fails, nothing is left behind and nothing untrue is said") {
   const gpu::ArenaKind kind = GENERATE(from_range(std::begin(kVmm), std::end(kVmm)));
   INFO(name_of(kind));

@@ -599,10 +599,16 @@ TEST_CASE("A borrower that stops leaves what copies hold, and nothing else") {
   CHECK(world.borrower->stats().arenas == 1);
   CHECK(world.borrower->segments(LinkId{2}, kArena) == nullptr);
   world.borrower->on_link_up(peer_ref(3, 2), engine::CheckKind::kNone);
+  // What nobody holds is unmapped, and its lender told.
+  world.lender->on_link_gone(LinkId{101});
+  world.lender->on_link_gone(LinkId{102});
+  CHECK(world.at_lender.unmapped(LinkId{102}));
+  CHECK(world.at_lender.count<engine::PeerUnmapped>() == 1);
   world.borrower.reset();
   std::memset(held->host_address({10, 0, kPage}), 3, kPage);
   CHECK(world.memory.memory.segment(0).data()[0] == std::byte{3});
   held.reset();
+  CHECK(world.at_lender.unmapped(LinkId{101}));
 }
 
 // ---- another process ---------------------------------------------------------------------------
