@@ -12,6 +12,8 @@ Connection::Connection(std::shared_ptr<Attachment> to) : attachment(std::move(to
   arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   arguments.SetInt(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1);
+  // Answers are small, and each would be followed by a ping to measure a socket of this host.
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
   channel = grpc::CreateCustomChannel("unix:" + attachment->grpc_path(),
                                       grpc::InsecureChannelCredentials(), arguments);
   stub = pb::WorkerService::NewStub(channel);

@@ -41,20 +41,23 @@ Status Submitter::enqueue(pb::Operation operation, TransferHandle handle) {
   if (bytes > kMaxOperationBytes)
     return Error{
         Code::kInvalidArgument, "OPERATION_TOO_LARGE", "too much for one operation", {}, {}};
-  MutexLock lock(mutex_);
-  if (!connection_)
-    return Error{Code::kUnavailable, "NOT_ATTACHED", "not attached to a daemon", {}, {}};
-  if (items_.size() >= limits_.operations || bytes_ + bytes > limits_.bytes)
-    return Error{Code::kResourceExhausted,
-                 "QUEUE_FULL",
-                 "too many operations wait to be sent or answered",
-                 {},
-                 milliseconds(1)};
-  const uint64_t op_id = next_op_++;
-  operation.set_op_id(op_id);
-  items_.emplace_hint(items_.end(), op_id,
-                      Item{std::make_shared<pb::Operation>(std::move(operation)), handle, bytes});
-  bytes_ += bytes;
+  {
+    MutexLock lock(mutex_);
+    if (!connection_)
+      return Error{Code::kUnavailable, "NOT_ATTACHED", "not attached to a daemon", {}, {}};
+    if (items_.size() >= limits_.operations || bytes_ + bytes > limits_.bytes)
+      return Error{Code::kResourceExhausted,
+                   "QUEUE_FULL",
+                   "too many operations wait to be sent or answered",
+                   {},
+                   milliseconds(1)};
+    const uint64_t op_id = next_op_++;
+    operation.set_op_id(op_id);
+    items_.emplace_hint(items_.end(), op_id,
+                        Item{std::make_shared<pb::Operation>(std::move(operation)), handle, bytes});
+    bytes_ += bytes;
+  }
+  // Not under the lock, on which the thread would only sleep again.
   changed_.notify_one();
   return {};
 }
