@@ -288,10 +288,14 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   parts.packer = packer.get();
   parts.directory = directory.get();
   parts.links = links.get();
-  if (borrower)
+  if (borrower) {
     parts.peer_arena = [this](const engine::PeerArena& arena) {
       return borrower->segments(arena.link, arena.arena);
     };
+    parts.distrust = [this](const engine::PeerArena& arena) {
+      borrower->distrust(arena.link, arena.arena);
+    };
+  }
   parts.metrics = metrics.get();
   parts.ticker = &watchdog.add("engine", config.watchdog.limit, monotonic_now());
   parts.on_drained = [this] {

@@ -50,6 +50,8 @@ class EngineThread final : private rails::RailsEvents {
     // What is mapped of a peer's arena; null where nothing is. Cheap; called for each chunk. Empty:
     // nothing is ever.
     std::function<std::shared_ptr<const Segments>(const engine::PeerArena&)> peer_arena;
+    // A gather into it failed: it is not to be found any more. Any thread.
+    std::function<void(const engine::PeerArena&)> distrust;
     ops::Metrics* metrics = nullptr;
     ops::Ticker* ticker = nullptr;                                    // may be null
     std::function<void()> on_drained;                                 // called on the engine thread
@@ -178,6 +180,7 @@ class EngineThread final : private rails::RailsEvents {
   // Any thread.
   void submit(CopyId id, Copy copy);
   void copy_refused(const Error& error);
+  void distrust(const engine::PeerArena& arena);
   void forget_conditions(WorkerId worker);
   void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
   void send_sealed(const engine::LaneRef& lane);

@@ -55,6 +55,13 @@ void EngineThread::copy_refused(const Error& error) {
   ops::log_warning("copy refused", {ops::field("error", error)});
 }
 
+// The leg has failed, and so would each to come: on a new link, without that arena, chunks go by
+// the rails.
+void EngineThread::distrust(const engine::PeerArena& arena) {
+  if (parts_.distrust) parts_.distrust(arena);
+  parts_.links->end_link(arena.link);
+}
+
 void EngineThread::execute(engine::Gather& command) {
   Copy copy;
   copy.kind = CopyKind::kGather;
@@ -82,8 +89,9 @@ void EngineThread::execute(engine::Gather& command) {
   // Memory of a peer may go while it is read, so its check is made under the guard.
   const bool guarded = copy.mapped != nullptr || copy.plan->layout->device() != nullptr;
   copy.done = [this, id = command.copy, to, bytes = command.bytes, kind = command.check_kind,
-               guarded, mapped = copy.mapped](bool ok) {
+               guarded, mapped = copy.mapped, arena = command.mapped](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
+    if (!ok && arena) distrust(*arena);
     if (!ok || !guarded || kind == engine::CheckKind::kNone) {
       copy_ended(id, outcome_of(ok), ok ? check_of(kind, to, bytes) : engine::Check{});
       return;

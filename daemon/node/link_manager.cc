@@ -312,6 +312,14 @@ void LinkManager::close_link(const engine::CloseLink& command) {
   impl_->forget_link(command.link);
 }
 
+void LinkManager::end_link(LinkId link) {
+  impl_->send_call(link, rpc::LinkMethod::kCloseLink,
+                   rpc::encode(rpc::CloseLinkNotice{Reason::kPeerLost}),
+                   monotonic_now() + impl_->config.call_timeout, [](const Result<std::string>&) {});
+  MutexLock lock(impl_->mutex);
+  impl_->end_link(link, Reason::kPeerLost);
+}
+
 void LinkManager::ensure_link(PeerTarget target, Time /*deadline: a dial's own is shorter*/,
                               std::function<void(Result<PeerRef>)> done) {
   impl_->ensure(std::move(target), std::move(done));

@@ -101,6 +101,9 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   void reopen_lane(const engine::ReopenLane& command);
   void tell_lane_down(const engine::TellLaneDown& command);
   void close_link(const engine::CloseLink& command);
+  // For what is found out beside the engine, which is told: LinkEnded. The peer is, too. Any
+  // thread.
+  void end_link(LinkId link);
 
   // PeerLinks. A target that is this node itself is answered with kLoopedLink, which is always
   // there and of which neither the engine nor a peer is told: transfers within the daemon need no
