@@ -7,6 +7,7 @@
 
 #include "daemon/base/check.h"
 #include "daemon/node/engine_thread.h"
+#include "daemon/node/link_manager.h"
 #include "daemon/node/packed_copy.h"
 #include "daemon/node/registered_layout.h"
 #include "daemon/node/task_pool.h"
