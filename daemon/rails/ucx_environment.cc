@@ -37,6 +37,7 @@ constexpr std::array kDenied = std::to_array<std::string_view>({
     "TCP_BRIDGE_*",    //
     "POSIX_ERROR_HANDLING",
     "POSIX_DIR",
+    "POSIX_SEG_SIZE",  // UCX 1.13 keeps a segment's length in 16 bits and aborts at 64 KiB
     "SYSV_*",
     "KEEPALIVE_INTERVAL",  // how a peer's death is noticed over shared memory
     "CMA_*",               // the peer's process would do the writing
