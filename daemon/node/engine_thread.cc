@@ -16,6 +16,8 @@ namespace kvferry::node {
 namespace {
 
 constexpr std::size_t kBatch = 512;
+// How long a message waits for its link to be known: a handshake's answer is on the way.
+constexpr Duration kEarlyLife = std::chrono::seconds(2);
 constexpr Duration kLongestSleep = std::chrono::milliseconds(100);
 constexpr Duration kConditionPoll = std::chrono::microseconds(50);
 constexpr Duration kLastWords = std::chrono::milliseconds(250);  // for messages at the end
@@ -159,6 +161,7 @@ void EngineThread::run() {
     const Time now = monotonic_now();
     for (Posted& posted : batch_) take(std::move(posted), now);
     parts_.rails->poll(monotonic_now(), *this, kBatch);
+    send_backlog();
     poll_conditions();
     parts_.metrics->engine_events.add(batch_.size());
 
@@ -182,6 +185,7 @@ void EngineThread::let_messages_go() {
   const Time until = monotonic_now() + kLastWords;
   while (controls_under_way_ > 0 && monotonic_now() < until) {
     parts_.rails->poll(monotonic_now(), *this, kBatch);
+    send_backlog();
     follow_up_.clear();  // the engine takes nothing more
     if (controls_under_way_ == 0 || !parts_.rails->prepare_wait()) continue;
     std::vector<pollfd> fds = parts_.rails->pollfds();
@@ -190,7 +194,8 @@ void EngineThread::let_messages_go() {
 }
 
 void EngineThread::wait() {
-  if (stop_.load(std::memory_order_acquire) || !parts_.rails->prepare_wait(rails::Wake::kWork))
+  if (stop_.load(std::memory_order_acquire) ||
+      !parts_.rails->prepare_wait(backlog_.empty() ? rails::Wake::kWork : rails::Wake::kAny))
     return;
   if (!inbox_.prepare_sleep()) {
     parts_.rails->waited({});
@@ -248,7 +253,9 @@ void EngineThread::handle(engine::Event event) {
     draining_ = true;
     for (auto& [worker, session] : sessions_) session->page().set_draining(true);
   }
+  const bool link_up = std::holds_alternative<engine::LinkUp>(event);
   engine_.handle(std::move(event), monotonic_now(), commands_);
+  if (link_up && !early_.empty()) take_early();
 }
 
 void EngineThread::execute_all() {
@@ -409,6 +416,7 @@ void EngineThread::refresh_views(Time now) {
   next_refresh_ = now + kRefresh;
   for (auto& [worker, session] : sessions_) session->page().tick(now);
   watch_closing_lanes(now);
+  drop_early(Time{now.ns - Duration(kEarlyLife).count()});
   RailsView view;
   view.ready = parts_.rails->phase() == rails::RailsClient::Phase::kReady;
   view.restarts = parts_.rails->restarts();

@@ -8,11 +8,13 @@
 #include <poll.h>
 
 #include <atomic>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <set>
+#include <span>
 #include <thread>
 #include <unordered_map>
 #include <utility>
@@ -117,6 +119,11 @@ class EngineThread final : private rails::RailsEvents {
     uint32_t word = 0;
     uint64_t value = 0;
   };
+  struct Waiting {
+    engine::LaneRef lane;
+    std::vector<uint8_t> message;                                 // sealed
+    std::optional<std::pair<OfferId, rails::Region>> offer = {};  // whose header it is
+  };
   struct WatchedEvent {
     WorkerId worker;
     gpu::CopyQueue* queue = nullptr;
@@ -184,6 +191,15 @@ class EngineThread final : private rails::RailsEvents {
   void forget_conditions(WorkerId worker);
   void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
   void send_sealed(const engine::LaneRef& lane);
+  void take_message(std::span<const uint8_t> message, Time since);
+  void keep_early(std::span<const uint8_t> message, Time since);
+  void drop_early(Time until);  // those that came until then
+  void take_early();            // a link is known now
+  // To the rails, or to the backlog.
+  void send(Waiting message);
+  // False: the rails have no room now. Else it is sent, or the lane has failed.
+  bool hand_over(const Waiting& message);
+  void send_backlog();
   void lane_failed(const engine::LaneRef& lane);
   Lane* find_lane(const engine::LaneRef& lane);
   const engine::LaneRef* find_ref(rails::LaneKey key) const;
@@ -219,6 +235,13 @@ class EngineThread final : private rails::RailsEvents {
   uint64_t next_lane_key_ = 1;
   uint64_t next_control_token_ = 1;
   uint64_t controls_under_way_ = 0;  // sends that have not ended
+  struct Early {
+    Time since;
+    std::vector<uint8_t> message;
+  };
+  std::deque<Early> early_;      // messages of links that are not known yet, the oldest first
+  std::deque<Waiting> backlog_;  // what the rails had no room for, in order
+  std::size_t backlog_bytes_ = 0;
   bool draining_ = false;
   std::unordered_map<uint64_t, ReplyFn> replies_;           // by op id
   std::vector<std::pair<ReplyFn, engine::Reply>> answers_;  // of this round

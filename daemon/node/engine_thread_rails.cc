@@ -15,6 +15,11 @@ namespace {
 constexpr uint64_t kControlToken = uint64_t{1} << 63;
 // UCX ends the requests of a closed endpoint within milliseconds.
 constexpr Duration kLongestClosing = std::chrono::seconds(10);
+// Messages of links that are not known yet.
+constexpr std::size_t kMostEarly = 64;
+constexpr std::size_t kMostEarlyBytes = 4096;
+// Of messages that wait for room in the rails, those of all lanes together.
+constexpr std::size_t kMostBacklogBytes = 64U << 20;
 
 rails::Region piece_of(const memory::Region& region, uint64_t bytes) {
   return {region.segment, region.offset, bytes};
@@ -107,19 +112,54 @@ void EngineThread::execute(engine::CloseLink& command) {
 }
 
 void EngineThread::send_sealed(const engine::LaneRef& ref) {
-  const Lane* lane = find_lane(ref);
-  if (lane == nullptr) {
-    lane_failed(ref);
+  send({ref, sealed_});
+}
+
+// A resync may tell more at once than the rails have slots for; giving the lane up for that would
+// only bring the next one.
+void EngineThread::send(Waiting message) {
+  if (backlog_.empty() && hand_over(message)) return;
+  if (backlog_bytes_ + message.message.size() > kMostBacklogBytes) {
+    ops::log_info("lane given up: too many messages wait", {ops::field("bytes", backlog_bytes_)});
+    if (message.offer) follow_up_.push_back(engine::OfferSendEnded{message.offer->first});
+    lane_failed(message.lane);
     return;
   }
-  const rails::SendToken token{kControlToken | next_control_token_++};
-  if (Status sent = parts_.rails->send_control(lane->key, sealed_, token); !sent) {
+  backlog_bytes_ += message.message.size();
+  backlog_.push_back(std::move(message));
+}
+
+bool EngineThread::hand_over(const Waiting& message) {
+  const Lane* const lane = find_lane(message.lane);
+  Status sent = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
+  if (lane != nullptr && message.offer) {
+    sent = parts_.rails->send_offer(lane->key, message.message, message.offer->second,
+                                    rails::SendToken{message.offer->first.value});
+  } else if (lane != nullptr) {
+    const rails::SendToken token{kControlToken | next_control_token_++};
+    sent = parts_.rails->send_control(lane->key, message.message, token);
+  }
+  if (sent && !message.offer) {
+    ++controls_under_way_;
+    parts_.metrics->messages_sent.add();
+  }
+  if (sent) return true;
+  if (sent.error().reason == "RAILS_BUSY") return false;
+  if (lane != nullptr)
     ops::log_info("lane given up: message not sent", {ops::field("error", sent.error())});
-    lane_failed(ref);
-    return;
+  // Nothing was handed over, so nothing reads the region.
+  if (message.offer) follow_up_.push_back(engine::OfferSendEnded{message.offer->first});
+  lane_failed(message.lane);
+  return true;
+}
+
+void EngineThread::send_backlog() {
+  if (backlog_.empty()) return;
+  while (!backlog_.empty() && hand_over(backlog_.front())) {
+    backlog_bytes_ -= backlog_.front().message.size();
+    backlog_.pop_front();
   }
-  ++controls_under_way_;
-  parts_.metrics->messages_sent.add();
+  parts_.rails->ring();
 }
 
 void EngineThread::execute(engine::SendMessage& command) {
@@ -138,16 +178,13 @@ void EngineThread::execute(engine::SendRefuse& command) {
 }
 
 void EngineThread::execute(engine::SendOffer& command) {
-  const Lane* lane = find_lane(command.lane);
-  Status sent = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
-  if (lane != nullptr && links_.seal(command.lane, command.offer, sealed_)) {
-    sent =
-        parts_.rails->send_offer(lane->key, sealed_, piece_of(command.region, command.offer.bytes),
-                                 rails::SendToken{command.offer.offer.value});
+  const engine::MsgOffer& offer = command.offer;
+  if (find_lane(command.lane) != nullptr && links_.seal(command.lane, offer, sealed_)) {
+    send({command.lane, sealed_, std::pair(offer.offer, piece_of(command.region, offer.bytes))});
+    return;
   }
-  if (sent) return;
   // Nothing was handed over, so nothing reads the region.
-  follow_up_.push_back(engine::OfferSendEnded{command.offer.offer});
+  follow_up_.push_back(engine::OfferSendEnded{offer.offer});
   lane_failed(command.lane);
 }
 
@@ -215,11 +252,34 @@ void EngineThread::on_closed(rails::LaneKey lane) {
 
 void EngineThread::on_control(uint32_t, std::span<const uint8_t> message) {
   parts_.metrics->messages_received.add();
+  take_message(message, monotonic_now());
+}
+
+// Who answers a handshake has the link first, and its HELLO may overtake the answer. So what names
+// no link waits a moment for one: lost, it would cost the lane its silence limit.
+void EngineThread::keep_early(std::span<const uint8_t> message, Time since) {
+  if (message.size() > kMostEarlyBytes) {
+    ++unknown_links_;
+    return;
+  }
+  early_.push_back({since, {message.begin(), message.end()}});
+  if (early_.size() > kMostEarly) drop_early(early_.front().since);
+}
+
+void EngineThread::drop_early(Time until) {
+  for (; !early_.empty() && early_.front().since <= until; early_.pop_front()) ++unknown_links_;
+}
+
+void EngineThread::take_early() {
+  for (const Early& early : std::exchange(early_, {})) take_message(early.message, early.since);
+}
+
+void EngineThread::take_message(std::span<const uint8_t> message, Time since) {
   Result<link::Opened> opened = links_.open(message);
   if (!opened) {
     const std::string& reason = opened.error().reason;
     if (reason == "UNKNOWN_LINK")
-      ++unknown_links_;
+      keep_early(message, since);
     else
       parts_.metrics->of(reason == "BAD_TAG" ? ops::DropCause::kBadTag : ops::DropCause::kMalformed)
           .add();
@@ -270,6 +330,8 @@ void EngineThread::on_died(const rails::RailsExit& exit) {
                  {ops::field("why", exit.why), ops::field("status", exit.status),
                   ops::field("signal", exit.signal)});
   controls_under_way_ = 0;
+  backlog_.clear();
+  backlog_bytes_ = 0;
   lanes_.clear();
   refs_.clear();
   {
