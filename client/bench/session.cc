@@ -65,7 +65,8 @@ Result<std::unique_ptr<Session>> Session::start(const CommonOptions& options,
   daemons.path = path == "local" ? "tcp" : path;
   daemons.binary_directory = options.bin;
   daemons.settings = options.settings;
-  // Daemons of one machine reach each other's memory; with mapped.host_bytes=0 all goes by the rail.
+  // Daemons of one machine reach each other's memory; with mapped.host_bytes=0 all goes by the
+  // rail.
   if (path == "shm")
     daemons.settings.insert(daemons.settings.begin(), std::string("mapped.host_bytes=64MiB"));
   daemons.ends_with_starter = true;
