@@ -20,6 +20,6 @@ step "building kvferry-rails with UCX $version" "$logs/ucx122-build.log" \
   cmake --build build/ucx122 --target kvferry-rails
 echo "== process ring with UCX $version"
 rails=$PWD/build/ucx122/bin/kvferry-rails
-KVFERRY_RAILS_BINARY=$rails KVFERRY_RAILS_WITH_CUDA=$rails \
-  KVFERRY_RAILS_CUDA_DRIVER=$PWD/build/dev/lib/driver-for-ucx/libcuda.so.1 \
+KVFERRY_RAILS_BINARY=$rails KVFERRY_CUDA_RAILS=$rails \
+  KVFERRY_CUDA_RAILS_DRIVER=$PWD/build/dev/lib/driver-for-ucx/libcuda.so.1 \
   ctest --preset dev -L proc --no-tests=error

@@ -85,8 +85,8 @@ TEST_CASE("A rails process whose UCX needs no CUDA for device memory says that i
 }
 
 TEST_CASE("A UCX with CUDA is told from one whose CUDA module finds no driver") {
-  const char* const rails = std::getenv("KVFERRY_RAILS_WITH_CUDA");
-  const char* const driver = std::getenv("KVFERRY_RAILS_CUDA_DRIVER");
+  const char* const rails = std::getenv("KVFERRY_CUDA_RAILS");
+  const char* const driver = std::getenv("KVFERRY_CUDA_RAILS_DRIVER");
   if (rails == nullptr || driver == nullptr) {
     WARN("no rails process with CUDA was named");
     return;

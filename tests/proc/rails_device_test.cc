@@ -23,8 +23,8 @@ constexpr uint64_t kSegmentBytes = 8ULL << 20;
 
 // A rails process whose UCX has CUDA, and the driver that it finds: then no device memory is the
 // processor's.
-const char* const kOwnRails = std::getenv("KVFERRY_RAILS_WITH_CUDA");
-const char* const kOwnDriver = std::getenv("KVFERRY_RAILS_CUDA_DRIVER");
+const char* const kOwnRails = std::getenv("KVFERRY_CUDA_RAILS");
+const char* const kOwnDriver = std::getenv("KVFERRY_CUDA_RAILS_DRIVER");
 
 SegmentKind kind_of(ArenaKind kind) {
   switch (kind) {
