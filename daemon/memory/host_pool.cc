@@ -13,6 +13,7 @@
 #include <functional>
 #include <limits>
 
+#include "daemon/base/huge_pages.h"
 #include "daemon/base/units.h"
 
 namespace kvferry::memory {
@@ -88,7 +89,9 @@ Result<std::shared_ptr<HostPool>> HostPool::import(UniqueFd fd, uint64_t bytes,
   const uint64_t page =
       huge && volume.f_bsize > 0 ? static_cast<uint64_t>(volume.f_bsize) : kPageBytes;
   const uint64_t mapped = round_up(bytes, page);
-  void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  constexpr int kReadWrite = PROT_READ | PROT_WRITE;
+  void* base = huge ? ::mmap(nullptr, mapped, kReadWrite, MAP_SHARED, fd.get(), 0)
+                    : map_aligned(fd.get(), mapped, kReadWrite);
   if (base == MAP_FAILED) return call_failed("mmap");
   // Best effort: a worker's memory has no business in the daemon's core dump.
   ::madvise(base, mapped, MADV_DONTDUMP);
@@ -101,11 +104,12 @@ Result<std::shared_ptr<HostPool>> HostPool::create(uint64_t bytes) {
   if (bytes == 0 || bytes > uint64_t{1} << 46)
     return invalid("bytes", "SIZE_INVALID", std::to_string(bytes) + " bytes");
   const uint64_t mapped = round_up(bytes, kPageBytes);
-  void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  void* base = ::mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED)
     return fail(Code::kResourceExhausted, "MEMORY_EXHAUSTED",
                 "mmap of " + std::to_string(mapped) + " bytes: " + std::strerror(errno));
+  ::madvise(base, mapped, MADV_HUGEPAGE);
+  ::madvise(base, mapped, MADV_POPULATE_WRITE);
   ::madvise(base, mapped, MADV_DONTDUMP);
   return std::shared_ptr<HostPool>(
       new HostPool({}, {kNoDevice, ++made}, static_cast<std::byte*>(base), bytes, mapped));

@@ -3,11 +3,14 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <limits>
 #include <string>
 
+#include "daemon/base/huge_pages.h"
 #include "daemon/base/units.h"
 
 namespace kvferry::memory {
@@ -23,19 +26,28 @@ Status check_size(uint64_t bytes) {
   return {};
 }
 
+// The kernel does not refuse to fill more memory than there is: it kills.
+Status check_memory(uint64_t bytes) {
+  const auto pages = static_cast<uint64_t>(std::max(::sysconf(_SC_PHYS_PAGES), 0L));
+  const auto page = static_cast<uint64_t>(std::max(::sysconf(_SC_PAGESIZE), 0L));
+  if (pages != 0 && bytes / page >= pages)
+    return fail(
+        Code::kResourceExhausted, "MEMORY_EXHAUSTED",
+        std::to_string(bytes) + " bytes, and the machine has " + std::to_string(pages * page));
+  return {};
+}
+
 tl::unexpected<Error> call_failed(std::string_view call) {
   return fail_errno("SHARED_MEMORY_FAILED", call, errno);
 }
 
-// Advice may be declined by the kernel (no huge pages configured): the memory works all the same.
 void advise(std::byte* data, uint64_t bytes, const SharedMemoryOptions& options) {
   if (!options.in_core_dumps) ::madvise(data, bytes, MADV_DONTDUMP);
-  if (options.huge_pages) ::madvise(data, bytes, MADV_HUGEPAGE);
 }
 
 Result<std::byte*> map_fd(int fd, uint64_t bytes, Access access) {
   const int protection = access == Access::kReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
-  void* data = ::mmap(nullptr, bytes, protection, MAP_SHARED, fd, 0);
+  void* data = map_aligned(fd, bytes, protection);
   if (data == MAP_FAILED) return call_failed("mmap");
   return static_cast<std::byte*>(data);
 }
@@ -76,6 +88,7 @@ SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
 Result<SharedMemory> SharedMemory::create(std::string_view name, uint64_t bytes,
                                           const SharedMemoryOptions& options) {
   KVFERRY_RETURN_IF_ERROR(check_size(bytes));
+  KVFERRY_RETURN_IF_ERROR(check_memory(bytes));
   const std::string short_name(name.substr(0, kMaxNameBytes));
   UniqueFd fd(::memfd_create(short_name.c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) return call_failed("memfd_create");
@@ -86,7 +99,7 @@ Result<SharedMemory> SharedMemory::create(std::string_view name, uint64_t bytes,
   advise(memory.data_, bytes, options);
   // Huge pages come only by touching a mapping that asks for them, so that goes first; a failure
   // here shows again in fallocate.
-  if (options.huge_pages) ::madvise(memory.data_, bytes, MADV_POPULATE_WRITE);
+  if (options.huge_pages) populate_huge(memory.data_, bytes);
   KVFERRY_RETURN_IF_ERROR(allocate_blocks(memory.fd(), bytes));
   KVFERRY_RETURN_IF_ERROR(
       memory.seal(F_SEAL_SHRINK | F_SEAL_GROW | (options.last_seals ? F_SEAL_SEAL : 0)));

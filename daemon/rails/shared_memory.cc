@@ -9,6 +9,8 @@
 #include <cerrno>
 #include <limits>
 
+#include "daemon/base/huge_pages.h"
+
 namespace kvferry::rails {
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
@@ -29,7 +31,7 @@ void Mapping::reset() {
 Result<Mapping> Mapping::map(int fd, uint64_t bytes) {
   if (bytes == 0 || bytes > std::numeric_limits<size_t>::max())
     return invalid("bytes", "SEGMENT_INVALID", "cannot map " + std::to_string(bytes) + " bytes");
-  void* const base = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  void* const base = map_aligned(fd, bytes, PROT_READ | PROT_WRITE);
   if (base == MAP_FAILED) return fail_errno("MAP_FAILED", "mmap", errno);
   // Best effort: a kernel without it only makes dumps larger.
   (void)::madvise(base, bytes, MADV_DONTDUMP);

@@ -10,10 +10,12 @@
 
 #include <catch2/catch.hpp>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "daemon/base/huge_pages.h"
 #include "daemon/memory/fault_guard.h"
 #include "daemon/memory/host_pool.h"
 #include "daemon/memory/shared_memory.h"
@@ -73,6 +75,51 @@ int ending_of(void (*body)()) {
   int status = 0;
   REQUIRE(::waitpid(child, &status, 0) == child);
   return status;
+}
+
+// Lines of /proc/self/maps: mappings that lie side by side and differ in nothing are one.
+std::size_t mappings() {
+  std::ifstream maps("/proc/self/maps");
+  std::size_t lines = 0;
+  for (std::string line; std::getline(maps, line);) ++lines;
+  return lines;
+}
+
+bool on_huge_page(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % kHugePageBytes == 0;
+}
+
+TEST_CASE("what is large enough lies where huge pages can be") {
+  // A length that is no multiple of a page, too: the rest of the room goes back all the same.
+  const std::size_t before = mappings();
+  for (const uint64_t bytes : {kHugePageBytes, kHugePageBytes + 1, 3 * kHugePageBytes - kPage}) {
+    SharedMemoryOptions options;
+    options.huge_pages = true;
+    auto made = SharedMemory::create("huge", bytes, options);
+    CAPTURE(bytes);
+    REQUIRE(made);
+    CHECK(on_huge_page(made->data()));
+    std::memset(made->data(), 0x5A, bytes);
+
+    auto mapped = SharedMemory::map(UniqueFd(::dup(made->fd())), bytes, Access::kReadOnly);
+    REQUIRE(mapped);
+    CHECK(on_huge_page(mapped->data()));
+    CHECK(mapped->data()[bytes - 1] == std::byte{0x5A});
+
+    auto pool = HostPool::import(worker_memory(bytes, F_SEAL_SHRINK), bytes, {}, "pools[0].fd");
+    REQUIRE(pool);
+    CHECK(on_huge_page((*pool)->base()));
+    CHECK(mappings() > before);
+  }
+  CHECK(mappings() == before);
+}
+
+TEST_CASE("more memory than the machine has is refused before any is taken") {
+  SharedMemoryOptions options;
+  options.huge_pages = true;
+  const auto made = SharedMemory::create("large", uint64_t{1} << 45, options);
+  REQUIRE_FALSE(made);
+  CHECK(made.error().reason == "MEMORY_EXHAUSTED");
 }
 
 TEST_CASE("shared memory is zeroed, sealed, without holes, and the same through a second mapping") {

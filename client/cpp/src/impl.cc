@@ -12,6 +12,8 @@
 #include <cstring>
 #include <random>
 
+#include "daemon/base/huge_pages.h"
+
 namespace kvferry::client {
 namespace {
 
@@ -31,6 +33,20 @@ Error system_error(std::string reason, const char* call) {
           std::string(call) + ": " + std::strerror(errno),
           {},
           {}};
+}
+
+// All of the pool's memory, now, and in huge pages where the kernel grants them: those come only by
+// touching a mapping, so that goes first.
+Status allocate_pool(int fd, void* data, uint64_t bytes) {
+  populate_huge(data, bytes);
+  int rc = 0;
+  do {
+    rc = ::fallocate(fd, 0, 0, static_cast<off_t>(bytes));
+  } while (rc != 0 && errno == EINTR);
+  if (rc != 0) return system_error("POOL_MEMORY", "fallocate");
+  if (::fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0)
+    return system_error("POOL_MEMORY", "fcntl(F_ADD_SEALS)");
+  return {};
 }
 
 void write_eventfd(int fd) {
@@ -191,15 +207,14 @@ Result<PoolMemory> Client::Impl::alloc_pool(std::string_view name, uint64_t byte
     return Error{Code::kInvalidArgument, "SIZE_INVALID", "a pool has 1 to 2^46 bytes", "bytes", {}};
   UniqueFd fd(::memfd_create("kvferry-pool", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   if (!fd) return system_error("POOL_MEMORY", "memfd_create");
-  int rc = 0;
-  do {
-    rc = ::fallocate(fd.get(), 0, 0, static_cast<off_t>(bytes));
-  } while (rc != 0 && errno == EINTR);
-  if (rc != 0) return system_error("POOL_MEMORY", "fallocate");
-  if (::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) != 0)
-    return system_error("POOL_MEMORY", "fcntl(F_ADD_SEALS)");
-  void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd.get(), 0);
+  if (::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0)
+    return system_error("POOL_MEMORY", "ftruncate");
+  void* data = map_aligned(fd.get(), bytes, PROT_READ | PROT_WRITE);
   if (data == MAP_FAILED) return system_error("POOL_MEMORY", "mmap");
+  if (auto status = allocate_pool(fd.get(), data, bytes); !status) {
+    ::munmap(data, bytes);
+    return status.error();
+  }
   const PoolFile file{std::string(name), fd.get(), bytes};
   if (auto status = register_pools({&file, 1}); !status) {
     ::munmap(data, bytes);
