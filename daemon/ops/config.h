@@ -144,7 +144,7 @@ struct RailsConfig {
   std::vector<std::string> transports{"tcp"};  // "tcp", "shm"
   PortRange port_range;
   Duration spin = microseconds(50);     // polling before a rail sleeps on its event descriptor
-  uint64_t segment_bytes = 256 * kKiB;  // UCX's TCP segment
+  uint64_t segment_bytes = 512 * kKiB;  // UCX's TCP segment
   std::string binary;  // never empty after load_config unless kvferry-rails is not found beside us
   Duration restart_backoff = milliseconds(100);
   Duration restart_backoff_max = seconds(5);
