@@ -177,8 +177,12 @@ bool transfer(const CopyPlan& source, std::span<std::byte* const> source_bases,
   for_each_fragment(source, destination, stream_offset, bytes,
                     [&](uint32_t source_pool, uint64_t source_offset, uint32_t pool,
                         uint64_t offset, uint64_t, uint64_t size) {
-                      ahead.add(destination_bases[pool] + offset,
-                                source_bases[source_pool] + source_offset, size);
+                      std::byte* to = destination_bases[pool] + offset;
+                      const std::byte* from = source_bases[source_pool] + source_offset;
+                      if (size < kFetchedFrom)
+                        std::memcpy(to, from, size);
+                      else
+                        ahead.add(to, from, size);
                     });
   ahead.finish();
   finish_streaming();
