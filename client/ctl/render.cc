@@ -104,6 +104,12 @@ Json to_json(const v1::StatusResponse& r) {
                     {"name", gpu.name()},
                     {"up", gpu.up()},
                     {"detail", gpu.detail()}});
+  Json numa = Json::array();
+  for (const auto& row : r.numa())
+    numa.push_back({{"part", row.part()},
+                    {"place", row.place()},
+                    {"reason", row.reason()},
+                    {"problem", row.problem()}});
   return {{"version", r.version()},
           {"commit", r.commit()},
           {"node_id", r.node_id()},
@@ -125,7 +131,8 @@ Json to_json(const v1::StatusResponse& r) {
           {"rails_total", r.rails_total()},
           {"rails_restarts", r.rails_restarts()},
           {"arenas", std::move(arenas)},
-          {"gpus", std::move(gpus)}};
+          {"gpus", std::move(gpus)},
+          {"numa", std::move(numa)}};
 }
 
 Json to_json(const v1::ListWorkersResponse& r) {
@@ -316,6 +323,12 @@ std::string status_text(const Json& s) {
     const bool up = gpu.at("up").get<bool>();
     out += line("gpu", of("device") + ": " + of("name") + ", " + of("uuid") +
                            (up ? ", up" : ", down: " + of("detail")));
+  }
+  for (const Json& row : s.at("numa")) {
+    const auto of = [&](const char* key) { return row.at(key).get<std::string>(); };
+    out += line("numa", of("part") + ": " + of("place") +
+                            (of("reason").empty() ? "" : " (" + of("reason") + ")") +
+                            (of("problem").empty() ? "" : ", failed: " + of("problem")));
   }
   return out;
 }

@@ -37,7 +37,13 @@ CopyPool::CopyPool(const Options& options)
   const uint32_t count = options.threads == 0 ? default_threads() : options.threads;
   threads_.reserve(count);
   try {
-    for (uint32_t i = 0; i < count; ++i) threads_.emplace_back([this, i] { run(i); });
+    for (uint32_t i = 0; i < count; ++i) {
+      threads_.emplace_back([this, i] { run(i); });
+      if (options.cpus.empty()) continue;
+      const CpuSet& cpus = options.cpus[i % options.cpus.size()];
+      if (const int error = bind_thread(threads_.back().native_handle(), cpus); error != 0)
+        binding_errno_ = error;
+    }
   } catch (...) {
     close(Time{0});
     throw;

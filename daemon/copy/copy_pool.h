@@ -17,6 +17,7 @@
 #include <thread>
 #include <vector>
 
+#include "daemon/base/cpu_set.h"
 #include "daemon/base/mutex.h"
 #include "daemon/base/result.h"
 #include "daemon/base/units.h"
@@ -53,6 +54,8 @@ struct Options {
   uint32_t threads = 0;                // 0: default_threads()
   std::size_t max_jobs = 4096;         // taken and not yet ended; beyond it submit() refuses
   uint64_t piece_bytes = 1024 * 1024;  // rounded up to a multiple of 64 KiB
+  // Thread i runs on cpus[i % size] only. Empty: anywhere.
+  std::vector<CpuSet> cpus{};
 };
 
 // min(4, cores of this process's affinity mask), at least 1.
@@ -91,6 +94,9 @@ class CopyPool {
 
   const Stats& stats() const { return stats_; }
   uint32_t threads() const { return static_cast<uint32_t>(threads_.size()); }
+  // Why not all threads are where Options::cpus wants them, as errno; 0: they are. Such a thread
+  // works all the same.
+  int binding_errno() const { return binding_errno_; }
 
  private:
   // A job that was taken.
@@ -135,6 +141,7 @@ class CopyPool {
   bool dropping_ KVFERRY_GUARDED_BY(mutex_) = false;  // no more pieces
   bool stop_ KVFERRY_GUARDED_BY(mutex_) = false;      // threads go home
   std::vector<std::thread> threads_;
+  int binding_errno_ = 0;
 };
 
 }  // namespace kvferry::copy

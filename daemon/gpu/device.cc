@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <utility>
 
 namespace kvferry::gpu {
@@ -44,6 +45,13 @@ Error error_of(const cuda::Driver& driver, cuda::CUresult result, std::string_vi
   else if (result == cuda::CUDA_ERROR_OUT_OF_MEMORY)
     code = Code::kResourceExhausted;
   return {code, reason_of(driver, result), driver.error(result, call).to_string(), {}};
+}
+
+// A GPU is function 0 of its device.
+std::string pci_bus_id(uint32_t domain, uint32_t bus, uint32_t device) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%04x:%02x:%02x.0", domain, bus, device);
+  return text;
 }
 
 Status checked(const cuda::Driver& driver, cuda::CUresult result, std::string_view call) {
@@ -110,6 +118,9 @@ Status Device::read_facts(int ordinal) {
   facts_.sm_count = attribute(cuda::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, true);
   facts_.compute_major = attribute(cuda::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, true);
   facts_.compute_minor = attribute(cuda::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, true);
+  facts_.pci_bus_id = pci_bus_id(attribute(cuda::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID, true),
+                                 attribute(cuda::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID, true),
+                                 attribute(cuda::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID, true));
   facts_.vmm = attribute(cuda::CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, false) != 0;
   facts_.vmm_fd =
       facts_.vmm &&

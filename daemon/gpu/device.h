@@ -34,6 +34,7 @@ struct DeviceFacts {
   int ordinal = 0;  // the driver's number in this process; never told to others, who have their own
   Uuid uuid{};
   std::string name;
+  std::string pci_bus_id;  // "0000:3b:00.0", as sysfs has it
   uint64_t total_bytes = 0;
   uint32_t sm_count = 0;
   uint32_t compute_major = 0;

@@ -97,6 +97,7 @@ Result<SharedMemory> SharedMemory::create(std::string_view name, uint64_t bytes,
   if (!data) return tl::unexpected<Error>(std::move(data).error());
   SharedMemory memory(std::move(fd), *data, bytes);
   advise(memory.data_, bytes, options);
+  if (options.before_touch) options.before_touch(memory.data_, bytes);
   // Huge pages come only by touching a mapping that asks for them, so that goes first; a failure
   // here shows again in fallocate.
   if (options.huge_pages) populate_huge(memory.data_, bytes);

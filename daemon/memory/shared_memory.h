@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -22,6 +23,9 @@ struct SharedMemoryOptions {
   bool in_core_dumps = false;
   bool populate = false;    // fill the page tables now instead of at first touch
   bool last_seals = false;  // create(): nobody who gets the descriptor can add seals
+  // create(): called with the new mapping before a page of it is there, e.g. to say from which NUMA
+  // node they are to come.
+  std::function<void(std::byte* data, uint64_t bytes)> before_touch{};
 };
 
 // A memfd and its mapping. Closes and unmaps when it goes; moves keep the address.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "daemon/base/cpu_set.h"
 #include "daemon/base/mutex.h"
 #include "daemon/ops/log.h"
 
@@ -124,6 +125,15 @@ void Admin::status(Time, rpc::Reply<rpc::StatusInfo> done) {
     info.protocol_max = rpc::kPeerProtocolMax;
     info.arenas = facts_.arenas;
     info.gpus = gpus();
+    info.numa = facts_.numa;
+    for (std::size_t i = 0; i < facts_.rails_numa.size(); ++i) {
+      if (facts_.rails_numa[i].place.empty()) continue;
+      rpc::NumaInfo& row = info.numa.emplace_back(facts_.rails_numa[i]);
+      if (!rails.ready)
+        row.problem = "the rails process is not ready";
+      else if (rails.info.rails.at(i).binding_errno != 0)
+        row.problem = binding_error(rails.info.rails[i].binding_errno);
+    }
     const ops::HealthReport healthy = health_now();
     const ops::HealthReport ready = ready_now();
     info.healthy = healthy.ok();

@@ -30,6 +30,8 @@ class Admin final : public rpc::AdminBackend {
     std::vector<rpc::MemoryChoice> arenas;        // as EngineConfig::arenas
     std::vector<ops::GpuLabels> gpus;             // as the devices
     std::shared_ptr<const gpu::Devices> devices;  // null: no GPU is used
+    std::vector<rpc::NumaInfo> numa;              // of all but the rails, then of each rail
+    std::vector<rpc::NumaInfo> rails_numa;        // with an empty place where it is not bound
     const ArenaLender* lender = nullptr;          // null: nothing is lent
   };
 

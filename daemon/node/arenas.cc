@@ -38,8 +38,10 @@ rpc::LentKind lent_kind(gpu::ArenaKind kind) {
 
 }  // namespace
 
-Result<std::unique_ptr<Arenas>> Arenas::create(const std::vector<uint64_t>& segment_bytes) {
+Result<std::unique_ptr<Arenas>> Arenas::create(const std::vector<uint64_t>& segment_bytes,
+                                               BindMemory bind) {
   std::unique_ptr<Arenas> out(new Arenas);
+  out->bind_ = std::move(bind);
   KVFERRY_RETURN_IF_ERROR(out->add_host("kvferry-arena", segment_bytes, false));
   return out;
 }
@@ -64,9 +66,17 @@ Status Arenas::add_host(const std::string& name, const std::vector<uint64_t>& se
   options.huge_pages = true;
   options.populate = true;
   options.last_seals = mapped;  // a peer's seal against writing would keep the others out
+  std::string binding_problem;
+  if (bind_) {
+    options.before_touch = [&](const void* data, uint64_t bytes) {
+      const Status bound = bind_(data, bytes);
+      if (!bound && binding_problem.empty()) binding_problem = bound.error().message;
+    };
+  }
   auto host = memory::HostArena::create(name, segment_bytes, options);
   KVFERRY_RETURN_IF_ERROR(host);
-  next(mapped, segment_bytes, {"host", "shared_host", mapped ? "configured" : ""});
+  Arena& arena = next(mapped, segment_bytes, {"host", "shared_host", mapped ? "configured" : ""});
+  arena.binding_problem = std::move(binding_problem);
   for (uint32_t i = 0; i < host->segment_count(); ++i) {
     const memory::SharedMemory& segment = host->segment(i);
     segments_.add({segment.bytes(), segment.data(), nullptr, nullptr, 0, nullptr});

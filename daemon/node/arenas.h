@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +24,9 @@
 
 namespace kvferry::node {
 
+// Says from which NUMA nodes the pages of a mapping come that nobody has touched yet.
+using BindMemory = std::function<Status(const void* data, uint64_t bytes)>;
+
 class Arenas {
  public:
   struct Arena {
@@ -32,11 +36,13 @@ class Arenas {
     uint32_t first_segment = 0;
     std::vector<uint64_t> segment_bytes;             // what regions are cut from
     std::shared_ptr<const gpu::DeviceArena> memory;  // of a device's
+    std::string binding_problem;  // the first error of BindMemory; the arena works all the same
   };
 
-  // Arena 0, of shared host memory, which no GPU sees yet. Blocks while it is zeroed. Errors of
-  // HostArena::create.
-  static Result<std::unique_ptr<Arenas>> create(const std::vector<uint64_t>& segment_bytes);
+  // Arena 0, of shared host memory, which no GPU sees yet. Blocks while it is zeroed. `bind`, if
+  // any, is called for each host segment here and later. Errors of HostArena::create.
+  static Result<std::unique_ptr<Arenas>> create(const std::vector<uint64_t>& segment_bytes,
+                                                BindMemory bind = nullptr);
 
   // Adding, in the order that stands above. Host memory comes as that of arena 0 does.
   Status add_mapped_host(const std::vector<uint64_t>& segment_bytes);
@@ -70,6 +76,7 @@ class Arenas {
   Status add_host(const std::string& name, const std::vector<uint64_t>& segment_bytes, bool mapped);
   Arena& next(bool mapped, const std::vector<uint64_t>& segment_bytes, rpc::MemoryChoice choice);
 
+  BindMemory bind_;
   std::vector<memory::HostArena> hosts_;
   std::vector<int> host_fds_;  // by segment number; -1: not in host memory
   std::vector<UniqueFd> exported_;

@@ -18,6 +18,7 @@
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/gpu_setup.h"
 #include "daemon/node/link_manager.h"
+#include "daemon/node/numa_setup.h"
 #include "daemon/node/registry.h"
 #include "daemon/node/task_pool.h"
 #include "daemon/ops/http.h"
@@ -148,6 +149,7 @@ std::string host_part(const std::string& address) {
 struct Daemon::Impl {
   ops::Config config;
   BootId boot;
+  std::unique_ptr<NumaPlan> numa;
   std::unique_ptr<Arenas> arenas;
   std::unique_ptr<ops::Metrics> metrics;
   ops::Watchdog watchdog;
@@ -187,11 +189,15 @@ struct Daemon::Impl {
 
 // Bounce memory, as the machine and the rails allow.
 Status Daemon::Impl::make_arenas() {
+  auto devices = find_gpus(config);
+  numa = std::make_unique<NumaPlan>(
+      NumaPlan::make(config, rails_config(config).rails, devices ? devices->get() : nullptr));
   auto made = Arenas::create(std::vector<uint64_t>(config.arena.bytes / config.arena.segment_bytes,
-                                                   config.arena.segment_bytes));
+                                                   config.arena.segment_bytes),
+                             numa->memory_binding());
   KVFERRY_RETURN_IF_ERROR(made);
   arenas = std::move(*made);
-  auto opened = open_gpu(config, *arenas, watchdog);
+  auto opened = open_gpu(config, std::move(devices), *arenas, watchdog);
   KVFERRY_RETURN_IF_ERROR(opened);
   gpu = std::move(*opened);
   const auto ask_rails = [this] {
@@ -216,7 +222,9 @@ Status Daemon::Impl::make_core() {
   random_bytes(boot.bytes);
   KVFERRY_RETURN_IF_ERROR(make_arenas());
 
-  const rails::RailsConfig rails_settings = rails_config(config);
+  rails::RailsConfig rails_settings = rails_config(config);
+  for (std::size_t i = 0; i < rails_settings.rails.size(); ++i)
+    rails_settings.rails[i].cpus = numa->rail_cpus(i);
   std::vector<ops::RailLabels> rail_labels;
   for (const rails::RailSpec& rail : rails_settings.rails)
     rail_labels.push_back({rail.transport, rail.device});
@@ -235,6 +243,7 @@ Status Daemon::Impl::make_core() {
 
   copy::Options copy_options;
   copy_options.threads = config.copy.threads;
+  copy_options.cpus = numa->copy_cpus();
   copies = std::make_unique<copy::CopyPool>(copy_options);
   look_ups = std::make_unique<TaskPool>("kvf-lookup", 2, 1 << 16);
   compiles = std::make_unique<TaskPool>("kvf-compile", 1, 1 << 17);
@@ -327,6 +336,9 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   for (const Arenas::Arena& arena : arenas->all()) facts.arenas.push_back(arena.choice);
   facts.gpus = gpu.labels();
   facts.devices = gpu.devices;
+  facts.numa = numa->describe(*arenas, copies->binding_errno());
+  for (std::size_t i = 0; i < rails_config(config).rails.size(); ++i)
+    facts.rails_numa.push_back(numa->describe_rail(i));
   facts.lender = lender.get();
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
   late_peers.set(links.get());

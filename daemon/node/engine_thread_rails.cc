@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "daemon/base/check.h"
+#include "daemon/base/cpu_set.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/ops/log.h"
@@ -213,6 +214,11 @@ void EngineThread::on_ready(const rails::RailsReady& ready) {
                         "." + std::to_string(ready.ucx_release);
   ops::log_info("rails ready",
                 {ops::field("ucx", release), ops::field("rails", ready.rails.size())});
+  for (std::size_t i = 0; i < ready.rails.size(); ++i)
+    if (const int error = ready.rails[i].binding_errno; error != 0)
+      ops::log_warning("not bound to its NUMA node",
+                       {ops::field("what", "rail " + std::to_string(i)),
+                        ops::field("error", binding_error(error))});
   parts_.metrics->set_ucx_version(release);
   {
     MutexLock lock(view_mutex_);

@@ -13,12 +13,6 @@ constexpr std::pair<rpc::PoolKind, gpu::ImportKind> kDeviceKinds[] = {
     {rpc::PoolKind::kCudaIpc, gpu::ImportKind::kCudaIpc},
     {rpc::PoolKind::kCudaFabric, gpu::ImportKind::kCudaFabric}};
 
-Result<std::shared_ptr<const gpu::Devices>> open_devices(const ops::GpuConfig& config) {
-  auto driver = cuda::Driver::load(config.driver);
-  if (!driver) return fail(Code::kUnavailable, "NO_CUDA_DRIVER", driver.error().to_string());
-  return gpu::Devices::open(std::move(*driver));
-}
-
 void log_devices(const gpu::Devices& devices, const gpu::Imports& imports) {
   for (const auto& device : devices.all()) {
     const gpu::DeviceFacts& facts = device->facts();
@@ -62,11 +56,10 @@ Result<std::unique_ptr<gpu::Queues>> open_queues(const ops::Config& config, cons
 }
 
 // All of it, or an error and nothing.
-Result<Gpu> open_all(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog) {
+Result<Gpu> open_all(const ops::Config& config, std::shared_ptr<const gpu::Devices> devices,
+                     Arenas& arenas, ops::Watchdog& watchdog) {
   Gpu out;
-  auto devices = open_devices(config.gpu);
-  KVFERRY_RETURN_IF_ERROR(devices);
-  out.devices = std::move(*devices);
+  out.devices = std::move(devices);
   out.imports = std::make_unique<gpu::Imports>(out.devices);
   out.counting = std::make_unique<GpuCounting>();
   auto queues = open_queues(config, out, watchdog);
@@ -93,17 +86,26 @@ bool Gpu::watches_events() const {
                      [](const auto& device) { return device->facts().events_by_ipc; });
 }
 
-Result<Gpu> open_gpu(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog) {
-  Gpu out;
-  // Not shown to any GPU.
-  const bool shared_arena = config.arena.kind == ops::ArenaKind::kSharedHost;
-  Result<Gpu> opened = fail(Code::kFailedPrecondition, "NO_GPU", "");
+Result<std::shared_ptr<const gpu::Devices>> find_gpus(const ops::Config& config) {
   if (config.gpu.enabled == ops::GpuUse::kOff)
-    opened.error().message = "gpu.enabled is \"off\"";
-  else if (shared_arena)
-    opened.error().message = "arena.kind is \"shared_host\"";
+    return fail(Code::kFailedPrecondition, "NO_GPU", "gpu.enabled is \"off\"");
+  // Not shown to any GPU.
+  if (config.arena.kind == ops::ArenaKind::kSharedHost)
+    return fail(Code::kFailedPrecondition, "NO_GPU", "arena.kind is \"shared_host\"");
+  auto driver = cuda::Driver::load(config.gpu.driver);
+  if (!driver) return fail(Code::kUnavailable, "NO_CUDA_DRIVER", driver.error().to_string());
+  return gpu::Devices::open(std::move(*driver));
+}
+
+Result<Gpu> open_gpu(const ops::Config& config, Result<std::shared_ptr<const gpu::Devices>> devices,
+                     Arenas& arenas, ops::Watchdog& watchdog) {
+  Gpu out;
+  const bool shared_arena = config.arena.kind == ops::ArenaKind::kSharedHost;
+  Result<Gpu> opened = tl::unexpected<Error>(Error{});
+  if (devices)
+    opened = open_all(config, std::move(*devices), arenas, watchdog);
   else
-    opened = open_all(config, arenas, watchdog);
+    opened.error() = std::move(devices).error();
   if (opened) {
     out = std::move(*opened);
   } else if (config.gpu.enabled == ops::GpuUse::kOn) {

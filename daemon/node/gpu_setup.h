@@ -36,11 +36,18 @@ struct Gpu {
   bool watches_events() const;
 };
 
-// Opens devices and queues and shows them the arena in host memory, which outlives them, as does
-// the watchdog. What was found is logged once. Errors: FAILED_PRECONDITION CONFIGURATION_GPU where
-// gpu.enabled is "on" and there is none that can be used, CONFIGURATION_ARENA_KIND where arena.kind
-// wants one, and CONFIGURATION_POOL_KIND where pools.kinds names one that no device here can serve.
-Result<Gpu> open_gpu(const ops::Config& config, Arenas& arenas, ops::Watchdog& watchdog);
+// Opens the machine's GPUs, if the configuration lets us: before the arena is made, whose place may
+// depend on theirs. UNAVAILABLE or FAILED_PRECONDITION where there is none, or none that may be
+// used.
+Result<std::shared_ptr<const gpu::Devices>> find_gpus(const ops::Config& config);
+
+// Opens queues of the devices that find_gpus() gave and shows them the arena in host memory, which
+// outlives them, as does the watchdog. What was found is logged once. Errors: FAILED_PRECONDITION
+// CONFIGURATION_GPU where gpu.enabled is "on" and there is none that can be used,
+// CONFIGURATION_ARENA_KIND where arena.kind wants one, and CONFIGURATION_POOL_KIND where
+// pools.kinds names one that no device here can serve.
+Result<Gpu> open_gpu(const ops::Config& config, Result<std::shared_ptr<const gpu::Devices>> devices,
+                     Arenas& arenas, ops::Watchdog& watchdog);
 
 // The kinds that workers may register: those of the configuration; "auto" is all, with several
 // tenants all descriptors. Whether a device serves them is another question.

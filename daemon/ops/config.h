@@ -207,6 +207,14 @@ struct GpuConfig {
   bool operator==(const GpuConfig&) const = default;
 };
 
+// kAuto: arenas and threads are bound to NUMA nodes where there are several.
+enum class NumaBind : uint8_t { kAuto, kOff };
+
+struct NumaConfig {
+  NumaBind bind = NumaBind::kAuto;
+  bool operator==(const NumaConfig&) const = default;
+};
+
 struct PoolsConfig {
   // "auto" alone: all that this machine and the number of tenants allow. Others must be there.
   std::vector<std::string> kinds{"auto"};
@@ -234,6 +242,7 @@ struct Config {
   EngineConfig engine;
   CopyConfig copy;
   GpuConfig gpu;
+  NumaConfig numa;
   ChecksConfig checks;
   DrainConfig drain;
   SharesConfig shares;

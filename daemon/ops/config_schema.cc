@@ -261,6 +261,16 @@ std::vector<Section> config_schema(Config& config) {
                  {{"threads", "0: one a core, at most 8.",
                    count_binding<uint32_t>(config.copy.threads, 0, 256)}}});
   out.push_back(gpu_section(config.gpu));
+  out.push_back(
+      {"numa",
+       "Machines with several NUMA nodes.",
+       {{"bind",
+         "auto: the arena is taken from the node that the rails' devices are on, else the GPUs',\n"
+         "page by page in turn where that is more than one or none is known; each rail's thread\n"
+         "stays on the processors of its device's node, copy threads on those of the arena's\n"
+         "nodes. off: all of it is left to the kernel.",
+         choice_binding<NumaBind>(config.numa.bind,
+                                  {{"auto", NumaBind::kAuto}, {"off", NumaBind::kOff}})}}});
   out.push_back(checks_section(config.checks));
   out.push_back({"drain",
                  "Stopping.",

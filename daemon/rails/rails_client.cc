@@ -368,6 +368,7 @@ bool RailsClient::Impl::on_ready_record(uint32_t rail, const Record& record, Tim
   info.device = config_.rails[rail].device;
   info.address = inbox_;
   info.tcp_port = static_cast<uint16_t>(record.offset);
+  info.binding_errno = record.status;
   books_[rail].ready = true;
   ready_.ucx_major = static_cast<uint32_t>(record.token >> 40);
   ready_.ucx_minor = static_cast<uint32_t>(record.token >> 20) & 0xFFFFF;
@@ -661,10 +662,12 @@ Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
   setup.spin_ns = static_cast<uint64_t>(std::max<int64_t>(config.spin.count(), 0));
   setup.port_first = config.ucx.port_first;
   setup.port_last = config.ucx.port_last;
-  for (std::size_t i = 0; i < config.rails.size(); ++i)
+  for (std::size_t i = 0; i < config.rails.size(); ++i) {
+    setup.rails[i].cpus = config.rails[i].cpus;
     if (!copy_name(setup.rails[i].transport, config.rails[i].transport) ||
         !copy_name(setup.rails[i].device, config.rails[i].device))
       return invalid("rails", "RAILS_CONFIG_INVALID", "a name is too long");
+  }
   auto impl = std::make_unique<Impl>(std::move(config), std::move(plan), std::move(*fds));
   return std::unique_ptr<RailsClient>(new RailsClient(std::move(impl)));
 }

@@ -45,6 +45,7 @@ struct Region {
 struct RailSpec {
   std::string transport;  // "tcp" or "shm"
   std::string device;     // network device such as "lo"; empty: whichever UCX takes
+  CpuSet cpus{};          // that its thread is bound to, its helpers and memory with it; none: any
 };
 
 struct RailsConfig {
@@ -83,6 +84,7 @@ struct RailInfo {
   std::string device;
   std::vector<uint8_t> address;  // for the handshake: what a peer's connect() takes
   uint16_t tcp_port = 0;         // listening port; 0 where there is none
+  int binding_errno = 0;         // why it is not bound to RailSpec::cpus; 0: it is, or need not be
 };
 
 struct RailsReady {

@@ -12,6 +12,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "daemon/base/cpu_set.h"
 #include "daemon/rails/ring.h"
 
 namespace kvferry::rails {
@@ -41,7 +42,9 @@ enum class Command : uint16_t {
 };
 
 enum class Event : uint16_t {
-  kReady = 1,          // slot + slot_bytes: our worker address; token: UCX release; offset: port
+  // slot + slot_bytes: our worker address; token: UCX release; offset: port; status: why the thread
+  // is not bound to its processors, as errno, or 0
+  kReady = 1,
   kConnected = 2,      // lane
   kConnectFailed = 3,  // lane, status
   kLaneError = 4,      // lane, status
@@ -135,6 +138,7 @@ using DeviceUuid = std::array<uint8_t, 16>;
 struct SetupRail {
   char transport[8] = {};  // "tcp" or "shm"
   char device[48] = {};    // empty: whichever UCX takes
+  CpuSet cpus{};           // that the rail's thread is bound to; none: any
 };
 
 struct SetupSegment {
@@ -150,7 +154,7 @@ struct SetupSegment {
 // segments' order.
 struct Setup {
   static constexpr uint32_t kMagic = 0x6b766672;
-  static constexpr uint32_t kVersion = 2;
+  static constexpr uint32_t kVersion = 3;
   uint32_t magic = kMagic;
   uint32_t version = kVersion;
   uint32_t rail_count = 0;

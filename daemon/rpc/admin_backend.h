@@ -35,6 +35,14 @@ struct GpuInfo {
   std::string detail;  // why it is down
 };
 
+// Where on a machine with several NUMA nodes something was put.
+struct NumaInfo {
+  std::string part;     // "arena 0", "rail 1", "copy threads"
+  std::string place;    // "node 1", "nodes 0,1 in turn", "left to the kernel"
+  std::string reason;   // why there
+  std::string problem;  // why it is not there after all; empty: it is
+};
+
 struct StatusInfo {
   std::string version;
   std::string commit;
@@ -46,6 +54,7 @@ struct StatusInfo {
   uint32_t protocol_max = 0;
   std::vector<MemoryChoice> arenas;
   std::vector<GpuInfo> gpus;
+  std::vector<NumaInfo> numa;
   bool healthy = true;
   bool ready = true;
   bool draining = false;

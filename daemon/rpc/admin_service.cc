@@ -69,6 +69,13 @@ void fill(const StatusInfo& from, pb::StatusResponse& to) {
     out.set_up(gpu.up);
     out.set_detail(gpu.detail);
   }
+  for (const NumaInfo& numa : from.numa) {
+    auto& out = *to.add_numa();
+    out.set_part(numa.part);
+    out.set_place(numa.place);
+    out.set_reason(numa.reason);
+    out.set_problem(numa.problem);
+  }
   to.set_healthy(from.healthy);
   to.set_ready(from.ready);
   to.set_draining(from.draining);

@@ -58,7 +58,7 @@ struct Node {
         config.arena.bytes / config.arena.segment_bytes, config.arena.segment_bytes));
     KVFERRY_RETURN_IF_ERROR(made);
     arenas = std::move(*made);
-    auto opened = open_gpu(config, *arenas, watchdog);
+    auto opened = open_gpu(config, find_gpus(config), *arenas, watchdog);
     KVFERRY_RETURN_IF_ERROR(opened);
     gpu = std::move(*opened);
     return add_device_arenas(

@@ -46,7 +46,7 @@ struct Opened {
 Opened open_gpu(const ops::Config& config) {
   static ops::Watchdog watchdog;
   Opened out;
-  out.gpu = node::open_gpu(config, *out.arenas, watchdog);
+  out.gpu = node::open_gpu(config, find_gpus(config), *out.arenas, watchdog);
   return out;
 }
 

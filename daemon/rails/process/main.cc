@@ -23,6 +23,7 @@
 #include <thread>
 #include <vector>
 
+#include "daemon/base/cpu_set.h"
 #include "daemon/rails/process/capabilities.h"
 #include "daemon/rails/process/device_segments.h"
 #include "daemon/rails/process/listeners.h"
@@ -72,6 +73,9 @@ void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t ind
   const std::string name =
       "rail" + std::to_string(index) + "-" + setup.setup.rails[index].transport;
   ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
+  // First of all, so that what UCX allocates and starts for this rail is there too.
+  const CpuSet& cpus = setup.setup.rails[index].cpus;
+  const int binding_errno = cpus.none() ? 0 : bind_thread(::pthread_self(), cpus);
   std::unique_ptr<Rail> rail;
   {
     // One after the other: which listener is whose is seen by comparing before and after.
@@ -87,7 +91,8 @@ void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t ind
       if (auto status = check_listeners(listeners, setup.setup, setup.setup.rails[index]); !status)
         die(kExitConfiguration, status.error());
     const uint16_t port = listeners.empty() ? uint16_t{0} : listeners.front().port;
-    if (auto status = rail->announce(port); !status) die(kExitInternal, status.error());
+    if (auto status = rail->announce(port, binding_errno); !status)
+      die(kExitInternal, status.error());
   }
   // UCX pushes the context of the memory that it copies; its progress and wake-up take whichever is
   // current, as long as there is one.

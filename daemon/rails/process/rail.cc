@@ -58,7 +58,7 @@ Result<std::unique_ptr<Rail>> Rail::make(const ProcessSetup& setup, uint32_t ind
   return rail;
 }
 
-Status Rail::announce(uint16_t port) {
+Status Rail::announce(uint16_t port, int binding_errno) {
   auto address = worker_->address();
   if (!address) return tl::unexpected<Error>(address.error());
   unsigned major = 0;
@@ -68,6 +68,7 @@ Status Rail::announce(uint16_t port) {
   Record record = answer(Event::kReady);
   record.token = (uint64_t{major} << 40) | (uint64_t{minor} << 20) | release_number;
   record.offset = port;
+  record.status = binding_errno;
   if (!outbox_.emit_message(record, *address))
     return fail(Code::kInternal, "ADDRESS_TOO_LARGE", std::to_string(address->size()) + " bytes");
   outbox_.flush();

@@ -26,8 +26,8 @@ class Rail {
   Rail(const Rail&) = delete;
   Rail& operator=(const Rail&) = delete;
 
-  // Tells main our address; `port` is the listener's, 0 for none.
-  Status announce(uint16_t port);
+  // Tells main our address; `port` is the listener's, 0 for none. `binding_errno` as in kReady.
+  Status announce(uint16_t port, int binding_errno);
   void obey(const Record& command);
   // Progress of UCX and of closing lanes, unless main does not keep up. True if anything happened.
   bool progress();
