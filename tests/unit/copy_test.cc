@@ -1,10 +1,12 @@
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
+#include <cerrno>
 #include <cstring>
 #include <future>
 #include <mutex>
@@ -115,6 +117,60 @@ TEST_CASE("all threads take part in one large job") {
   door.wait_for(3);
   door.open();
   REQUIRE(ending.get() == Outcome::kOk);
+}
+
+TEST_CASE("threads keep to their processors, and work where they cannot") {
+  cpu_set_t own;
+  CPU_ZERO(&own);
+  REQUIRE(::sched_getaffinity(0, sizeof own, &own) == 0);
+  std::vector<CpuSet> one_each;
+  for (std::size_t cpu = 0; cpu < CPU_SETSIZE && one_each.size() < 2; ++cpu)
+    if (CPU_ISSET(cpu, &own)) one_each.emplace_back().set(cpu);
+  // All threads of a pool look at once what they may use.
+  const auto seen = [](CopyPool& pool) {
+    std::mutex mutex;
+    std::vector<CpuSet> sets;
+    Door door;
+    Ending ending;
+    REQUIRE(pool.submit({.bytes = pool.threads() * kGranule,
+                         .prepare = {},
+                         .copy =
+                             [&](uint64_t, uint64_t) {
+                               cpu_set_t set;
+                               CPU_ZERO(&set);
+                               if (::sched_getaffinity(0, sizeof set, &set) != 0) return false;
+                               CpuSet cpus;
+                               for (std::size_t cpu = 0; cpu < cpus.size(); ++cpu)
+                                 if (CPU_ISSET(cpu, &set)) cpus.set(cpu);
+                               {
+                                 const std::lock_guard lock(mutex);
+                                 sets.push_back(cpus);
+                               }
+                               door.pass();
+                               return true;
+                             },
+                         .done = ending.callback(),
+                         .pools = {}}));
+    door.wait_for(static_cast<int>(pool.threads()));
+    door.open();
+    REQUIRE(ending.get() == Outcome::kOk);
+    return sets;
+  };
+  {
+    CopyPool pool({.threads = 4, .piece_bytes = kGranule, .cpus = one_each});
+    CHECK(pool.binding_errno() == 0);
+    const std::vector<CpuSet> sets = seen(pool);
+    for (const CpuSet& cpus : one_each)
+      CHECK(static_cast<std::size_t>(std::count(sets.begin(), sets.end(), cpus)) ==
+            4 / one_each.size());
+  }
+  // No processor that this machine has.
+  if (CPU_ISSET(CPU_SETSIZE - 1, &own)) return;
+  CpuSet none;
+  none.set(CPU_SETSIZE - 1);
+  CopyPool pool({.threads = 2, .piece_bytes = kGranule, .cpus = {none}});
+  CHECK(pool.binding_errno() == EINVAL);
+  CHECK(seen(pool).size() == 2);
 }
 
 TEST_CASE("jobs begin in the order of their submission, and a callback may submit") {

@@ -50,6 +50,8 @@ TEST_CASE("Devices tell what they are and are found by UUID only") {
     CHECK(first.uuid != Uuid{});
     CHECK(first.total_bytes == 64U << 20);
     CHECK_FALSE(first.name.empty());
+    CHECK(first.pci_bus_id == "0000:01:00.0");
+    CHECK(second.pci_bus_id == "0000:02:00.0");
     CHECK(first.sm_count > 0);
     CHECK(first.vmm);
     CHECK(first.vmm_fd);
