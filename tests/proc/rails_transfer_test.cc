@@ -1,4 +1,9 @@
 // Messages and offers between two rails processes that live.
+#include <sched.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <fstream>
 #include <random>
 
 #include "tests/proc/rails_harness.h"
@@ -7,6 +12,53 @@ namespace kvferry::rails::testing {
 namespace {
 
 constexpr uint64_t kLane = 1;
+
+CpuSet cpus_of(pid_t thread) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  REQUIRE(::sched_getaffinity(thread, sizeof set, &set) == 0);
+  CpuSet out;
+  for (std::size_t cpu = 0; cpu < out.size(); ++cpu)
+    if (CPU_ISSET(cpu, &set)) out.set(cpu);
+  return out;
+}
+
+CpuSet cpus_of(const Node& node, const std::string& name) {
+  const std::string tasks = "/proc/" + std::to_string(node.client->pid()) + "/task";
+  for (const auto& task : std::filesystem::directory_iterator(tasks)) {
+    std::string found;
+    std::getline(std::ifstream(task.path() / "comm"), found);
+    if (found == name) return cpus_of(std::stoi(task.path().filename()));
+  }
+  FAIL("no thread is called " << name);
+  return {};
+}
+
+TEST_CASE("A rail's thread keeps to its processors, and says so where it cannot") {
+  const CpuSet own = cpus_of(0);
+  CpuSet one;
+  for (std::size_t cpu = 0; cpu < own.size() && one.none(); ++cpu) one.set(cpu, own.test(cpu));
+  CpuSet none;
+  none.set(none.size() - 1);  // no machine that runs this has it
+  REQUIRE((own & none).none());
+  RailsConfig config = loopback("tcp");
+  config.rails = {{"tcp", "lo", one}, {"shm", ""}, {"tcp", "lo", none}};
+  Node a(config);
+  Node b(config);
+  start({&a, &b});
+  CHECK(a.ready.rails[0].binding_errno == 0);
+  CHECK(a.ready.rails[1].binding_errno == 0);
+  CHECK(a.ready.rails[2].binding_errno == EINVAL);
+  CHECK(cpus_of(a, "rail0-tcp") == one);
+  CHECK(cpus_of(a, "rail1-shm") == own);
+  CHECK(cpus_of(a, "rail2-tcp") == own);
+  // It works all the same.
+  for (uint32_t rail = 0; rail < 3; ++rail) join(a, b, kLane + rail, rail);
+  // And so does the next life of the process.
+  a.client->kill("test");
+  REQUIRE(pump({&a, &b}, [&] { return a.ready_count == 2; }));
+  CHECK(cpus_of(a, "rail0-tcp") == one);
+}
 
 TEST_CASE("Control messages of every size cross in both directions, in order") {
   const std::string transport = GENERATE("tcp", "shm");

@@ -44,6 +44,8 @@ class FakeBackend : public AdminBackend {
     info.arenas = {{"host", "shared_host", "no GPU here"}};
     info.gpus = {{"gpu0", "GPU-1", "A fast one", true, ""},
                  {"gpu1", "GPU-2", "Another", false, "an ECC error"}};
+    info.numa = {{"arena 0", "node 1", "next to eth0", ""},
+                 {"copy threads", "node 1", "", "not permitted"}};
     info.rails_up = 1;
     info.rails_total = 2;
     threads_.emplace_back([done = std::move(done), info] { done(info); });
@@ -248,6 +250,11 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(status["gpus"][0]["up"] == true);
   CHECK(status["gpus"][1]["detail"] == "an ECC error");
   CHECK(ctl("status").first.find("gpu1: Another, GPU-2, down: an ECC error") != std::string::npos);
+  CHECK(status["numa"][0]["place"] == "node 1");
+  CHECK(status["numa"][1]["problem"] == "not permitted");
+  CHECK(ctl("status").first.find("arena 0: node 1 (next to eth0)\n") != std::string::npos);
+  CHECK(ctl("status").first.find("copy threads: node 1, failed: not permitted\n") !=
+        std::string::npos);
 
   CHECK(nlohmann::json::parse(ctl("--json workers").first)["workers"][0]["pools"][0]["bytes"] ==
         3ULL << 30);
