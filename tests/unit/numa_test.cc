@@ -132,6 +132,20 @@ TEST_CASE("Nodes are those that this process may use") {
     CHECK(topology->nodes()[0].number == 1);
   }
   REQUIRE(bind_thread(::pthread_self(), before) == 0);
+  // numactl --preferred=0
+  const unsigned long node_0 = 1;
+  if (::syscall(SYS_set_mempolicy, MPOL_PREFERRED, &node_0, 64) != 0) {
+    WARN("not tested: set_mempolicy is not permitted here");
+    return;
+  }
+  {
+    const Machine machine("node:2 core:1 pu:1");
+    const auto topology = Topology::load();
+    REQUIRE(topology);
+    REQUIRE(topology->nodes().size() == 1);
+    CHECK(topology->nodes()[0].number == 0);
+  }
+  REQUIRE(::syscall(SYS_set_mempolicy, MPOL_DEFAULT, nullptr, 0) == 0);
 }
 
 TEST_CASE("Devices are found at the node of their slot") {
