@@ -46,10 +46,13 @@ inline void populate_huge(void* data, uint64_t bytes) {
   ::madvise(data, bytes, MADV_HUGEPAGE);
   // A first touch gives huge pages only where the system's settings for shared memory say so;
   // collapsing gives them when asked, and takes no longer if most of the memory is still empty.
-  // Touched by the kernel, which answers where a store would be a SIGBUS for want of memory.
+  // Touched by the kernel, which answers where a store would be a SIGBUS for want of memory. Which
+  // page is touched decides the NUMA node of the huge one; interleaving goes by a page's number, so
+  // it is not the first of each.
   auto* const base = static_cast<std::byte*>(data);
-  for (uint64_t at = 0; at + kHugePageBytes <= bytes; at += kHugePageBytes)
-    if (::madvise(base + at, 1, MADV_POPULATE_WRITE) != 0) return;
+  uint64_t page = 0;
+  for (uint64_t at = 0; at + kHugePageBytes <= bytes; at += kHugePageBytes, page += 167)
+    if (::madvise(base + at + page * 4096 % kHugePageBytes, 1, MADV_POPULATE_WRITE) != 0) return;
   ::madvise(data, bytes, MADV_COLLAPSE);
   ::madvise(data, bytes, MADV_POPULATE_WRITE);
 }
