@@ -40,10 +40,20 @@ void Core::check_invariants() const {
                   "a link counts its pulls");
     for (const uint64_t pull : link.own_pulls)
       KVFERRY_CHECK(receiver.legs().contains(pull), "a pull that is not closed has a leg");
-    for (const Lane& lane : link.lanes)
-      KVFERRY_CHECK(lane.held.empty() || lane.held.begin()->first > lane.next_in,
+    for (uint32_t lane = 0; lane < link.lanes.size(); ++lane) {
+      const Lane& of = link.lanes[lane];
+      KVFERRY_CHECK(of.held.empty() || of.held.begin()->first > of.next_in,
                     "only what stands behind a gap is held");
+      KVFERRY_CHECK(of.flow.in_flight() == sender.on_lane(id, lane), "a lane counts its chunks");
+    }
   }
+}
+
+uint64_t Sender::on_lane(LinkId link, uint32_t lane) const {
+  uint64_t bytes = 0;
+  for (const auto& [id, staging] : stagings_)
+    if (staging.on_lane && staging.link == link && staging.lane == lane) bytes += staging.bytes;
+  return bytes;
 }
 
 void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const {

@@ -161,6 +161,7 @@ void Lanes::connect(Link& link, uint32_t index) {
   lane.next_in = 0;
   lane.held.clear();
   lane.held_bytes = 0;
+  lane.flow = {};
   lane.hello_seen = false;
   lane.heard = core_.now;
   core_.emit(ConnectLane{{link.id, index, lane.epoch}});
@@ -221,6 +222,7 @@ void Lanes::lane_down(Link& link, uint32_t index, bool tell) {
   ++core_.stats.lane_downs;
   lane.held.clear();
   lane.held_bytes = 0;
+  lane.flow = {};
   core_.timers.cancel(lane_timer(TimerKind::kLaneSilence, link.id, index));
   core_.timers.cancel(lane_timer(TimerKind::kGap, link.id, index));
   const LaneRef ref{link.id, index, lane.epoch};
@@ -350,15 +352,14 @@ void Lanes::refuse(const LaneRef& ref, const MsgRefuse& message) {
     core_.emit(SendRefuse{lane, message});
 }
 
-std::optional<uint32_t> Lanes::offer_lane(Link& link) {
-  const auto count = static_cast<uint32_t>(link.lanes.size());
-  for (uint32_t step = 0; step < count; ++step) {
-    const uint32_t lane = (link.next_offer_lane + step) % count;
-    if (link.lanes[lane].state != LaneState::kUp) continue;
-    link.next_offer_lane = (lane + 1) % count;
-    return lane;
-  }
-  return std::nullopt;
+std::optional<uint32_t> Lanes::offer_lane(Link& link, uint64_t bytes) {
+  std::vector<LaneFlow*> flows;
+  flows.reserve(link.lanes.size());
+  for (Lane& lane : link.lanes)
+    flows.push_back(lane.state == LaneState::kUp ? &lane.flow : nullptr);
+  const std::size_t lane = link.choice.next(flows, bytes, link.chunk_bytes);
+  if (lane == flows.size()) return std::nullopt;
+  return static_cast<uint32_t>(lane);
 }
 
 bool Lanes::up(const Link& link, uint32_t lane, uint32_t epoch) const {

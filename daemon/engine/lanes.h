@@ -61,8 +61,8 @@ class Lanes {
   // An END, which either side may say; the others say themselves who says them.
   bool send_end(Link& link, Role by, MsgEnd message);
   void refuse(const LaneRef& lane, const MsgRefuse& message);
-  // The lane for the next offer, round robin over those that are up.
-  std::optional<uint32_t> offer_lane(Link& link);
+  // The lane on which a chunk of so many bytes should arrive first; nothing if none is up.
+  std::optional<uint32_t> offer_lane(Link& link, uint64_t bytes);
   bool up(const Link& link, uint32_t lane, uint32_t epoch) const;
   // This side gives the lane up.
   void give_up(const LaneRef& lane);

@@ -88,6 +88,7 @@ class Sender {
   uint64_t packed_bytes() const { return packed_bytes_; }
   uint32_t packed_copies() const { return packed_copies_; }
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
+  uint64_t on_lane(LinkId link, uint32_t lane) const;  // bytes, counted anew
 
  private:
   using NameAndRank = std::pair<TransferName, uint32_t>;
@@ -189,6 +190,10 @@ class Sender {
   static void stray_offer(TxLeg& leg, const Staging& staging);
   void unwant(uint64_t staging);
   void give_back(Staging& staging);
+  // The newest offer's bytes are on their lane no more; kArrived: the peer has said that it has
+  // them.
+  enum class Left : uint8_t { kArrived, kUnknown };
+  void off_lane(Staging& staging, Left how);
   void free_if_done(uint64_t staging);
 
   // sender_mapped.cc

@@ -290,7 +290,7 @@ void Sender::offer(TxLeg& leg) {
       leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
       return;
     }
-    const std::optional<uint32_t> lane = core_.lanes.offer_lane(link);
+    const std::optional<uint32_t> lane = core_.lanes.offer_lane(link, staging.bytes);
     if (!lane) break;
     staging.credit = asks ? *leg.spent : credits.back();
     staging.asks = asks;
@@ -303,6 +303,10 @@ void Sender::offer(TxLeg& leg) {
     staging.offer = OfferId{core_.next_number()};
     staging.offered = true;
     staging.newest_send_out = true;
+    if (!asks) {  // what is to be refused carries nothing
+      staging.on_lane = true;
+      link.lanes[*lane].flow.offered(staging.bytes, core_.now);
+    }
     staging.since = core_.now;
     ++staging.sends;
     newest_[staging.offer] = staging.id;
@@ -334,6 +338,7 @@ void Sender::lost_offer(Staging& staging, bool credit_usable) {
   TxLeg& leg = legs_.at(staging.leg);
   newest_.erase(staging.offer);
   staging.offered = false;
+  off_lane(staging, Left::kUnknown);
   if (staging.asks) leg.asking = false;
   leg.slices.at(staging.slice).chunks[staging.chunk].state = TxState::kStaged;
   leg.staged.insert({staging.slice, staging.chunk});
@@ -351,7 +356,10 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   TxChunk& of = slice.chunks[chunk];
   Staging& staging = stagings_.at(of.staging);
   if (of.state == TxState::kStaged) leg.staged.erase({ordinal, chunk});
-  if (of.state == TxState::kOffered && of.offered_again) stray_offer(leg, staging);
+  if (of.state == TxState::kOffered && of.offered_again)
+    stray_offer(leg, staging);
+  else
+    off_lane(staging, Left::kArrived);
   of.state = TxState::kAcked;
   of.staging = 0;
   --leg.holding;
@@ -386,7 +394,18 @@ void Sender::unwant(uint64_t id) {
   if (staging.offered) newest_.erase(staging.offer);
   if (staging.offered && staging.asks) legs_.at(staging.leg).asking = false;
   staging.offered = false;
+  // One that nobody waits for is on its lane as long as it is sent.
+  if (!staging.newest_send_out) off_lane(staging, Left::kUnknown);
   free_if_done(id);
+}
+
+void Sender::off_lane(Staging& staging, Left how) {
+  if (!std::exchange(staging.on_lane, false)) return;
+  LaneFlow& flow = core_.lanes.find(staging.link)->lanes[staging.lane].flow;
+  if (how == Left::kArrived)
+    flow.arrived(staging.bytes, core_.now);
+  else
+    flow.left(staging.bytes);
 }
 
 void Sender::give_back(Staging& staging) {
@@ -410,7 +429,10 @@ void Sender::offer_send_ended(OfferId offer) {
   sends_out_.erase(it);
   Staging& staging = stagings_.at(id);
   --staging.sends;
-  if (staging.offer == offer) staging.newest_send_out = false;
+  if (staging.offer == offer) {
+    staging.newest_send_out = false;
+    if (!staging.wanted) off_lane(staging, Left::kUnknown);
+  }
   if (flawed(Flaw::kStatus) && staging.wanted && staging.offered && staging.offer == offer) {
     TxLeg& leg = legs_.at(staging.leg);
     chunk_acked(leg, leg.slices.at(staging.slice), staging.slice, staging.chunk);
@@ -427,9 +449,9 @@ void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
   // acknowledged goes again, with the same credit.
   std::set<uint64_t> touched;
   for (auto& [id, staging] : stagings_) {
-    if (!staging.offered || staging.link != link.id || staging.lane != lane ||
-        staging.epoch != epoch)
-      continue;
+    if (staging.link != link.id || staging.lane != lane || staging.epoch != epoch) continue;
+    staging.on_lane = false;  // what the lane carried is forgotten
+    if (!staging.offered) continue;
     if (flawed(Flaw::kErrorOnly) && !staging.newest_send_out) continue;
     touched.insert(staging.leg);
     lost_offer(staging, true);

@@ -56,9 +56,11 @@ EngineSnapshot Core::snapshot(Time at) const {
     view.node = link.node;
     view.boot = link.boot;
     view.initiator = link.initiator;
-    for (uint32_t lane = 0; lane < link.lanes.size(); ++lane)
-      view.lanes.push_back(
-          {lane, link.lanes[lane].epoch, link.lanes[lane].state == LaneState::kUp});
+    for (uint32_t index = 0; index < link.lanes.size(); ++index) {
+      const Lane& lane = link.lanes[index];
+      view.lanes.push_back({index, lane.epoch, lane.state == LaneState::kUp, lane.flow.rate(),
+                            lane.flow.in_flight(), lane.flow.arrived_bytes()});
+    }
     view.chunk_bytes = link.chunk_bytes;
     view.legs_out = link.legs_out;
     view.legs_in = static_cast<uint32_t>(link.own_pulls.size());

@@ -35,6 +35,9 @@ struct LaneView {
   uint32_t lane = 0;
   uint32_t epoch = 0;
   bool up = false;
+  uint64_t rate = 0;           // of what this side sends, bytes a second; 0: not known
+  uint64_t in_flight = 0;      // bytes of chunks that went out by it and are not acknowledged
+  uint64_t arrived_bytes = 0;  // ... that are, in this epoch
 };
 struct LinkView {
   LinkId link;

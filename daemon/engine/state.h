@@ -18,6 +18,7 @@
 #include "daemon/engine/coverage.h"
 #include "daemon/engine/events.h"
 #include "daemon/engine/fair_queue.h"
+#include "daemon/engine/lane_flow.h"
 #include "daemon/engine/messages.h"
 #include "daemon/engine/reuse_types.h"
 
@@ -43,6 +44,7 @@ struct Lane {
   bool hello_seen = false;  // the peer's HELLO came before we were connected
   Time heard;
   Duration backoff{};
+  LaneFlow flow;  // of this epoch
 };
 
 // A PULL whose Send has not come.
@@ -89,7 +91,7 @@ struct Link {
   bool had_control = false;
   bool resync_due = false;
   bool dying = false;  // no control lane is chosen any more
-  uint32_t next_offer_lane = 0;
+  LaneChoice choice;
   uint32_t protocol_errors = 0;
   Time heard;
 
@@ -273,6 +275,7 @@ struct Staging {
   OfferId offer;                 // the newest
   bool offered = false;          // ... is out and neither refused nor lost
   bool newest_send_out = false;  // ... and its UCX send has not ended
+  bool on_lane = false;          // its bytes count as being in flight there
   uint32_t lane = 0;
   uint32_t epoch = 0;
   CreditGrant credit;

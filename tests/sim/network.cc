@@ -76,6 +76,13 @@ Duration Network::latency() {
   return world_.mishap(world_.scenario.faults.slow_message) ? usual * 100 : usual;
 }
 
+Duration Network::data_latency(const WireKey& key) {
+  const Link& link = links_.at(std::get<0>(key));
+  const Duration most = std::chrono::milliseconds(50);  // well within what a landing may take
+  return std::min(most, latency() * world_.scenario.slowness(link.ends[0].node, link.ends[1].node,
+                                                             std::get<1>(key), world_.now()));
+}
+
 void Network::post(const End& end, Event event) {
   if (alive(end)) world_.nodes[end.node]->post(std::move(event));
 }
@@ -471,6 +478,10 @@ void Network::send_offer(uint32_t node, const SendOffer& command) {
           "SendOffer on a lane without an endpoint");
   require(command.offer.bytes <= command.region.bytes && command.offer.bytes > 0, "region",
           "an offer of more bytes than its staging region has");
+  const Link& ends = links_.at(index);
+  const uint32_t slowness = world_.scenario.slowness(ends.ends[0].node, ends.ends[1].node,
+                                                     command.lane.lane, world_.now());
+  if (slowness >= 10) ++world_.totals.offers_on_slow_lanes;
   const uint64_t id = next_flight_++;
   Flight& flight = flights_[id];
   flight.wire = key;
@@ -537,7 +548,8 @@ void Network::accept_offer(uint32_t node, const AcceptOffer& command) {
     flight.pieces[i].begin = command.bytes * i / count;
     flight.pieces[i].bytes.resize(command.bytes * (i + 1) / count - flight.pieces[i].begin);
     const bool survives = !world_.rng.chance(world_.scenario.faults.lost_in_break);
-    world_.after(latency(), [this, id, i, survives] { move_piece(id, i, survives); });
+    world_.after(data_latency(flight.wire),
+                 [this, id, i, survives] { move_piece(id, i, survives); });
   }
   if (world_.mishap(world_.scenario.faults.break_landing))
     world_.after(world_.rng.micros(0, 500), [this, key = flight.wire] { break_wire(key); });
@@ -571,7 +583,8 @@ void Network::move_piece(uint64_t id, std::size_t index, bool survives) {
     world_.workload->data_corrupted();
     world_.note("a piece of offer " + std::to_string(flight.offer.offer.value) + " is corrupted");
   }
-  const Duration delay = latency() + (wire_of(flight.wire).broken ? lateness() : Duration{0});
+  const Duration delay =
+      data_latency(flight.wire) + (wire_of(flight.wire).broken ? lateness() : Duration{0});
   world_.after(delay, [this, id, index, survives] { write_piece(id, index, survives); });
   const bool all =
       std::all_of(flight.pieces.begin(), flight.pieces.end(), [](const Data& d) { return d.read; });

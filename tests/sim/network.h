@@ -119,6 +119,8 @@ class Network {
   Wire& wire_of(const WireKey& key);
   engine::LaneRef lane_at(const WireKey& key, uint32_t side) const;
   Duration latency();
+  // ... of data on that wire.
+  Duration data_latency(const WireKey& key);
   void post(const End& end, engine::Event event);
   void handshake(uint32_t from, uint32_t to);
   void establish(uint32_t from, uint32_t to);

@@ -206,6 +206,16 @@ bool Scenario::one_host(uint32_t a, uint32_t b) const {
   return mix(seed ^ mix(0x3A9D00 + 16 * std::min(a, b) + std::max(a, b))) % 2 == 0;
 }
 
+uint32_t Scenario::slowness(uint32_t a, uint32_t b, uint32_t lane, Time now) const {
+  const uint64_t run = mix(seed ^ 0x51044);
+  if (run % 2 == 0) return 1;
+  constexpr uint32_t kFactors[] = {1, 2, 10, 40};
+  // Half of these runs: a lane keeps its speed; else it changes every tenth of a second.
+  const uint64_t period = run / 2 % 2 == 0 ? 0 : static_cast<uint64_t>(now.ns) / 100'000'000;
+  const uint64_t pair = 16 * std::min(a, b) + std::max(a, b);
+  return kFactors[mix(seed ^ mix(0x51045000 + 4096 * period + 256 * lane + pair)) % 4];
+}
+
 uint32_t Scenario::ordinary_arenas(uint32_t node) const {
   return static_cast<uint32_t>(
       std::count_if(arenas[node].begin(), arenas[node].end(),

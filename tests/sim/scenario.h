@@ -110,6 +110,9 @@ struct Scenario {
   // Whether `from` maps what `to` lends, and whether it can see `to`'s process end.
   bool maps(uint32_t from, uint32_t to) const;
   bool one_host(uint32_t a, uint32_t b) const;
+  // How many times longer data take on that lane than they might, 1, 2, 10 or 40, in both
+  // directions. All 1 in half of all runs; in a quarter it changes as time goes by.
+  uint32_t slowness(uint32_t a, uint32_t b, uint32_t lane, Time now) const;
   // Of that node; mapped ones come after them.
   uint32_t ordinary_arenas(uint32_t node) const;
   // For a layout of that worker: one of the node's mapped ones; none where there are none, and of

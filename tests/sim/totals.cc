@@ -52,6 +52,7 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"chunks scattered", e.chunks_scattered},
           {"chunks copied locally", e.chunks_local},
           {"offers sent", e.offers_sent},
+          {"offers on slow lanes", totals.offers_on_slow_lanes},
           {"offers accepted", e.offers_accepted},
           {"offers refused", e.offers_refused},
           {"credits granted", e.credits_granted},
@@ -120,6 +121,7 @@ void Totals::add(const Totals& run) {
   asked_again += run.asked_again;
   unmapped += run.unmapped;
   gathers_beside += run.gathers_beside;
+  offers_on_slow_lanes += run.offers_on_slow_lanes;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);
 }

@@ -33,10 +33,11 @@ struct Totals {
   uint64_t needs_told = 0;
   uint64_t gathers_on_devices = 0;  // into another arena than host memory's
   uint64_t scatters_on_devices = 0;
-  uint64_t asked_again = 0;     // looks at regions that a peer was to be linked again for
-  uint64_t late_writes = 0;     // gathers into a peer's region that ended after its transfer
-  uint64_t unmapped = 0;        // PeerUnmapped told
-  uint64_t gathers_beside = 0;  // ... into another one than that of the send's pages
+  uint64_t asked_again = 0;           // looks at regions that a peer was to be linked again for
+  uint64_t late_writes = 0;           // gathers into a peer's region that ended after its transfer
+  uint64_t unmapped = 0;              // PeerUnmapped told
+  uint64_t gathers_beside = 0;        // ... into another one than that of the send's pages
+  uint64_t offers_on_slow_lanes = 0;  // ten times slower than the fastest may be
   std::map<std::string, uint64_t> reasons;  // of ends that are no success
   engine::EngineStats engine{};
 

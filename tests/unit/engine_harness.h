@@ -206,6 +206,14 @@ class Pair {
     }
   }
 
+  // The receiver's rails have the offer's data in the region that was accepted for it; `ok` false:
+  // they have lost it with its lane.
+  void land(const AcceptOffer& of, bool ok = true) {
+    s.post(OfferSendEnded{offers_.at(of.descriptor)});
+    r.post(ReceiveEnded{of.landing, ok});
+    run();
+  }
+
   TransferRecord sent(const std::string& id) const { return s.record({1}, handle_of(id)); }
   TransferRecord received(const std::string& id) const { return r.record({2}, handle_of(id)); }
 
