@@ -187,7 +187,15 @@ Json to_json(const v1::ListTransfersResponse& r) {
 
 Json to_json(const v1::ListPeersResponse& r) {
   Json list = Json::array();
-  for (const auto& peer : r.peers())
+  for (const auto& peer : r.peers()) {
+    Json lanes = Json::array();
+    for (const auto& lane : peer.lanes())
+      lanes.push_back({{"lane", lane.lane()},
+                       {"rail", lane.rail()},
+                       {"up", lane.up()},
+                       {"send_bytes_per_second", lane.send_rate()},
+                       {"in_flight_bytes", lane.in_flight_bytes()},
+                       {"arrived_bytes", lane.arrived_bytes()}});
     list.push_back({{"node_id", peer.node_id()},
                     {"address", peer.address()},
                     {"boot_id", peer.boot_id()},
@@ -202,7 +210,9 @@ Json to_json(const v1::ListPeersResponse& r) {
                      peer.has_round_trip() ? Json(seconds_of(peer.round_trip())) : Json(nullptr)},
                     {"legs", peer.legs()},
                     {"mapped_arenas", peer.mapped_arenas()},
-                    {"lent_arenas", peer.lent_arenas()}});
+                    {"lent_arenas", peer.lent_arenas()},
+                    {"lanes", std::move(lanes)}});
+  }
   return {{"peers", std::move(list)}};
 }
 
@@ -214,10 +224,12 @@ Json to_json(const v1::ListRailsResponse& r) {
     list.push_back({{"index", rail.index()},
                     {"transport", rail.transport()},
                     {"device", rail.device()},
+                    {"connection", rail.connection()},
                     {"address", rail.address()},
                     {"up", rail.up()},
                     {"sent_bytes", rail.sent_bytes()},
                     {"received_bytes", rail.received_bytes()},
+                    {"send_bytes_per_second", rail.send_rate()},
                     {"errors", rail.errors()},
                     {"restarts", rail.restarts()},
                     {"settings", std::move(settings)}});
@@ -429,10 +441,12 @@ std::string rails_text(const Json& json) {
                           {{"RAIL", plain("index"), true},
                            {"TRANSPORT", plain("transport")},
                            {"DEVICE", plain("device")},
+                           {"CONNECTION", plain("connection"), true},
                            {"ADDRESS", plain("address")},
                            {"UP", plain("up")},
                            {"SENT", bytes("sent_bytes"), true},
                            {"RECEIVED", bytes("received_bytes"), true},
+                           {"SENDS/S", bytes("send_bytes_per_second"), true},
                            {"ERRORS", plain("errors"), true},
                            {"RESTARTS", plain("restarts"), true}},
                           "no rails");

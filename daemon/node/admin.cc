@@ -1,6 +1,7 @@
 #include "daemon/node/admin.h"
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 
 #include "daemon/base/cpu_set.h"
@@ -208,6 +209,12 @@ void Admin::list_peers(Time, rpc::Reply<std::vector<rpc::PeerInfo>> done) {
         row.lanes_up = static_cast<uint32_t>(std::count_if(
             view.lanes.begin(), view.lanes.end(), [](const auto& lane) { return lane.up; }));
         row.last_heard = view.silent_for;
+        const std::size_t rails = engine_.rails_view().stats.size();
+        for (const engine::LaneView& lane : view.lanes) {
+          const uint32_t rail = rails == 0 ? 0 : rail_of(lane.lane, rails);
+          row.lanes.push_back(
+              {lane.lane, rail, lane.up, lane.rate, lane.in_flight, lane.arrived_bytes});
+        }
         row.legs = view.legs_in + view.legs_out;
         row.mapped = view.mapped;
         row.lent = view.lent_to;
@@ -226,12 +233,17 @@ void Admin::list_rails(Time, rpc::Reply<std::vector<rpc::RailInfo>> done) {
     if (i < view.info.rails.size()) {
       row.transport = view.info.rails[i].transport;
       row.device = view.info.rails[i].device;
+      row.connection = static_cast<uint32_t>(
+          std::count_if(rows.begin(), std::prev(rows.end()), [&](const rpc::RailInfo& other) {
+            return other.transport == row.transport && other.device == row.device;
+          }));
       if (view.info.rails[i].tcp_port != 0)
         row.address = "port " + std::to_string(view.info.rails[i].tcp_port);
     }
     row.up = view.ready;
     row.sent_bytes = view.stats[i].bytes_sent;
     row.received_bytes = view.stats[i].bytes_received;
+    if (i < view.send_rates.size()) row.send_rate = view.send_rates[i];
     row.errors = view.stats[i].refused + view.stats[i].dropped;
     row.restarts = view.restarts;
     row.settings = view.settings;

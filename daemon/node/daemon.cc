@@ -120,12 +120,17 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
 rails::RailsConfig rails_config(const ops::Config& config) {
   rails::RailsConfig out;
   out.executable = config.rails.binary;
-  for (const std::string& transport : config.rails.transports) {
-    if (transport == "shm") {
-      out.rails.push_back({transport, ""});  // has no device
-      continue;
+  // All devices, then all of them again: lanes join rails by their place in the list, over and
+  // over, so a device meets its like at a peer that has fewer connections to each.
+  for (uint32_t connection = 0; connection < config.rails.connections; ++connection) {
+    for (const std::string& transport : config.rails.transports) {
+      if (transport == "shm") {
+        out.rails.push_back({transport, ""});  // has no device
+        continue;
+      }
+      for (const std::string& device : config.rails.devices)
+        out.rails.push_back({transport, device});
     }
-    for (const std::string& device : config.rails.devices) out.rails.push_back({transport, device});
   }
   out.ucx.port_first = config.rails.port_range.first;
   out.ucx.port_last = config.rails.port_range.last;

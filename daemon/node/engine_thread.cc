@@ -466,6 +466,10 @@ void EngineThread::refresh_views(Time now) {
   parts_.metrics->reuse_pins.set(static_cast<int64_t>(snapshot.reuse_pins));
   parts_.metrics->draining.set(snapshot.draining ? 1 : 0);
 
+  view.send_rates = send_rates(snapshot);
+  for (std::size_t i = 0; i < view.send_rates.size() && i < parts_.metrics->rail_count(); ++i)
+    parts_.metrics->rail(i).send_rate.set_bytes(view.send_rates[i]);
+
   export_stats();
   export_gpus();
   MutexLock lock(view_mutex_);
@@ -474,6 +478,19 @@ void EngineThread::refresh_views(Time now) {
   view.last_status = view_.last_status;
   view.settings = std::move(view_.settings);
   view_ = std::move(view);
+}
+
+// Of each rail the speed of its fastest lane: lanes to several peers share a rail, and the fastest
+// one is the least held up by others.
+std::vector<uint64_t> EngineThread::send_rates(const engine::EngineSnapshot& snapshot) const {
+  std::vector<uint64_t> rates(parts_.rails->rail_count());
+  for (const engine::LinkView& link : snapshot.links) {
+    for (const engine::LaneView& lane : link.lanes) {
+      uint64_t& rate = rates[rail_of(lane.lane, rates.size())];
+      rate = std::max(rate, lane.rate);
+    }
+  }
+  return rates;
 }
 
 void EngineThread::export_gpus() {

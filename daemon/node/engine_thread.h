@@ -97,6 +97,7 @@ class EngineThread final : private rails::RailsEvents {
     bool ready = false;
     rails::RailsReady info;
     std::vector<rails::RailStats> stats;
+    std::vector<uint64_t> send_rates;  // by rail, of its fastest lane; 0: not known
     uint64_t restarts = 0;
     int pid = -1;
     std::string last_exit;
@@ -141,6 +142,7 @@ class EngineThread final : private rails::RailsEvents {
   void refresh_views(Time now);
   void export_stats();
   void export_gpus();
+  std::vector<uint64_t> send_rates(const engine::EngineSnapshot& snapshot) const;
   // Last resort for memory that somebody may still write: ends the rails process if a lane that was
   // given up does not come to its end.
   void watch_closing_lanes(Time now);

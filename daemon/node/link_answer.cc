@@ -125,7 +125,7 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress&
     link.keys = keys_of(*theirs, request.bytes, mine, reply.bytes, config.cluster_secret, false);
     link.stub = std::move(stub);
     for (uint32_t i = 0; i < agreed->lanes; ++i)
-      link.lanes.push_back({0, theirs->rails[i % theirs->rails.size()]});
+      link.lanes.push_back({0, theirs->rails[rail_of(i, theirs->rails.size())]});
     // Before the reply leaves: the peer's first message must find the link.
     ref = open_link(std::move(link), *agreed, waiters);
   }
@@ -148,7 +148,7 @@ Result<std::string> LinkManager::Impl::answer_reopen(LinkId id, const std::strin
     return fail(Code::kFailedPrecondition, "OLD_EPOCH", "the lane has been reopened since");
   lane = {request->epoch, std::move(request->rail)};
   sink(engine::LaneReopened{{id, request->lane, request->epoch}});
-  return rpc::encode(rpc::ReopenLaneReply{rails[request->lane % rails.size()]});
+  return rpc::encode(rpc::ReopenLaneReply{rails[rail_of(request->lane, rails.size())]});
 }
 
 Result<std::string> LinkManager::Impl::answer_arenas(const PeerRef& peer, const rpc::LinkCall& call,

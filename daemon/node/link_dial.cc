@@ -192,7 +192,7 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
   link.keys = keys;
   link.stub = attempt->stub;
   for (uint32_t i = 0; i < agreed->lanes; ++i)
-    link.lanes.push_back({0, theirs->rails[i % theirs->rails.size()]});
+    link.lanes.push_back({0, theirs->rails[rail_of(i, theirs->rails.size())]});
   std::vector<EnsureDone> waiters;
   std::optional<PeerRef> ref;
   {

@@ -222,7 +222,7 @@ Result<LanePath> LinkManager::lane_path(const engine::LaneRef& lane) const {
   if (link == nullptr || lane.lane >= link->lanes.size())
     return fail(Code::kNotFound, "LINK_DOWN", "the link has ended");
   if (impl_->rails.empty()) return rails_down();
-  const uint32_t rail = lane.lane % static_cast<uint32_t>(impl_->rails.size());
+  const uint32_t rail = rail_of(lane.lane, impl_->rails.size());
   const rpc::PeerRail& peer = link->lanes[lane.lane].peer_rail;
   return LanePath{rail, peer.transport, peer.address};
 }
@@ -273,7 +273,7 @@ void LinkManager::reopen_lane(const engine::ReopenLane& command) {
     Impl::Link* link = impl_->find(lane.link);
     if (link != nullptr && lane.lane < link->lanes.size() && !impl_->rails.empty()) {
       request.ucx_version = impl_->ucx_version;
-      request.rail = impl_->rails[lane.lane % impl_->rails.size()];
+      request.rail = impl_->rails[rail_of(lane.lane, impl_->rails.size())];
       asks_peer = true;
     }
   }

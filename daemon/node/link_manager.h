@@ -49,6 +49,11 @@ struct LinkManagerConfig {
   Duration backoff_most = std::chrono::seconds(2);
 };
 
+// The rail of a side with so many (not 0) that a lane is on.
+constexpr uint32_t rail_of(uint32_t lane, std::size_t rails) {
+  return lane % static_cast<uint32_t>(rails);
+}
+
 // How a lane reaches the peer from here.
 struct LanePath {
   uint32_t rail = 0;             // index in set_rails()

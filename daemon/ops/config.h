@@ -140,8 +140,9 @@ struct PortRange {
 };
 
 struct RailsConfig {
-  std::vector<std::string> devices{"lo"};      // one rail each, per transport
+  std::vector<std::string> devices{"lo"};
   std::vector<std::string> transports{"tcp"};  // "tcp", "shm"
+  uint32_t connections = 1;                    // tcp rails of each device
   PortRange port_range;
   Duration spin = microseconds(50);     // polling before a rail sleeps on its event descriptor
   uint64_t segment_bytes = 512 * kKiB;  // UCX's TCP segment

@@ -15,6 +15,7 @@ namespace kvferry::ops {
 namespace {
 
 constexpr uint32_t kNobodyUid = 65534;
+constexpr std::size_t kMaxRails = 16;  // of the rails process, and in a handshake
 constexpr std::size_t kMaxSocketPath = sizeof(sockaddr_un{}.sun_path) - 1;
 
 class Checker {
@@ -255,17 +256,38 @@ class Checker {
         rails.port_range.any()
             ? 65535U
             : static_cast<std::size_t>(rails.port_range.last) + 1U - rails.port_range.first;
+    const std::size_t tcp_rails = tcp ? rails.devices.size() * rails.connections : 0;
     // One more for the self-test's peer. UCX draws ports at random and gives up after some tries:
     // of 40 starts 14 failed with 2 ports, none with 20.
-    if (tcp && ports <= rails.devices.size())
-      problem("rails.port_range", "must have more ports than there are devices");
-    else if (tcp && ports < rails.devices.size() + 19)
+    if (tcp && ports <= tcp_rails)
+      problem("rails.port_range",
+              "must have more ports than there are tcp rails, which is rails.connections for each "
+              "device: " +
+                  std::to_string(tcp_rails));
+    else if (tcp && ports < tcp_rails + 19)
       warning("rails.port_range",
-              "is narrow: UCX draws ports at random and may find none; 20 "
-              "more than there are devices are enough");
+              "is narrow: UCX draws ports at random and may find none; 20 more than there are tcp "
+              "rails are enough");
+    check_rail_count(tcp_rails);
     if (rails.restart_backoff > rails.restart_backoff_max)
       problem("rails.restart_backoff", "is longer than rails.restart_backoff_max");
     check_rails_binary();
+  }
+
+  void check_rail_count(std::size_t tcp_rails) {
+    const RailsConfig& rails = config_.rails;
+    const bool only_tcp =
+        std::all_of(rails.transports.begin(), rails.transports.end(),
+                    [](const std::string& transport) { return transport == "tcp"; });
+    // Lanes join rails by their place in the list, over and over: beside others than tcp several
+    // connections would join a rail to one of another transport, where the peer has fewer.
+    if (rails.connections > 1 && !only_tcp)
+      problem("rails.connections", "must be 1 unless rails.transports is tcp alone");
+    const std::size_t count = tcp_rails + (only_tcp ? 0 : 1);
+    if (count > kMaxRails)
+      problem(rails.connections > 1 ? "rails.connections" : "rails.devices",
+              "makes " + std::to_string(count) + " rails; " + std::to_string(kMaxRails) +
+                  " are possible");
   }
 
   void check_rails_binary() {

@@ -141,10 +141,14 @@ Section gpu_section(GpuConfig& gpu) {
 Section rails_section(RailsConfig& rails) {
   return {
       "rails",
-      "The network side: a process of its own, one UCX worker for each device and transport.",
+      "The network side: a process of its own, one UCX worker for each rail.",
       {{"devices", "Network interfaces by name.", texts_binding(rails.devices)},
        {"transports", "tcp, or shm between daemons of one machine.",
         texts_binding(rails.transports)},
+       {"connections",
+        "How many rails tcp has on each device, each with connections, a UCX worker and a thread\n"
+        "of its own. 1 is right unless the network is faster than one connection.",
+        count_binding<uint32_t>(rails.connections, 1, 8)},
        {"port_range",
         "\"first-last\": the TCP ports that UCX may listen on. Anybody who reaches one owns the\n"
         "rails process, so firewall them; a must for devices other than lo.",

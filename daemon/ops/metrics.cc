@@ -330,6 +330,11 @@ class Metrics::Collector {
     Family bytes("kvferry_rail_bytes_total", "Chunk bytes through the rail.", MetricType::Counter);
     Family errors("kvferry_rail_errors_total", "Errors that UCX told.", MetricType::Counter);
     Family downs("kvferry_rail_downs_total", "Times that the rail went down.", MetricType::Counter);
+    Family rate(
+        "kvferry_rail_send_rate_bytes_per_second",
+        "How fast the rail lately brought chunks to the peer that it reaches fastest, acknowledged "
+        "by it; 0: not known.",
+        MetricType::Gauge);
     for (std::size_t i = 0; i < m_.rails_.size(); ++i) {
       const RailMetrics& rail = *m_.rails_[i];
       const Labels base{{"rail", std::to_string(i)},
@@ -345,8 +350,9 @@ class Metrics::Collector {
       bytes.add(with_direction("received"), as_double(rail.received_bytes.value()));
       errors.add(base, as_double(rail.errors.value()));
       downs.add(base, as_double(rail.downs.value()));
+      rate.add(base, static_cast<double>(rail.send_rate.value()));
     }
-    for (Family* family : {&up, &bytes, &errors, &downs}) out_.push_back(family->done());
+    for (Family* family : {&up, &bytes, &errors, &downs, &rate}) out_.push_back(family->done());
     gauge("kvferry_rails_process_up", "1 while the rails process runs.", m_.rails_process_up);
     counter("kvferry_rails_process_restarts_total", "Times that it had to be started again.",
             m_.rails_process_restarts.value());

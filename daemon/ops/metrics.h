@@ -198,6 +198,7 @@ struct RailMetrics {
   Counter received_bytes;
   Counter errors;
   Counter downs;
+  Gauge send_rate;  // bytes a second
 };
 
 // What one GPU does; the queue counts, the engine's thread stores its totals.

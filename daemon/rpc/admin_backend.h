@@ -117,6 +117,15 @@ struct TransferInfo {
   std::string peer;  // node id, "local", or the first of several
 };
 
+struct LaneInfo {
+  uint32_t lane = 0;
+  uint32_t rail = 0;  // the own one
+  bool up = false;
+  uint64_t send_rate = 0;  // bytes a second; 0: not known
+  uint64_t in_flight_bytes = 0;
+  uint64_t arrived_bytes = 0;
+};
+
 struct PeerInfo {
   std::string node;
   std::string address;
@@ -131,10 +140,13 @@ struct PeerInfo {
   uint32_t legs = 0;
   std::vector<uint32_t> mapped;  // arenas of the peer's that are mapped here
   std::vector<uint32_t> lent;    // own arenas that the peer has mapped
+  std::vector<LaneInfo> lanes;   // of its link
 };
 
 struct RailInfo {
   uint32_t index = 0;
+  uint32_t connection = 0;  // of the rails with its transport and device
+  uint64_t send_rate = 0;   // bytes a second, of its fastest lane; 0: not known
   std::string transport;
   std::string device;
   std::string address;  // what UCX bound, for people

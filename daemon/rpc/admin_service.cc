@@ -149,6 +149,15 @@ void fill(const PeerInfo& from, pb::Peer& to) {
   to.set_legs(from.legs);
   for (const uint32_t arena : from.mapped) to.add_mapped_arenas(arena);
   for (const uint32_t arena : from.lent) to.add_lent_arenas(arena);
+  for (const LaneInfo& lane : from.lanes) {
+    pb::PeerLane& out = *to.add_lanes();
+    out.set_lane(lane.lane);
+    out.set_rail(lane.rail);
+    out.set_up(lane.up);
+    out.set_send_rate(lane.send_rate);
+    out.set_in_flight_bytes(lane.in_flight_bytes);
+    out.set_arrived_bytes(lane.arrived_bytes);
+  }
 }
 
 void fill(const RailInfo& from, pb::Rail& to) {
@@ -161,6 +170,8 @@ void fill(const RailInfo& from, pb::Rail& to) {
   to.set_received_bytes(from.received_bytes);
   to.set_errors(from.errors);
   to.set_restarts(from.restarts);
+  to.set_connection(from.connection);
+  to.set_send_rate(from.send_rate);
   for (const auto& [name, value] : from.settings) {
     auto& out = *to.add_settings();
     out.set_name(name);

@@ -75,6 +75,7 @@ class FakeBackend : public AdminBackend {
     linked.boot.bytes[15] = 1;
     linked.state = "linked";
     linked.last_heard = milliseconds(250);
+    linked.lanes = {{0, 0, true, 5000, 2, 3}, {1, 1, false, 0, 0, 0}};
     PeerInfo down;
     down.node = "node-c";
     down.state = "down";
@@ -87,7 +88,10 @@ class FakeBackend : public AdminBackend {
     rail.transport = "tcp";
     rail.device = "lo";
     rail.settings = {{"UCX_TLS", "tcp"}};
-    done(std::vector<RailInfo>{rail});
+    RailInfo second = rail;
+    second.index = second.connection = 1;
+    second.send_rate = 7 << 20;
+    done(std::vector<RailInfo>{rail, second});
   }
   void list_arenas(Time, Reply<ArenasInfo> done) override {
     ArenaInfo arena;
@@ -214,6 +218,12 @@ TEST_CASE_METHOD(Fixture, "snapshots become messages, with bytes of ids escaped"
   REQUIRE(call(&v1::Admin::Stub::ListPeers, v1::ListPeersRequest(), peers).ok());
   CHECK(peers.peers(0).has_last_heard());
   CHECK_FALSE(peers.peers(1).has_last_heard());
+  REQUIRE(peers.peers(0).lanes_size() == 2);
+  CHECK(peers.peers(0).lanes(0).up());
+  CHECK(peers.peers(0).lanes(0).send_rate() == 5000);
+  CHECK(peers.peers(0).lanes(0).in_flight_bytes() == 2);
+  CHECK(peers.peers(0).lanes(0).arrived_bytes() == 3);
+  CHECK(peers.peers(0).lanes(1).rail() == 1);
   CHECK(peers.peers(1).boot_id().empty());
 }
 
@@ -269,6 +279,12 @@ TEST_CASE_METHOD(Fixture, "kvferryctl prints JSON for programs and tables for pe
   CHECK(ctl("workers").first.find("1 cuda_ipc + 1 host_shm, 4.0 GiB") != std::string::npos);
   CHECK(ctl("transfers").first.find("PEER_LOST") != std::string::npos);
   CHECK(ctl("rails").first.find("UCX_TLS=tcp") != std::string::npos);
+  const auto rails = nlohmann::json::parse(ctl("rails --json").first)["rails"];
+  CHECK(rails[0]["connection"] == 0);
+  CHECK(rails[1]["connection"] == 1);
+  CHECK(rails[1]["send_bytes_per_second"] == 7 << 20);
+  CHECK(ctl("rails").first.find("7.0 MiB") != std::string::npos);
+  CHECK(nlohmann::json::parse(ctl("peers --json").first)["peers"][0]["lanes"][1]["rail"] == 1);
   CHECK(ctl("arenas").first.find("25%") != std::string::npos);
   CHECK(ctl("arenas").first.find("away") != std::string::npos);
   CHECK(nlohmann::json::parse(ctl("arenas --json").first)["lent"][0]["bytes"] == 2 << 20);

@@ -302,6 +302,40 @@ TEST_CASE("devices off loopback need a port range with a port for each") {
   CHECK(load_config({"", {"rails.devices=eth0,eth1", "rails.port_range=7000-7021"}, {}}).ok());
 }
 
+TEST_CASE("several connections for a device: 1 to 8, each with a port, at most 16 rails") {
+  CHECK(load_config({"", {}, {}}).config.rails.connections == 1);
+  const LoadedConfig four = load_config({"", {"rails.connections=4"}, {}});
+  CHECK(four.ok());
+  CHECK(four.config.rails.connections == 4);
+  CHECK(has_problem(load_config({"", {"rails.connections=0"}, {}}), "rails.connections",
+                    "must be between 1 and 8"));
+  CHECK(has_problem(load_config({"", {"rails.connections=9"}, {}}), "rails.connections",
+                    "must be between 1 and 8"));
+  const std::string devices = "rails.devices=eth0,eth1";
+  const auto with = [&](const std::string& connections, const std::string& ports) {
+    return load_config(
+        {"", {devices, "rails.connections=" + connections, "rails.port_range=" + ports}, {}});
+  };
+  CHECK(has_problem(with("4", "7000-7007"), "rails.port_range", "more ports than"));
+  CHECK(with("4", "7000-7008").ok());
+  const auto is_narrow = [](const LoadedConfig& loaded) {
+    return std::any_of(loaded.warnings.begin(), loaded.warnings.end(),
+                       [](const auto& warning) { return warning.key == "rails.port_range"; });
+  };
+  CHECK(is_narrow(with("4", "7000-7025")));
+  CHECK_FALSE(is_narrow(with("4", "7000-7026")));
+  CHECK(with("8", "7000-7100").ok());
+  CHECK(has_problem(load_config({"",
+                                 {"rails.devices=eth0,eth1,eth2", "rails.connections=6",
+                                  "rails.port_range=7000-7100"},
+                                 {}}),
+                    "rails.connections", "makes 18 rails; 16 are possible"));
+  CHECK(has_problem(load_config({"", {"rails.transports=shm,tcp", "rails.connections=2"}, {}}),
+                    "rails.connections", "tcp alone"));
+  CHECK(has_problem(load_config({"", {"rails.transports=shm", "rails.connections=2"}, {}}),
+                    "rails.connections", "tcp alone"));
+}
+
 TEST_CASE("plain mode off loopback needs a secret that only its owner reads") {
   const Scratch scratch;
   const auto with = [&](const std::string& file) {

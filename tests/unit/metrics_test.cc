@@ -92,6 +92,7 @@ TEST_CASE("every series exists at zero before anything has happened") {
         "kvferry_reuse_withdrawn_total 0",
         "kvferry_reuse_evicted_total 0",
         "kvferry_rail_up{rail=\"0\",transport=\"tcp\",device=\"lo\"} 0",
+        "kvferry_rail_send_rate_bytes_per_second{rail=\"0\",transport=\"tcp\",device=\"lo\"} 0",
         "kvferry_messages_dropped_total{cause=\"bad_tag\"} 0",
         "kvferry_stage_duration_seconds_count{stage=\"wire\"} 0",
         "kvferry_rpcs_total{code=\"OK\"} 0",

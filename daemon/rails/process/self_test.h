@@ -25,7 +25,8 @@ namespace kvferry::rails {
 
 class SelfTest {
  public:
-  // Forks one peer per trial: of each rail, and with devices of each rail and each device.
+  // Forks one peer per trial: of each transport and device that a rail has, and with GPUs of each
+  // of these and each GPU.
   explicit SelfTest(const Setup& setup);
   // Kills and reaps what is left of the peers.
   ~SelfTest();

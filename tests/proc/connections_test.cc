@@ -1,0 +1,52 @@
+// Several rails by one device, of numbers that differ between two daemons.
+#include <array>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "tests/proc/rails_scene.h"
+
+namespace kvferry::testing {
+
+TEST_CASE("several connections by one device: as many lanes as the side with more has") {
+  RailsScene scene({"rails.connections=3", "engine.chunk_bytes=64KiB"},
+                   {"rails.connections=2", "engine.chunk_bytes=64KiB"}, 8192);
+  scene.hand_over();
+  scene.require_lanes(3);
+  scene.hand_over();
+  for (const int rail : {0, 1, 2}) CHECK(scene.sent_by(rail) > kMiB);
+  const auto ctl = [&](int side, const std::string& words) {
+    const std::string command = binary_directory() + "/kvferryctl --json --socket " +
+                                scene.daemon(side).admin_socket() + " " + words;
+    std::string text;
+    std::FILE* const pipe = ::popen(command.c_str(), "r");
+    REQUIRE(pipe != nullptr);
+    std::array<char, 4096> buffer{};
+    for (std::size_t got = 0; (got = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
+      text.append(buffer.data(), got);
+    REQUIRE(::pclose(pipe) == 0);
+    return nlohmann::json::parse(text);
+  };
+  const auto rails = ctl(0, "rails")["rails"];
+  REQUIRE(rails.size() == 3);
+  std::set<std::string> addresses;
+  for (std::size_t i = 0; i < 3; ++i) {
+    CHECK(rails[i]["device"] == "lo");
+    CHECK(rails[i]["connection"] == i);
+    addresses.insert(rails[i]["address"].get<std::string>());
+  }
+  CHECK(addresses.size() == 3);  // each listens at a port of its own
+  CHECK(ctl(1, "rails")["rails"].size() == 2);
+  const auto lanes = ctl(0, "peers")["peers"][0]["lanes"];
+  REQUIRE(lanes.size() == 3);
+  for (std::size_t i = 0; i < 3; ++i) {
+    CHECK(lanes[i]["rail"] == i);
+    CHECK(lanes[i]["up"] == true);
+    CHECK(lanes[i]["arrived_bytes"] > kMiB);
+    CHECK(lanes[i]["send_bytes_per_second"] > 0);
+    CHECK(lanes[i]["in_flight_bytes"] == 0);
+  }
+  CHECK(ctl(1, "peers")["peers"][0]["lanes"][2]["rail"] == 0);
+}
+
+}  // namespace kvferry::testing

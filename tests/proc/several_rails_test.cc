@@ -1,0 +1,112 @@
+// Two rails between two daemons: of different speed, and one that is cut in mid-transfer. Skipped,
+// with the reason, where no network can be made (Roads).
+#define CATCH_CONFIG_RUNNER
+#include <sys/stat.h>
+
+#include <fstream>
+#include <iostream>
+
+#include "tests/proc/rails_scene.h"
+#include "tests/proc/roads.h"
+
+namespace kvferry::testing {
+namespace {
+
+// Daemons whose rails processes, and nothing else of them, stand in namespaces of their own that
+// are joined by roads.
+class Distant {
+ public:
+  explicit Distant(const std::vector<uint64_t>& speeds, uint64_t tokens) : roads(speeds) {
+    char directory[] = "/tmp/kvferry-roads.XXXXXX";
+    REQUIRE(::mkdtemp(directory) != nullptr);
+    directory_ = directory;
+    const char* const other = std::getenv("KVFERRY_RAILS_BINARY");
+    const std::string rails = other != nullptr ? other : binary_directory() + "/kvferry-rails";
+    std::string devices = "rails.devices=";
+    for (std::size_t road = 0; road < speeds.size(); ++road)
+      devices += (road == 0 ? "road" : ",road") + std::to_string(road);
+    std::vector<std::string> settings[2];
+    for (int side = 0; side < 2; ++side) {
+      const std::string wrapper = directory_ + "/rails" + std::to_string(side);
+      std::ofstream(wrapper) << "#!/bin/sh\nexec nsenter --net=" << roads.namespace_path(side)
+                             << " " << rails << " \"$@\"\n";
+      REQUIRE(::chmod(wrapper.c_str(), 0700) == 0);
+      settings[side] = {"rails.binary=" + wrapper,         devices,
+                        "rails.port_range=20000-20999",    "engine.chunk_bytes=256KiB",
+                        "engine.heartbeat_interval=200ms", "engine.silence_limit=1s"};
+    }
+    scene = std::make_unique<RailsScene>(settings[0], settings[1], tokens);
+    scene->require_lanes(static_cast<int>(speeds.size()));
+  }
+  ~Distant() {
+    scene.reset();
+    std::error_code error;
+    std::filesystem::remove_all(directory_, error);
+  }
+  Distant(const Distant&) = delete;
+  Distant& operator=(const Distant&) = delete;
+
+  Roads roads;
+  std::unique_ptr<RailsScene> scene;
+
+ private:
+  std::string directory_;
+};
+
+}  // namespace
+
+TEST_CASE("a rail that is cut in mid-transfer: its chunks go by the other, and it comes back") {
+  constexpr uint64_t kTokens = 8192;  // 32 MiB
+  Distant distant({20 * kMiB, 20 * kMiB}, kTokens);
+  RailsScene& scene = *distant.scene;
+  scene.hand_over();
+  CHECK(scene.sent_by(0) > 4 * kMiB);
+  CHECK(scene.sent_by(1) > 4 * kMiB);
+  for (const std::size_t victim : {1U, 0U}) {  // 0 carries the control messages, too
+    CAPTURE(victim);
+    const double before = scene.received();
+    const TransferKey key = scene.begin();
+    const bool moves = comes_true([&] { return scene.received() - before > 8 * kMiB; });
+    INFO(scene.log_tail());
+    REQUIRE(moves);
+    distant.roads.cut(victim);
+    REQUIRE(scene.received() - before < kTokens * 4096);
+    scene.require_done(key);
+    scene.require_lanes(1);
+    const double by_victim = scene.sent_by(static_cast<int>(victim));
+    scene.hand_over();
+    CHECK(scene.sent_by(static_cast<int>(victim)) == by_victim);
+    distant.roads.mend(victim);
+    scene.require_lanes(2);
+    scene.hand_over();
+    CHECK(scene.sent_by(static_cast<int>(victim)) > by_victim + 4 * kMiB);
+  }
+}
+
+TEST_CASE("a rail that is twenty times slower gets few chunks") {
+  constexpr uint64_t kTokens = 8192;
+  constexpr double kBytes = kTokens * 4096;
+  const std::size_t slow = GENERATE(0U, 1U);
+  std::vector<uint64_t> speeds(2, 40 * kMiB);
+  speeds[slow] = 2 * kMiB;
+  Distant distant(speeds, kTokens);
+  RailsScene& scene = *distant.scene;
+  scene.hand_over();
+  const double before[2] = {scene.sent_by(0), scene.sent_by(1)};
+  CHECK(before[slow] < kBytes / 4);
+  scene.hand_over();
+  const double slow_bytes = scene.sent_by(static_cast<int>(slow)) - before[slow];
+  const double fast_bytes = scene.sent_by(static_cast<int>(1 - slow)) - before[1 - slow];
+  CAPTURE(slow, slow_bytes, fast_bytes);
+  CHECK(slow_bytes < kBytes / 8);  // half, if they took turns
+  CHECK(slow_bytes + fast_bytes >= kBytes);
+}
+
+}  // namespace kvferry::testing
+
+int main(int argc, char** argv) {
+  const std::string why_not = kvferry::testing::Roads::why_not();
+  if (why_not.empty()) return Catch::Session().run(argc, argv);
+  std::cout << "skipped: no network can be made: " << why_not << "\n";
+  return 77;
+}
