@@ -14,7 +14,7 @@ TEST_CASE("several connections by one device: as many lanes as the side with mor
   scene.hand_over();
   scene.require_lanes(3);
   scene.hand_over();
-  for (const int rail : {0, 1, 2}) CHECK(scene.sent_by(rail) > kMiB);
+  for (const int rail : {0, 1, 2}) CHECK(comes_true([&] { return scene.sent_by(rail) > kMiB; }));
   const auto ctl = [&](int side, const std::string& words) {
     const std::string command = binary_directory() + "/kvferryctl --json --socket " +
                                 scene.daemon(side).admin_socket() + " " + words;

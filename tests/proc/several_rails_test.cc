@@ -28,14 +28,18 @@ class Distant {
     std::vector<std::string> settings[2];
     for (int side = 0; side < 2; ++side) {
       const std::string wrapper = directory_ + "/rails" + std::to_string(side);
-      std::ofstream(wrapper) << "#!/bin/sh\nexec nsenter --net=" << roads.namespace_path(side)
-                             << " " << rails << " \"$@\"\n";
+      // UCX looks for devices in /sys, which shows the namespace that it was mounted in.
+      std::ofstream(wrapper)
+          << "#!/bin/sh\nexec nsenter --net=" << roads.namespace_path(side)
+          << " unshare --mount sh -c 'mount -t sysfs none /sys && exec \"$0\" \"$@\"' " << rails
+          << " \"$@\"\n";
       REQUIRE(::chmod(wrapper.c_str(), 0700) == 0);
       settings[side] = {"rails.binary=" + wrapper,         devices,
                         "rails.port_range=20000-20999",    "engine.chunk_bytes=256KiB",
                         "engine.heartbeat_interval=200ms", "engine.silence_limit=1s"};
     }
     scene = std::make_unique<RailsScene>(settings[0], settings[1], tokens);
+    scene->hand_over();  // which makes the link
     scene->require_lanes(static_cast<int>(speeds.size()));
   }
   ~Distant() {
@@ -60,8 +64,7 @@ TEST_CASE("a rail that is cut in mid-transfer: its chunks go by the other, and i
   Distant distant({20 * kMiB, 20 * kMiB}, kTokens);
   RailsScene& scene = *distant.scene;
   scene.hand_over();
-  CHECK(scene.sent_by(0) > 4 * kMiB);
-  CHECK(scene.sent_by(1) > 4 * kMiB);
+  for (const int rail : {0, 1}) CHECK(comes_true([&] { return scene.sent_by(rail) > 4 * kMiB; }));
   for (const std::size_t victim : {1U, 0U}) {  // 0 carries the control messages, too
     CAPTURE(victim);
     const double before = scene.received();
@@ -79,7 +82,8 @@ TEST_CASE("a rail that is cut in mid-transfer: its chunks go by the other, and i
     distant.roads.mend(victim);
     scene.require_lanes(2);
     scene.hand_over();
-    CHECK(scene.sent_by(static_cast<int>(victim)) > by_victim + 4 * kMiB);
+    CHECK(
+        comes_true([&] { return scene.sent_by(static_cast<int>(victim)) > by_victim + 4 * kMiB; }));
   }
 }
 
@@ -91,15 +95,19 @@ TEST_CASE("a rail that is twenty times slower gets few chunks") {
   speeds[slow] = 2 * kMiB;
   Distant distant(speeds, kTokens);
   RailsScene& scene = *distant.scene;
+  // The daemon's count of what its rails have sent may be a moment behind.
+  const auto all_sent = [&](int transfers) {
+    return comes_true([&] { return scene.sent_by(0) + scene.sent_by(1) >= transfers * kBytes; });
+  };
+  REQUIRE(all_sent(1));
+  CHECK(scene.sent_by(static_cast<int>(slow)) <
+        kBytes / 4);  // of the first, when nothing was known
+  const double before = scene.sent_by(static_cast<int>(slow));
   scene.hand_over();
-  const double before[2] = {scene.sent_by(0), scene.sent_by(1)};
-  CHECK(before[slow] < kBytes / 4);
-  scene.hand_over();
-  const double slow_bytes = scene.sent_by(static_cast<int>(slow)) - before[slow];
-  const double fast_bytes = scene.sent_by(static_cast<int>(1 - slow)) - before[1 - slow];
-  CAPTURE(slow, slow_bytes, fast_bytes);
+  REQUIRE(all_sent(2));
+  const double slow_bytes = scene.sent_by(static_cast<int>(slow)) - before;
+  CAPTURE(slow, slow_bytes);
   CHECK(slow_bytes < kBytes / 8);  // half, if they took turns
-  CHECK(slow_bytes + fast_bytes >= kBytes);
 }
 
 }  // namespace kvferry::testing
