@@ -101,6 +101,11 @@ class RailsScene {
     return metric(daemon(0), "kvferry_rail_bytes_total", "rail=\"" + std::to_string(rail) + "\"",
                   "direction=\"sent\"");
   }
+  // Whether the sender's rail is by that device and works.
+  bool is_up(int rail, const std::string& device) const {
+    return metric(daemon(0), "kvferry_rail_up", "rail=\"" + std::to_string(rail) + "\"",
+                  "device=\"" + device + "\"") == 1;
+  }
   void require_lanes(int count) const {
     for (const int side : {0, 1}) {
       const bool up = comes_true(

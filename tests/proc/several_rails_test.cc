@@ -16,7 +16,9 @@ namespace {
 // are joined by roads.
 class Distant {
  public:
-  explicit Distant(const std::vector<uint64_t>& speeds, uint64_t tokens) : roads(speeds) {
+  // `connections`: of the sender's daemon by each road.
+  explicit Distant(const std::vector<uint64_t>& speeds, uint64_t tokens, int connections = 1)
+      : roads(speeds) {
     char directory[] = "/tmp/kvferry-roads.XXXXXX";
     REQUIRE(::mkdtemp(directory) != nullptr);
     directory_ = directory;
@@ -38,9 +40,10 @@ class Distant {
                         "rails.port_range=20000-20999",    "engine.chunk_bytes=256KiB",
                         "engine.heartbeat_interval=200ms", "engine.silence_limit=1s"};
     }
+    settings[0].push_back("rails.connections=" + std::to_string(connections));
     scene = std::make_unique<RailsScene>(settings[0], settings[1], tokens);
     scene->hand_over();  // which makes the link
-    scene->require_lanes(static_cast<int>(speeds.size()));
+    scene->require_lanes(static_cast<int>(speeds.size()) * connections);
   }
   ~Distant() {
     scene.reset();
@@ -84,6 +87,17 @@ TEST_CASE("a rail that is cut in mid-transfer: its chunks go by the other, and i
     scene.hand_over();
     CHECK(
         comes_true([&] { return scene.sent_by(static_cast<int>(victim)) > by_victim + 4 * kMiB; }));
+  }
+}
+
+TEST_CASE("several connections by each device meet their like at a peer with one by each") {
+  Distant distant({40 * kMiB, 40 * kMiB}, 2048, 2);
+  RailsScene& scene = *distant.scene;
+  scene.hand_over();
+  for (const int rail : {0, 1, 2, 3}) {
+    CAPTURE(rail);
+    CHECK(scene.is_up(rail, "road" + std::to_string(rail % 2)));
+    CHECK(comes_true([&] { return scene.sent_by(rail) > kMiB / 2; }));
   }
 }
 

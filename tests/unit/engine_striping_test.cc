@@ -159,8 +159,8 @@ TEST_CASE("a chunk counts as being on its lane until it is acknowledged, refused
   s.gather_all();
   const auto in_flight = [&] {
     std::vector<uint64_t> bytes;
-    for (const LaneView& lane : s.engine.snapshot(s.now).links.at(0).lanes)
-      bytes.push_back(lane.in_flight);
+    const LinkView link = s.engine.snapshot(s.now).links.at(0);
+    for (const LaneView& lane : link.lanes) bytes.push_back(lane.in_flight);
     return bytes;
   };
   const auto offers = s.seen<SendOffer>();
