@@ -143,6 +143,21 @@ Finding check_shm(const System& system, bool gpu) {
   return ok("/dev/shm", text);
 }
 
+Finding check_congestion_control(const System& system) {
+  const std::string check = "tcp congestion control";
+  const auto text = system.read("/proc/sys/net/ipv4/tcp_congestion_control");
+  if (!text) return ok(check, "/proc does not tell");
+  const std::string name = text->substr(0, text->find_last_not_of(" \n") + 1);
+  if (name.rfind("bbr", 0) == 0)
+    return note(
+        check,
+        name +
+            ": it paces and counts each segment, which costs processors a third "
+            "more than cubic on fast, short paths",
+        "net.ipv4.tcp_congestion_control=cubic, or congctl cubic on the route to the peers");
+  return ok(check, name);
+}
+
 }  // namespace
 
 Findings check_sockets(const System& system, const DoctorOptions& options) {
@@ -171,7 +186,8 @@ Findings check_daemon(const std::optional<DaemonFacts>& daemon, const DoctorOpti
 }
 
 Findings check_limits(const System& system, const DoctorOptions& options, bool gpu) {
-  return {check_memlock(system, options, gpu), check_huge_pages(system), check_shm(system, gpu)};
+  return {check_memlock(system, options, gpu), check_huge_pages(system), check_shm(system, gpu),
+          check_congestion_control(system)};
 }
 
 Findings check_namespaces(const System& system, const DoctorOptions& options, bool gpu) {

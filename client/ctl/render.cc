@@ -260,7 +260,8 @@ Json to_json(const v1::ListArenasResponse& r) {
                     {"regions", arena.regions()},
                     {"quarantined_regions", arena.quarantined_regions()},
                     {"segments", arena.segments()},
-                    {"mapped", arena.mapped()}});
+                    {"mapped", arena.mapped()},
+                    {"huge_page_bytes", arena.huge_page_bytes()}});
   Json lent = Json::array();
   for (const auto& regions : r.lent())
     lent.push_back({{"arena", regions.arena()},
@@ -470,6 +471,7 @@ std::string arenas_text(const Json& json) {
                            {"KIND", plain("kind")},
                            {"MAPPED", plain("mapped")},
                            {"SIZE", bytes("total_bytes"), true},
+                           {"HUGE", bytes("huge_page_bytes"), true},
                            {"BUSY", busy, true},
                            {"FREE", bytes("free_bytes"), true},
                            {"GRANTED", bytes("granted_bytes"), true},

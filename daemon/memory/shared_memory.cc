@@ -7,6 +7,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cinttypes>
+#include <cstdio>
+#include <fstream>
 #include <limits>
 #include <string>
 
@@ -129,6 +132,23 @@ Result<SharedMemory> SharedMemory::map(UniqueFd fd, uint64_t bytes, Access acces
     ::madvise(memory.data_, bytes,
               access == Access::kReadWrite ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
   return memory;
+}
+
+uint64_t SharedMemory::huge_page_bytes() const {
+  const auto begin = reinterpret_cast<uintptr_t>(data_);
+  std::ifstream maps("/proc/self/smaps");
+  uint64_t bytes = 0;
+  bool ours = false;
+  for (std::string line; std::getline(maps, line);) {
+    uint64_t first = 0;
+    uint64_t last = 0;
+    uint64_t kib = 0;
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &first, &last) == 2)
+      ours = first >= begin && first < begin + bytes_;
+    else if (ours && std::sscanf(line.c_str(), "ShmemPmdMapped: %" SCNu64 " kB", &kib) == 1)
+      bytes += kib << 10;
+  }
+  return bytes;
 }
 
 Status SharedMemory::seal(int seals) {

@@ -53,6 +53,10 @@ class SharedMemory {
   static Result<SharedMemory> map(UniqueFd fd, uint64_t bytes, Access access,
                                   const SharedMemoryOptions& options = {});
 
+  // How much of it is in huge pages now, in bytes; 0 as well where /proc does not tell. Reads the
+  // list of all of the process's mappings: for start-up.
+  uint64_t huge_page_bytes() const;
+
   // Adds F_SEAL_* bits, e.g. F_SEAL_FUTURE_WRITE: this mapping stays writable, later ones are not.
   Status seal(int seals);
 

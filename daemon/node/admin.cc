@@ -261,6 +261,7 @@ void Admin::list_arenas(Time, rpc::Reply<rpc::ArenasInfo> done) {
       row.device = choice.device;
       row.kind = choice.kind;
       row.reason = choice.reason;
+      row.huge_page_bytes = choice.huge_page_bytes;
       row.mapped = view.mapped;
       row.total_bytes = view.total_bytes;
       row.free_bytes = view.free_bytes;

@@ -75,7 +75,10 @@ Status Arenas::add_host(const std::string& name, const std::vector<uint64_t>& se
   }
   auto host = memory::HostArena::create(name, segment_bytes, options);
   KVFERRY_RETURN_IF_ERROR(host);
-  Arena& arena = next(mapped, segment_bytes, {"host", "shared_host", mapped ? "configured" : ""});
+  rpc::MemoryChoice choice{"host", "shared_host", mapped ? "configured" : "", 0};
+  for (uint32_t i = 0; i < host->segment_count(); ++i)
+    choice.huge_page_bytes += host->segment(i).huge_page_bytes();
+  Arena& arena = next(mapped, segment_bytes, std::move(choice));
   arena.binding_problem = std::move(binding_problem);
   for (uint32_t i = 0; i < host->segment_count(); ++i) {
     const memory::SharedMemory& segment = host->segment(i);

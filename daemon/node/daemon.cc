@@ -217,7 +217,8 @@ Status Daemon::Impl::make_arenas() {
     ops::log_info("arena",
                   {ops::field("device", arena.choice.device), ops::field("kind", arena.choice.kind),
                    ops::field("mapped", arena.mapped), ops::field("why", arena.choice.reason),
-                   ops::field("bytes", bytes)});
+                   ops::field("bytes", bytes),
+                   ops::field("in_huge_pages", arena.choice.huge_page_bytes)});
   }
   return {};
 }

@@ -25,6 +25,7 @@ struct MemoryChoice {
   std::string device;  // "host", "gpu0"
   std::string kind;    // "shared_host", "pinned_host"
   std::string reason;  // why this kind
+  uint64_t huge_page_bytes = 0;  // of host memory
 };
 
 struct GpuInfo {
@@ -163,6 +164,7 @@ struct ArenaInfo {
   std::string device;
   std::string kind;
   std::string reason;
+  uint64_t huge_page_bytes = 0;  // when it was made; host memory only
   uint64_t total_bytes = 0;
   // States as in the metrics; add up to total_bytes.
   uint64_t free_bytes = 0;

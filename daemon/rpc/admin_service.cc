@@ -184,6 +184,7 @@ void fill(const ArenaInfo& from, pb::Arena& to) {
   to.set_device(from.device);
   to.set_kind(from.kind);
   to.set_reason(from.reason);
+  to.set_huge_page_bytes(from.huge_page_bytes);
   to.set_total_bytes(from.total_bytes);
   to.set_free_bytes(from.free_bytes);
   to.set_granted_bytes(from.granted_bytes);

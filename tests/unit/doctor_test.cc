@@ -204,6 +204,18 @@ TEST_CASE("huge pages and shared memory") {
   check_form(check_limits(system, options(), true));
 }
 
+TEST_CASE("congestion control that paces is a note") {
+  FakeSystem system;
+  const std::string check = "tcp congestion control";
+  system.files.erase("/proc/sys/net/ipv4/tcp_congestion_control");
+  CHECK(grade(check_limits(system, options(), false), check) == Grade::kOk);
+  system.files["/proc/sys/net/ipv4/tcp_congestion_control"] = "cubic\n";
+  CHECK(find(check_limits(system, options(), false), check).text == "cubic");
+  system.files["/proc/sys/net/ipv4/tcp_congestion_control"] = "bbr\n";
+  CHECK(grade(check_limits(system, options(), false), check) == Grade::kNote);
+  check_form(check_limits(system, options(), false));
+}
+
 TEST_CASE("a daemon in another PID namespace is a note where there is a GPU") {
   FakeSystem system;
   CHECK(grade(check_namespaces(system, options(), true), "pid namespace") == Grade::kOk);

@@ -99,6 +99,9 @@ TEST_CASE("what is large enough lies where huge pages can be") {
     CAPTURE(bytes);
     REQUIRE(made);
     CHECK(on_huge_page(made->data()));
+    // What the kernel has granted, which may be nothing.
+    CHECK(made->huge_page_bytes() % kHugePageBytes == 0);
+    CHECK(made->huge_page_bytes() <= bytes);
     std::memset(made->data(), 0x5A, bytes);
 
     auto mapped = SharedMemory::map(UniqueFd(::dup(made->fd())), bytes, Access::kReadOnly);
