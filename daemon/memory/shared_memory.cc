@@ -29,14 +29,29 @@ Status check_size(uint64_t bytes) {
   return {};
 }
 
+// Bytes that this process may have at most: the machine's, or its cgroup's limit.
+uint64_t memory_limit() {
+  const long pages = ::sysconf(_SC_PHYS_PAGES);
+  uint64_t limit = pages > 0 ? static_cast<uint64_t>(pages) * 4096 : kMaxBytes;
+  std::string path;
+  std::ifstream cgroups("/proc/self/cgroup");
+  for (std::string line; std::getline(cgroups, line);)
+    if (line.starts_with("0::")) path = line.substr(3);
+  // Within a container the path may be the host's; its own group is at the root.
+  for (const std::string& at : {path, std::string()}) {
+    std::ifstream file("/sys/fs/cgroup" + at + "/memory.max");
+    if (uint64_t bytes = 0; file >> bytes) limit = std::min(limit, bytes);  // or "max"
+  }
+  return limit;
+}
+
 // The kernel does not refuse to fill more memory than there is: it kills.
 Status check_memory(uint64_t bytes) {
-  const auto pages = static_cast<uint64_t>(std::max(::sysconf(_SC_PHYS_PAGES), 0L));
-  const auto page = static_cast<uint64_t>(std::max(::sysconf(_SC_PAGESIZE), 0L));
-  if (pages != 0 && bytes / page >= pages)
+  const uint64_t limit = memory_limit();
+  if (bytes >= limit)
     return fail(
         Code::kResourceExhausted, "MEMORY_EXHAUSTED",
-        std::to_string(bytes) + " bytes, and the machine has " + std::to_string(pages * page));
+        std::to_string(bytes) + " bytes, of which the process may have " + std::to_string(limit));
   return {};
 }
 
@@ -162,6 +177,10 @@ Result<HostArena> HostArena::create(std::string_view name,
   if (segment_bytes.size() > kMaxSegments)
     return invalid("segments", "TOO_MANY_SEGMENTS",
                    "an arena has at most " + std::to_string(kMaxSegments) + " segments");
+  uint64_t total = 0;
+  for (const uint64_t bytes : segment_bytes)
+    total += std::min(bytes, kMaxBytes);  // of 1,024 at most; a larger one is refused below
+  KVFERRY_RETURN_IF_ERROR(check_memory(total));
   HostArena arena;
   arena.segments_.reserve(segment_bytes.size());
   for (const uint64_t bytes : segment_bytes) {

@@ -80,10 +80,13 @@ std::vector<rpc::NumaInfo> NumaPlan::describe(const Arenas& arenas, int copy_err
   if (!binds()) return {{kEverything, "left to the kernel", placement_.why, problem_}};
   std::vector<rpc::NumaInfo> rows;
   const std::string place = numa::to_string(placement_.arena);
+  const std::string why = topology_->own_memory_policy()
+                              ? "by the memory policy that the daemon was started with"
+                              : placement_.why;
   for (std::size_t i = 0; i < arenas.all().size(); ++i) {
     const Arenas::Arena& arena = arenas.all()[i];
     if (arena.device != nullptr) continue;
-    rows.push_back({"arena " + std::to_string(i), place, placement_.why, arena.binding_problem});
+    rows.push_back({"arena " + std::to_string(i), place, why, arena.binding_problem});
   }
   std::string processors;
   for (const CpuSet& cpus : copy_cpus())

@@ -30,7 +30,8 @@ CpuSet cpus_of(hwloc_const_bitmap_t bitmap) {
 
 // The cgroup's sets hwloc has left out already. taskset, numactl and the service manager's
 // settings are an operator's word, too, and binding a thread or memory would override them.
-Status keep_to_own_binding(hwloc_topology_t topology) {
+// Sets `memory_policy` if there is one of the process's own.
+Status keep_to_own_binding(hwloc_topology_t topology, bool& memory_policy) {
   const Bitmap cpus = make_bitmap();
   const Bitmap nodes = make_bitmap();
   hwloc_membind_policy_t policy = HWLOC_MEMBIND_FIRSTTOUCH;
@@ -43,6 +44,7 @@ Status keep_to_own_binding(hwloc_topology_t topology) {
                         HWLOC_MEMBIND_THREAD | HWLOC_MEMBIND_BYNODESET) != 0 ||
       policy == HWLOC_MEMBIND_FIRSTTOUCH)
     return {};
+  memory_policy = true;
   if (hwloc_topology_restrict(topology, nodes.get(), HWLOC_RESTRICT_FLAG_BYNODESET) != 0)
     return fail_errno("NUMA_UNKNOWN", "hwloc_topology_restrict", errno);
   return {};
@@ -68,7 +70,7 @@ Result<Topology> Topology::load(std::string sysfs) {
   if (hwloc_topology_is_thissystem(topology) == 0)
     return fail(Code::kFailedPrecondition, "NUMA_ANOTHER_MACHINE",
                 "hwloc's environment (HWLOC_*) tells of another machine");
-  KVFERRY_RETURN_IF_ERROR(keep_to_own_binding(topology));
+  KVFERRY_RETURN_IF_ERROR(keep_to_own_binding(topology, out.own_memory_policy_));
   out.read_nodes();
   return out;
 }
@@ -109,12 +111,13 @@ std::optional<uint32_t> Topology::node_of_directory(const std::string& path) con
 std::optional<uint32_t> Topology::node_of_interface(const std::string& name) const {
   if (name.empty() || name.find('/') != std::string::npos) return std::nullopt;
   const std::string path = sysfs_ + "/class/net/" + name;
-  if (std::filesystem::exists(path + "/device")) return node_of_directory(path + "/device");
-  std::optional<uint32_t> common;
   std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(path, error)) {
+  if (std::filesystem::exists(path + "/device", error)) return node_of_directory(path + "/device");
+  std::optional<uint32_t> common;
+  std::filesystem::directory_iterator entry(path, error);
+  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
     constexpr std::string_view kBelow = "lower_";
-    const std::string link = entry.path().filename().string();
+    const std::string link = entry->path().filename().string();
     if (!link.starts_with(kBelow)) continue;
     const std::optional<uint32_t> node = node_of_interface(link.substr(kBelow.size()));
     if (!node || (common && common != node)) return std::nullopt;
@@ -129,6 +132,7 @@ std::optional<uint32_t> Topology::node_of_pci(const std::string& bus_id) const {
 }
 
 Status Topology::bind(const void* data, uint64_t bytes, std::span<const uint32_t> nodes) const {
+  if (own_memory_policy_) return {};
   const Bitmap set = make_bitmap();
   for (const uint32_t node : nodes) hwloc_bitmap_set(set.get(), node);
   const auto policy = nodes.size() > 1 ? HWLOC_MEMBIND_INTERLEAVE : HWLOC_MEMBIND_BIND;

@@ -43,8 +43,13 @@ class Topology {
 
   // Where pages of [data, data + bytes) that nobody has touched yet will come from: the node, or of
   // several nodes page by page in turn. A preference: what is full gives way to the others. For a
-  // shared mapping it is the file's, and holds for all who map it. INTERNAL MEMORY_BINDING_FAILED.
+  // shared mapping it is the file's, and holds for all who map it. Does nothing if
+  // own_memory_policy(). INTERNAL MEMORY_BINDING_FAILED.
   Status bind(const void* data, uint64_t bytes, std::span<const uint32_t> nodes) const;
+
+  // The process was started with a memory policy (numactl, NUMAPolicy=), which stays as it is: a
+  // strict one would otherwise give way to a preference.
+  bool own_memory_policy() const { return own_memory_policy_; }
 
  private:
   struct Destroy {
@@ -58,6 +63,7 @@ class Topology {
   std::unique_ptr<hwloc_topology, Destroy> hwloc_;
   std::vector<Node> nodes_;
   std::string sysfs_;
+  bool own_memory_policy_ = false;
 };
 
 }  // namespace kvferry::numa

@@ -144,6 +144,14 @@ TEST_CASE("Nodes are those that this process may use") {
     REQUIRE(topology);
     REQUIRE(topology->nodes().size() == 1);
     CHECK(topology->nodes()[0].number == 0);
+    CHECK(topology->own_memory_policy());
+    // Left as it is: the memory has no policy of its own.
+    auto memory = memory::SharedMemory::create("own", 4096);
+    REQUIRE(memory);
+    REQUIRE(topology->bind(memory->data(), memory->bytes(), std::vector<uint32_t>{0}));
+    int mode = -1;
+    REQUIRE(::syscall(SYS_get_mempolicy, &mode, nullptr, 0, memory->data(), MPOL_F_ADDR) == 0);
+    CHECK(mode == MPOL_DEFAULT);
   }
   REQUIRE(::syscall(SYS_set_mempolicy, MPOL_DEFAULT, nullptr, 0) == 0);
 }

@@ -77,16 +77,41 @@ int ending_of(void (*body)()) {
   return status;
 }
 
-// Lines of /proc/self/maps: mappings that lie side by side and differ in nothing are one.
+// Of memory files, and what is set aside for them: other threads of a sanitizer map, too.
 std::size_t mappings() {
   std::ifstream maps("/proc/self/maps");
   std::size_t lines = 0;
-  for (std::string line; std::getline(maps, line);) ++lines;
+  for (std::string line; std::getline(maps, line);)
+    if (line.find("memfd:") != std::string::npos) ++lines;
   return lines;
 }
 
 bool on_huge_page(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % kHugePageBytes == 0;
+}
+
+// The kernel is 6.1 or later and has transparent huge pages.
+bool huge_pages_can_be_had() {
+  const UniqueFd fd = worker_memory(kHugePageBytes, 0, false);
+  void* const at = map_aligned(fd.get(), kHugePageBytes, PROT_READ | PROT_WRITE);
+  REQUIRE(at != MAP_FAILED);
+  std::memset(at, 1, 1);
+  const bool had = ::madvise(at, kHugePageBytes, 25 /* MADV_COLLAPSE */) == 0;
+  ::munmap(at, kHugePageBytes);
+  return had;
+}
+
+TEST_CASE("huge pages are spread over NUMA nodes as their small ones would be") {
+  for (const uint64_t nodes : {2UL, 3UL, 4UL, 5UL, 6UL, 8UL}) {
+    CAPTURE(nodes);
+    std::vector<uint64_t> of_node(nodes);
+    constexpr uint64_t kHuge = 240;
+    for (uint64_t i = 0; i < kHuge; ++i) {
+      REQUIRE(first_touched_page(i) < kHugePageBytes / kPage);
+      ++of_node[(i * (kHugePageBytes / kPage) + first_touched_page(i)) % nodes];
+    }
+    for (const uint64_t count : of_node) CHECK(count >= kHuge / nodes / 2);
+  }
 }
 
 TEST_CASE("what is large enough lies where huge pages can be") {
@@ -99,9 +124,10 @@ TEST_CASE("what is large enough lies where huge pages can be") {
     CAPTURE(bytes);
     REQUIRE(made);
     CHECK(on_huge_page(made->data()));
-    // What the kernel has granted, which may be nothing.
-    CHECK(made->huge_page_bytes() % kHugePageBytes == 0);
-    CHECK(made->huge_page_bytes() <= bytes);
+    if (huge_pages_can_be_had())
+      CHECK(made->huge_page_bytes() == bytes / kHugePageBytes * kHugePageBytes);
+    else
+      CHECK(made->huge_page_bytes() == 0);
     std::memset(made->data(), 0x5A, bytes);
 
     auto mapped = SharedMemory::map(UniqueFd(::dup(made->fd())), bytes, Access::kReadOnly);
@@ -123,6 +149,11 @@ TEST_CASE("more memory than the machine has is refused before any is taken") {
   const auto made = SharedMemory::create("large", uint64_t{1} << 45, options);
   REQUIRE_FALSE(made);
   CHECK(made.error().reason == "MEMORY_EXHAUSTED");
+  // 64 TiB in pieces that would fit one by one.
+  const std::vector<uint64_t> segments(1024, uint64_t{1} << 36);
+  const auto arena = HostArena::create("many", segments, options);
+  REQUIRE_FALSE(arena);
+  CHECK(arena.error().reason == "MEMORY_EXHAUSTED");
 }
 
 TEST_CASE("shared memory is zeroed, sealed, without holes, and the same through a second mapping") {
