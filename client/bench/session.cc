@@ -201,6 +201,9 @@ Json versions_json(const std::vector<Metrics>& metrics) {
   out["compiler"] = __VERSION__;
   utsname system{};
   if (::uname(&system) == 0) out["kernel"] = std::string(system.sysname) + " " + system.release;
+  // Half of what a socket over loopback costs may be this.
+  std::ifstream congestion("/proc/sys/net/ipv4/tcp_congestion_control");
+  if (std::string name; congestion >> name) out["tcp_congestion_control"] = name;
   out["processor"] = processor();
   out["processors"] = std::thread::hardware_concurrency();
   return out;

@@ -237,6 +237,8 @@ def summary(contestant, rounds, options):
 
 def versions():
     out = {"python": platform.python_version(), "kernel": platform.release()}
+    with open("/proc/sys/net/ipv4/tcp_congestion_control", encoding="ascii") as file:
+        out["tcp_congestion_control"] = file.read().strip()
     for name in ("nixl", "nixl-cu13", "mooncake-transfer-engine-non-cuda", "numpy"):
         try:
             out[name] = metadata.version(name)
