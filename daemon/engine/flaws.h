@@ -14,6 +14,8 @@ enum class Flaw : uint8_t {
   kNoRefuse,            // a dropped offer is not answered
   kStatus,              // local completion of a send taken for delivery
   kLocalDone,           // staging freed at local completion
+  kFreeShared,          // a staging region is freed when the first leg that uses it is done
+  kShareByDigest,       // streams with one digest are taken for one
   kScatterQuarantined,  // a quarantined receive that ends well is scattered
   kFreeLanding,         // a landing region is freed when its transfer ends
   kKeepCredit,          // a dropped duplicate keeps its credit

@@ -66,21 +66,25 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     ++gathers[of.first];
     ++reads[of.first];
   }
+  for (const auto& [id, region] : regions_) {
+    if (region.ours) regions.emplace_back(RegionKind::kStaging, region.region);
+    if (!region.gathering) continue;
+    ++gathers[region.send];
+    if (region.packed)
+      ++packed_gathers[{region.send, region.slice}];
+    else
+      ++reads[region.send];
+  }
+  check_streams();
   for (const auto& [id, staging] : stagings_) {
-    if (staging.mapped && staging.gathering) ++writing[staging.pull];
-    if (!staging.lent && !staging.mapped)
-      regions.emplace_back(RegionKind::kStaging, staging.region);
-    KVFERRY_CHECK(staging.wanted || staging.gathering || staging.sends > 0,
+    const StagingRegion& region = regions_.at(staging.region);
+    if (staging.mapped && region.gathering) ++writing[staging.pull];
+    KVFERRY_CHECK(region.ours != (staging.lent || staging.mapped),
+                  "a chunk has a region here, but one that is lent or written to a peer");
+    KVFERRY_CHECK(staging.wanted || region.gathering || staging.sends > 0,
                   "staging that nobody wants or touches is freed");
     KVFERRY_CHECK(!staging.offered || newest_.contains(staging.offer),
                   "an offer that is out is found");
-    if (staging.gathering) {
-      ++gathers[staging.send];
-      if (staging.packed)
-        ++packed_gathers[{staging.send, staging.slice}];
-      else
-        ++reads[staging.send];
-    }
     if (!staging.wanted) continue;
     if (staging.offered && staging.asks) ++asking[staging.leg];
     const auto leg = legs_.find(staging.leg);
@@ -88,12 +92,12 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     const TxSlice& slice = leg->second.slices.at(staging.slice);
     const TxChunk& chunk = slice.chunks.at(staging.chunk);
     KVFERRY_CHECK(!slice.dropped && chunk.staging == id, "wanted staging is its chunk's");
-    const TxState expected = staging.gathering ? TxState::kGathering
+    const TxState expected = region.gathering  ? TxState::kGathering
                              : staging.mapped  ? TxState::kWritten
                              : staging.offered ? TxState::kOffered
                                                : TxState::kStaged;
     KVFERRY_CHECK(chunk.state == expected, "a chunk's state fits its staging");
-    KVFERRY_CHECK(staging.lent || staging.mapped || core_.arena_of(staging.region) == slice.arena,
+    KVFERRY_CHECK(staging.lent || staging.mapped || core_.arena_of(region.region) == slice.arena,
                   "a chunk is staged in the arena of what it is gathered from");
     KVFERRY_CHECK(leg->second.staged.contains({staging.slice, staging.chunk}) ==
                       (expected == TxState::kStaged),
@@ -223,9 +227,9 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     if (region.loan != 0) {
       ++loans;
       const auto loan = core_.sender.stagings().find(region.loan);
-      KVFERRY_CHECK(
-          loan != core_.sender.stagings().end() && loan->second.lent && loan->second.gathering,
-          "what a local copy reads is lent");
+      KVFERRY_CHECK(loan != core_.sender.stagings().end() && loan->second.lent &&
+                        core_.sender.staging_regions().at(loan->second.region).gathering,
+                    "what a local copy reads is lent");
     }
     if (!region.local) regions.emplace_back(RegionKind::kLanding, region.region);
     const auto leg = legs_.find(region.leg);

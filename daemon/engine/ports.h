@@ -52,6 +52,11 @@ struct LegContext {
 // One side's compiled slice of one leg.
 struct Plan {
   virtual ~Plan() = default;
+  // Sender: whether both streams are the same bytes of the same memory in the same order, so that
+  // what one plan gathers is what the other one would. Asked where `bytes` and `digest` are equal;
+  // equal digests alone are no proof, as a receiver has a say in the text. Cheap next to a
+  // compilation.
+  virtual bool same_source(const Plan& /*other*/) const { return false; }
   uint64_t bytes = 0;     // of the stream
   uint64_t digest = 0;    // of the stream's text
   bool has_tail = false;  // receiver: cells to be cleared once the whole stream is scattered

@@ -5,6 +5,7 @@
 //   sender_pulls.cc   what receivers' daemons say: PULL, END, CLAIM, DECLINE, also before the Send
 //   sender_legs.cc    slices of a leg: compile, announce, ack; resync; revoke
 //   sender_chunks.cc  gather, offer, staging; chunks lent to receivers on this daemon
+//   sender_streams.cc legs whose streams are equal: what is gathered for one serves the others
 //   sender_mapped.cc  chunks gathered straight into a receiver's mapped arena; DRAINED
 //   sender_needs.cc   what receivers need: RECEIVER_READY
 //   sender_packed.cc  packed copies: room for them, their making, their end
@@ -85,6 +86,7 @@ class Sender {
   const std::map<uint64_t, Send>& sends() const { return sends_; }
   const std::map<uint64_t, TxLeg>& legs() const { return legs_; }
   const std::map<uint64_t, Staging>& stagings() const { return stagings_; }
+  const std::map<uint64_t, StagingRegion>& staging_regions() const { return regions_; }
   uint64_t packed_bytes() const { return packed_bytes_; }
   uint32_t packed_copies() const { return packed_copies_; }
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
@@ -176,9 +178,12 @@ class Sender {
   bool same_arena(TxLeg& leg);
   void update(TxLeg& leg);
   void leave_queues(TxLeg& leg);
-  Staging& begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk);
+  StagingRegion& begin_gather(TxLeg& leg, uint64_t ordinal, uint64_t chunk);
+  Staging& begin_chunk(TxLeg& leg, StagingRegion& region);
   void gather(TxLeg& leg, const memory::Region& region);
-  void gathered(Staging& staging, const CopyEnded& event);
+  void gathered(StagingRegion& region, const CopyEnded& event);
+  void chunk_gathered(uint64_t staging, CopyOutcome outcome);
+  void chunk_read(TxLeg& leg, TxSlice& slice);
   void gather_all(uint32_t arena);
   std::set<std::pair<uint64_t, uint64_t>>::const_iterator unknown_to_peer(const TxLeg& leg) const;
   bool must_ask(const TxLeg& leg) const;
@@ -189,12 +194,23 @@ class Sender {
   void lost_offer(Staging& staging, bool credit_usable);
   static void stray_offer(TxLeg& leg, const Staging& staging);
   void unwant(uint64_t staging);
-  void give_back(Staging& staging);
+  void give_back(StagingRegion& region);
   // The newest offer's bytes are on their lane no more; kArrived: the peer has said that it has
   // them.
   enum class Left : uint8_t { kArrived, kUnknown };
   void off_lane(Staging& staging, Left how);
   void free_if_done(uint64_t staging);
+
+  // sender_streams.cc
+  void enter_stream(TxLeg& leg, uint64_t ordinal, TxSlice& slice);
+  void leave_stream(const TxLeg& leg, TxSlice& slice);
+  // Others may find the region; nobody finds it any more.
+  void list(const TxLeg& leg, const TxSlice& slice, StagingRegion& region);
+  void unlist(const StagingRegion& region);
+  StagingRegion* shareable(TxLeg& leg);
+  void share(TxLeg& leg, StagingRegion& region);
+  void share_all();
+  void check_streams() const;
 
   // sender_mapped.cc
   bool bad_mapped(const Link& link, const MsgPull& pull) const;
@@ -228,7 +244,10 @@ class Sender {
   std::map<uint64_t, Staging> stagings_;
   std::map<OfferId, uint64_t> newest_;     // offers that are out -> staging
   std::map<OfferId, uint64_t> sends_out_;  // UCX sends that have not ended -> staging
-  std::map<CopyId, uint64_t> gathers_;     // -> staging
+  std::map<CopyId, uint64_t> gathers_;     // -> staging region
+  std::map<uint64_t, StagingRegion> regions_;
+  std::map<uint64_t, TxStream> streams_;
+  std::set<uint64_t> sharing_;  // legs for which others' regions may hold a chunk
   std::map<CopyId, std::pair<uint64_t, uint32_t>> packings_;         // -> send, send index
   uint64_t packed_bytes_ = 0;                                        // of all packed copies ...
   uint32_t packed_copies_ = 0;                                       // ... that have any

@@ -9,13 +9,17 @@
 
 namespace kvferry::engine {
 
-// Moves the cursor to the next chunk to gather; false if there is none for now.
+// Moves the cursor to the next chunk to gather; false if there is none for now. Chunks behind it
+// may have found what they need in another leg's region.
 bool Sender::next_idle(TxLeg& leg) {
   auto& [ordinal, chunk] = leg.cursor;
   while (ordinal < leg.announced) {
     const auto it = leg.slices.find(ordinal);
-    if (it != leg.slices.end() && !it->second.dropped && chunk < it->second.chunks.size())
-      return true;
+    if (it != leg.slices.end() && !it->second.dropped) {
+      const std::vector<TxChunk>& chunks = it->second.chunks;
+      while (chunk < chunks.size() && chunks[chunk].state != TxState::kIdle) ++chunk;
+      if (chunk < chunks.size()) return true;
+    }
     ++ordinal;
     chunk = 0;
   }
@@ -59,6 +63,7 @@ void Sender::update(TxLeg& leg) {
     Turns& turns = turns_[leg.arena];
     (credited ? turns.credited : turns.ahead).insert(leg.turn);
   }
+  if (leg.queued && shareable(leg) != nullptr) sharing_.insert(leg.id);
 }
 
 void Sender::leave_queues(TxLeg& leg) {
@@ -90,6 +95,7 @@ void Sender::gather_all(uint32_t number) {
     TxLeg& leg = legs_.at(key.leg);
     leg.passes = 0;
     gather(leg, region);
+    share_all();  // or the next in turn gathers the same
   };
   const auto passed = [&](const FairKey& key) {
     TxLeg& leg = legs_.at(key.leg);
@@ -111,32 +117,25 @@ void Sender::gather_all(uint32_t number) {
 
 void Sender::flush() {
   gather_mapped();
+  share_all();
   for (uint32_t arena = 0; arena < turns_.size(); ++arena) gather_all(arena);
   const std::set<uint64_t> ready = ready_;
   for (const uint64_t leg : ready) offer(legs_.at(leg));
 }
 
 // The chunk's pages are read from now on, into a region or by a copy within this daemon.
-Staging& Sender::begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk) {
+StagingRegion& Sender::begin_gather(TxLeg& leg, uint64_t ordinal, uint64_t chunk) {
   Send& send = sends_.at(leg.send);
-  TxSlice& slice = leg.slices.at(ordinal);
+  const TxSlice& slice = leg.slices.at(ordinal);
   KVFERRY_CHECK(slice.packed || !send.record.released,
                 "no gather starts after the source was released");
-  const Link& link = *core_.lanes.find(leg.link);
-  Staging staging;
-  staging.id = core_.next_number();
-  staging.leg = leg.id;
-  staging.send = leg.send;
-  staging.link = leg.link;
-  staging.slice = ordinal;
-  staging.chunk = chunk;
-  staging.bytes = std::min(link.chunk_bytes, slice.plan->bytes - chunk * link.chunk_bytes);
-  staging.packed = slice.packed;
-  staging.since = core_.now;
-  slice.chunks[chunk].state = TxState::kGathering;
-  slice.chunks[chunk].staging = staging.id;
-  ++leg.holding;
-  ++leg.gathering;
+  StagingRegion region;
+  region.id = core_.next_number();
+  region.send = leg.send;
+  region.slice = ordinal;
+  region.chunk = chunk;
+  region.packed = slice.packed;
+  region.since = core_.now;
   ++send.gathers;
   if (slice.packed)
     ++send.sends[send.by_ordinal[ordinal]].packed.gathers;
@@ -146,6 +145,27 @@ Staging& Sender::begin_chunk(TxLeg& leg, uint64_t ordinal, uint64_t chunk) {
     send.moved = true;
     send.first_move = core_.now;
   }
+  return regions_.emplace(region.id, std::move(region)).first->second;
+}
+
+// The leg's chunk is what the region holds or is being filled with.
+Staging& Sender::begin_chunk(TxLeg& leg, StagingRegion& region) {
+  TxSlice& slice = leg.slices.at(region.slice);
+  const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
+  Staging staging;
+  staging.id = core_.next_number();
+  staging.region = region.id;
+  staging.leg = leg.id;
+  staging.send = leg.send;
+  staging.link = leg.link;
+  staging.slice = region.slice;
+  staging.chunk = region.chunk;
+  staging.bytes = std::min(chunk_bytes, slice.plan->bytes - region.chunk * chunk_bytes);
+  slice.chunks[region.chunk].state = TxState::kGathering;
+  slice.chunks[region.chunk].staging = staging.id;
+  region.users.insert(staging.id);
+  ++leg.holding;
+  ++leg.gathering;
   return stagings_.emplace(staging.id, std::move(staging)).first->second;
 }
 
@@ -155,8 +175,10 @@ void Sender::gather(TxLeg& leg, const memory::Region& region) {
   const TxSlice& slice = leg.slices.at(ordinal);
   const Link& link = *core_.lanes.find(leg.link);
   ++leg.cursor.second;
-  Staging& staging = begin_chunk(leg, ordinal, chunk);
-  staging.region = region;
+  StagingRegion& fresh = begin_gather(leg, ordinal, chunk);
+  fresh.region = region;
+  fresh.ours = true;
+  const Staging& staging = begin_chunk(leg, fresh);
   Gather command;
   command.copy = CopyId{core_.next_number()};
   command.plan = slice.plan;
@@ -164,8 +186,9 @@ void Sender::gather(TxLeg& leg, const memory::Region& region) {
   command.bytes = staging.bytes;
   command.region = region;
   command.check_kind = link.check;
-  gathers_[command.copy] = staging.id;
+  gathers_[command.copy] = fresh.id;
   core_.emit(std::move(command));
+  list(leg, slice, fresh);
   update(leg);
   if (!slice.packed && !send.record.memory_in_use)
     release(send);  // which tells that a copy reads the source
@@ -182,7 +205,7 @@ Sender::Loan Sender::lend(uint64_t pull, uint64_t ordinal, uint64_t chunk) {
   KVFERRY_CHECK(slice.state == TxSlice::State::kAnnounced && chunk < slice.chunks.size() &&
                     slice.chunks[chunk].state == TxState::kIdle,
                 "a chunk is lent once, after its SLICE");
-  Staging& staging = begin_chunk(leg, ordinal, chunk);
+  Staging& staging = begin_chunk(leg, begin_gather(leg, ordinal, chunk));
   staging.lent = true;
   Send& send = sends_.at(leg.send);
   if (!slice.packed && !send.record.memory_in_use)
@@ -191,70 +214,90 @@ Sender::Loan Sender::lend(uint64_t pull, uint64_t ordinal, uint64_t chunk) {
 }
 
 void Sender::repay(uint64_t loan, const CopyEnded& event) {
-  gathered(stagings_.at(loan), event);
+  gathered(regions_.at(stagings_.at(loan).region), event);
 }
 
 bool Sender::copy_ended(const CopyEnded& event) {
   const auto it = gathers_.find(event.copy);
   if (it == gathers_.end()) return false;
-  Staging& staging = stagings_.at(it->second);
+  StagingRegion& region = regions_.at(it->second);
   gathers_.erase(it);
-  gathered(staging, event);
+  gathered(region, event);
   return true;
 }
 
-void Sender::gathered(Staging& staging, const CopyEnded& event) {
-  Send& send = sends_.at(staging.send);
+void Sender::gathered(StagingRegion& region, const CopyEnded& event) {
+  Send& send = sends_.at(region.send);
   const uint64_t send_id = send.id;
-  staging.gathering = false;
-  staging.check = event.check;
-  if (staging.mapped) writing_ended(staging);
+  region.gathering = false;
+  region.check = event.check;
   --send.gathers;
-  if (staging.packed) {
-    SendSlice& packed = send.sends[send.by_ordinal[staging.slice]];
+  if (region.packed) {
+    SendSlice& packed = send.sends[send.by_ordinal[region.slice]];
     --packed.packed.gathers;
     if (send.terminal() || packed.dropped) free_packed(packed);
   } else {
     --send.reads;
   }
-  send.gather += core_.now - staging.since;
-  if (staging.wanted) {
-    TxLeg& leg = legs_.at(staging.leg);
-    TxSlice& slice = leg.slices.at(staging.slice);
-    if (event.outcome != CopyOutcome::kOk) {
-      leg_over(leg.id, LegFate::kFailed, Outcome::kFailed,
-               staging.lent ? Reason::kScatterFailed : Reason::kGatherFailed);
-    } else {
-      --leg.gathering;
-      if (staging.lent) {  // it is there; its ack will come
-        slice.chunks[staging.chunk].state = TxState::kOffered;
-        slice.chunks[staging.chunk].offered_once = true;
-        staging.offer = OfferId{core_.next_number()};
-        staging.offered = true;
-        staging.since = core_.now;
-        newest_[staging.offer] = staging.id;
-      } else if (staging.mapped) {
-        written(leg, slice, staging);
-      } else {
-        ++core_.stats.chunks_gathered;
-        slice.chunks[staging.chunk].state = TxState::kStaged;
-        leg.staged.insert({staging.slice, staging.chunk});
-      }
-      if (++slice.gathered == slice.count) {
-        if (!slice.packed) --leg.ungathered;
-        ++send.record.slices;
-      }
-      update(leg);
-      evaluate(send);
-    }
-  } else {
-    free_if_done(staging.id);
+  send.gather += core_.now - region.since;
+  if (event.outcome != CopyOutcome::kOk) {
+    unlist(region);
+  } else if (region.ours) {
+    const auto wanted = static_cast<uint64_t>(
+        std::count_if(region.users.begin(), region.users.end(),
+                      [&](uint64_t user) { return stagings_.at(user).wanted; }));
+    if (wanted > 0) ++core_.stats.chunks_gathered;
+    if (wanted > 1) core_.stats.chunks_shared += wanted - 1;
   }
+  // A leg that ends takes others with it, and the last one the region.
+  const std::set<uint64_t> users = region.users;
+  for (const uint64_t user : users)
+    if (stagings_.contains(user)) chunk_gathered(user, event.outcome);
   if (Send* left = find(send_id)) {
     answer_revokes(*left);
     release(*left);
     forget_if_done(send_id);
   }
+}
+
+// The gather that one of those waits for who use its region has ended.
+void Sender::chunk_gathered(uint64_t id, CopyOutcome outcome) {
+  Staging& staging = stagings_.at(id);
+  if (staging.mapped) writing_ended(staging);
+  if (!staging.wanted) {
+    free_if_done(id);
+    return;
+  }
+  TxLeg& leg = legs_.at(staging.leg);
+  if (outcome != CopyOutcome::kOk) {
+    leg_over(leg.id, LegFate::kFailed, Outcome::kFailed,
+             staging.lent ? Reason::kScatterFailed : Reason::kGatherFailed);
+    return;
+  }
+  TxSlice& slice = leg.slices.at(staging.slice);
+  if (staging.lent) {  // it is there; its ack will come
+    slice.chunks[staging.chunk].state = TxState::kOffered;
+    slice.chunks[staging.chunk].offered_once = true;
+    staging.offer = OfferId{core_.next_number()};
+    staging.offered = true;
+    staging.since = core_.now;
+    newest_[staging.offer] = staging.id;
+  } else if (staging.mapped) {
+    written(leg, slice, staging);
+  } else {
+    slice.chunks[staging.chunk].state = TxState::kStaged;
+    leg.staged.insert({staging.slice, staging.chunk});
+  }
+  chunk_read(leg, slice);
+  update(leg);
+}
+
+// One more chunk of the leg's needs its source no more.
+void Sender::chunk_read(TxLeg& leg, TxSlice& slice) {
+  --leg.gathering;
+  if (++slice.gathered < slice.count) return;
+  if (!slice.packed) --leg.ungathered;
+  ++sends_.at(leg.send).record.slices;
 }
 
 // A staged chunk of which the peer does not know that it waits.
@@ -326,8 +369,9 @@ void Sender::offer(TxLeg& leg) {
     command.offer.credit = staging.credit.credit;
     command.offer.offer = staging.offer;
     command.offer.bytes = staging.bytes;
-    command.offer.check = staging.check;
-    command.region = staging.region;
+    const StagingRegion& region = regions_.at(staging.region);
+    command.offer.check = region.check;
+    command.region = region.region;
     core_.emit(std::move(command));
   }
   update(leg);
@@ -371,6 +415,7 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   unwant(staging.id);
   if (++slice.acked == slice.count) {
     --leg.unacked;
+    leave_stream(leg, slice);
     slice.forget();
   }
   update(leg);
@@ -387,7 +432,8 @@ void Sender::ack_all(TxLeg& leg) {
   }
 }
 
-// Nobody wants the chunk any more; its region is free once nobody touches it.
+// Nobody wants the chunk any more; its region is free once nobody touches it, for this leg or for
+// others.
 void Sender::unwant(uint64_t id) {
   Staging& staging = stagings_.at(id);
   staging.wanted = false;
@@ -408,18 +454,23 @@ void Sender::off_lane(Staging& staging, Left how) {
     flow.left(staging.bytes);
 }
 
-void Sender::give_back(Staging& staging) {
-  const memory::Region region = std::exchange(staging.region, {});
-  core_.arenas[core_.arena_of(region)].give_back(RegionKind::kStaging, region);
+void Sender::give_back(StagingRegion& region) {
+  unlist(region);
+  region.ours = false;
+  core_.arenas[core_.arena_of(region.region)].give_back(RegionKind::kStaging, region.region);
 }
 
 void Sender::free_if_done(uint64_t id) {
   const auto it = stagings_.find(id);
   if (it == stagings_.end()) return;
-  Staging& staging = it->second;
-  if (staging.wanted || staging.gathering || staging.sends > 0) return;
-  if (staging.region.bytes > 0 && !staging.mapped) give_back(staging);
+  const Staging& staging = it->second;
+  if (staging.wanted || staging.sends > 0) return;
+  StagingRegion& region = regions_.at(staging.region);
+  if (region.gathering) return;
+  region.users.erase(id);
   stagings_.erase(it);
+  if (region.ours && (region.users.empty() || flawed(Flaw::kFreeShared))) give_back(region);
+  if (region.users.empty()) regions_.erase(region.id);
 }
 
 void Sender::offer_send_ended(OfferId offer) {
@@ -439,8 +490,9 @@ void Sender::offer_send_ended(OfferId offer) {
     if (delivered(leg)) leg_over(leg.id, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
     return;
   }
-  if (flawed(Flaw::kLocalDone) && staging.sends == 0 && staging.region.bytes > 0)
-    give_back(staging);
+  if (StagingRegion& region = regions_.at(staging.region);
+      flawed(Flaw::kLocalDone) && staging.sends == 0 && region.ours)
+    give_back(region);
   free_if_done(id);
 }
 

@@ -116,6 +116,7 @@ bool Sender::compiled(Compiled& event) {
   slice.bytes = slice.plan->bytes;
   slice.count = ceil_div(slice.bytes, link.chunk_bytes);
   slice.chunks.resize(slice.count);
+  enter_stream(leg, ordinal, slice);
   send.record.bytes_total += slice.plan->bytes;
   core_.workers.changed(send, Role::kSender);
   pump(leg);
@@ -268,6 +269,7 @@ void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
       if (!slice.dropped && !chunk.offered_once) all_offered = false;
       if (chunk.staging != 0) unwant(chunk.staging);
     }
+    leave_stream(leg, slice);
   }
   if (!all_offered) send.all_offered = false;
   if (leg.resolve) {
@@ -277,6 +279,7 @@ void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
   leave_queues(leg);
   turns_[leg.arena].ahead_total -= leg.ahead;
   ready_.erase(leg.id);
+  sharing_.erase(leg.id);
   core_.timers.cancel({TimerKind::kLegDeadline, leg.id, 0});
   Link& link = *core_.lanes.find(leg.link);
   --link.legs_out;
@@ -439,12 +442,14 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
     if (state == TxState::kOffered && !staging.lent) stray_offer(leg, staging);
     // That of a gather which still runs is usable again when it ends; this one the peer spends.
     if (state == TxState::kWritten)
-      leg.dropped_writes[{ordinal, chunk}] = {staging.credit.credit, staging.check};
+      leg.dropped_writes[{ordinal, chunk}] = {staging.credit.credit,
+                                              regions_.at(staging.region).check};
     if (state == TxState::kWritten && flawed(Flaw::kReuseWritten))
       leg.credits.push_back(staging.credit);
     slice.chunks[chunk].staging = 0;
     unwant(staging.id);
   }
+  leave_stream(leg, slice);
   slice.forget();
   if (slice.state == TxSlice::State::kAnnounced) {
     (void)core_.lanes.send(*core_.lanes.find(leg.link), MsgDrop{leg.pull->pull, ordinal});
@@ -457,9 +462,8 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
 void Sender::answer_revokes(Send& send) {
   if (send.revokes.empty()) return;
   std::set<uint64_t> reading;
-  for (const auto& [id, staging] : stagings_)
-    if (staging.gathering && !staging.packed && staging.send == send.id)
-      reading.insert(staging.slice);
+  for (const auto& [id, region] : regions_)
+    if (region.gathering && !region.packed && region.send == send.id) reading.insert(region.slice);
   std::erase_if(send.revokes, [&](const PendingRevoke& revoke) {
     for (const uint64_t ordinal : revoke.ordinals) {
       const SendSlice& slice = send.sends[send.by_ordinal[ordinal]];

@@ -48,10 +48,11 @@ void Sender::gather_into_peer(TxLeg& leg) {
   }
   leg.credits.pop_front();
   ++leg.cursor.second;
-  Staging& staging = begin_chunk(leg, ordinal, chunk);
+  StagingRegion& region = begin_gather(leg, ordinal, chunk);
+  region.region = {credit.place->segment, credit.place->offset, credit.bytes};
+  Staging& staging = begin_chunk(leg, region);
   staging.mapped = true;
   staging.pull = leg.pull->pull;
-  staging.region = {credit.place->segment, credit.place->offset, credit.bytes};
   staging.credit = credit;
   ++mapped_gathers_;
   ++writing_[staging.pull];
@@ -60,10 +61,10 @@ void Sender::gather_into_peer(TxLeg& leg) {
   command.plan = slice.plan;
   command.offset = chunk * link.chunk_bytes;
   command.bytes = staging.bytes;
-  command.region = staging.region;
+  command.region = region.region;
   command.check_kind = link.check;
   command.mapped = PeerArena{leg.link, *leg.mapped};
-  gathers_[command.copy] = staging.id;
+  gathers_[command.copy] = region.id;
   core_.emit(std::move(command));
   update(leg);
   Send& send = sends_.at(leg.send);
@@ -80,7 +81,7 @@ void Sender::written(TxLeg& leg, TxSlice& slice, Staging& staging) {
   staging.since = core_.now;
   (void)core_.lanes.send(*core_.lanes.find(leg.link),
                          MsgWritten{leg.pull->pull, staging.slice, staging.chunk,
-                                    staging.credit.credit, staging.check});
+                                    staging.credit.credit, regions_.at(staging.region).check});
 }
 
 // How many chunks wait for a credit.
@@ -128,7 +129,8 @@ void Sender::writing_ended(const Staging& staging) {
     if (idle_chunks(leg->second) > leg->second.credits.size())
       leg->second.credits.push_back(staging.credit);
     else
-      give_back_credit(leg->second, {staging.slice, staging.chunk}, staging.credit, staging.check);
+      give_back_credit(leg->second, {staging.slice, staging.chunk}, staging.credit,
+                       regions_.at(staging.region).check);
     update(leg->second);
   } else if (Link* link = core_.lanes.find_boot(staging.pull.receiver)) {
     const auto ended = link->pulls.find(staging.pull.counter);
@@ -161,8 +163,8 @@ void Sender::resync_writes(Link& link, const TxLeg& leg) {
     for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk) {
       if (slice.chunks[chunk].state != TxState::kWritten) continue;
       const Staging& staging = stagings_.at(slice.chunks[chunk].staging);
-      (void)core_.lanes.send(
-          link, MsgWritten{leg.pull->pull, ordinal, chunk, staging.credit.credit, staging.check});
+      (void)core_.lanes.send(link, MsgWritten{leg.pull->pull, ordinal, chunk, staging.credit.credit,
+                                              regions_.at(staging.region).check});
     }
   }
   if (flawed(Flaw::kForgetWritten)) return;

@@ -105,11 +105,11 @@ EngineSnapshot Core::snapshot(Time at) const {
     view.free_bytes -= region.region.bytes;
     ++view.regions;
   }
-  for (const auto& [id, staging] : sender.stagings()) {
-    if (staging.lent || staging.mapped) continue;
-    ArenaView& view = snapshot.arenas[arena_of(staging.region)];
-    view.staging_bytes += staging.region.bytes;
-    view.free_bytes -= staging.region.bytes;
+  for (const auto& [id, region] : sender.staging_regions()) {
+    if (!region.ours) continue;
+    ArenaView& view = snapshot.arenas[arena_of(region.region)];
+    view.staging_bytes += region.region.bytes;
+    view.free_bytes -= region.region.bytes;
     ++view.regions;
   }
   snapshot.lent = receiver.lent();

@@ -128,7 +128,8 @@ struct EngineStats {
   uint64_t credits_withdrawn = 0;
   uint64_t quarantines = 0;
   uint64_t chunks_gathered = 0;
-  uint64_t chunks_ahead = 0;  // of those: begun without a credit in hand
+  uint64_t chunks_ahead = 0;   // of those: begun without a credit in hand
+  uint64_t chunks_shared = 0;  // staged without a gather, for another leg had the same ones there
   uint64_t chunks_scattered = 0;
   uint64_t packed_made = 0;
   uint64_t packed_refused = 0;    // Sends, for want of room

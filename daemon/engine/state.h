@@ -182,6 +182,7 @@ struct TxSlice {
   uint64_t count = 0;  // of its chunks
   uint64_t gathered = 0;
   uint64_t acked = 0;
+  uint64_t stream = 0;  // as long as it is compiled and counts, unless nothing of it is staged
   bool empty_acked = false;
   bool dropped = false;
   bool packed = false;          // brings a packed copy: its gathers do not read the pages
@@ -252,24 +253,52 @@ struct TxLeg {
   FairKey turn;
 };
 
-// A region that holds a chunk on its way out. Lives on after its leg until nobody reads it. A chunk
-// that is lent to a receiver on this daemon has no region: it is copied from page to page. That of
-// a mapped leg is the peer's, and the record lives until the ack, or until the gather ends.
+// The stream of a slice on a leg, or on several if their plans read the same bytes in the same
+// order, and their links cut and check them alike: then they have one plan, and what is gathered
+// for one of them serves the others for as long as it is there. Lives as long as its slice counts
+// on one of them and is not wholly acknowledged there.
+struct TxStream {
+  uint64_t send = 0;
+  uint64_t slice = 0;  // ordinal
+  uint64_t chunk_bytes = 0;
+  CheckKind check = CheckKind::kNone;
+  std::shared_ptr<const Plan> plan;
+  std::set<uint64_t> legs;
+  std::map<uint64_t, uint64_t> regions;  // chunk -> region that holds it, or is being filled
+};
+
+// Where a gather puts a chunk of a stream. It is freed when no staging is left that uses it.
+struct StagingRegion {
+  uint64_t id = 0;
+  memory::Region region;  // none of a chunk that is lent, the peer's of a mapped leg's
+  bool ours = false;      // in an arena here
+  uint64_t send = 0;
+  uint64_t slice = 0;
+  uint64_t chunk = 0;
+  uint64_t stream = 0;       // ours; perhaps no more
+  bool packed = false;       // gathered from a packed copy
+  bool gathering = true;     // lent: that copy runs
+  Check check;               // once gathered
+  Time since;                // the gather began
+  std::set<uint64_t> users;  // stagings
+};
+
+// A chunk of a leg on its way out. Lives on after its leg until nobody reads its region, which
+// other legs' chunks may use too. A chunk that is lent to a receiver on this daemon has none: it is
+// copied from page to page. That of a mapped leg is the peer's, and the record lives until the ack,
+// or until the gather ends.
 struct Staging {
   uint64_t id = 0;
-  memory::Region region;
+  uint64_t region = 0;  // StagingRegion
   uint64_t leg = 0;
   uint64_t send = 0;
   LinkId link;
   uint64_t slice = 0;
   uint64_t chunk = 0;
   uint64_t bytes = 0;
-  Check check;
   bool lent = false;
   bool mapped = false;
   PullId pull;                   // mapped
-  bool gathering = true;         // lent: that copy runs
-  bool packed = false;           // gathered from a packed copy
   bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
   uint32_t sends = 0;            // UCX sends that have not ended
   OfferId offer;                 // the newest
@@ -280,7 +309,7 @@ struct Staging {
   uint32_t epoch = 0;
   CreditGrant credit;
   bool asks = false;  // the newest offer names a spent credit, to be refused
-  Time since;         // gather or offer began
+  Time since;         // the newest offer, or what stands for it, went out
 };
 
 // The packed copy of a slice.
@@ -305,6 +334,7 @@ struct SendSlice {
   uint64_t ordinal = 0;
   ConditionId condition;
   PackedCopy packed;
+  std::vector<uint64_t> streams = {};  // of all legs
 };
 
 struct ReceiverKey {

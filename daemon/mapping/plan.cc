@@ -428,6 +428,29 @@ class Binder {
 
 }  // namespace
 
+bool Plan::same_places(const Plan& other) const {
+  const auto equal = [](const auto& a, const auto& b, auto&& fields) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [&](const auto& x, const auto& y) { return fields(x) == fields(y); });
+  };
+  const auto bundle = [](const kernels::Bundle& b) {
+    // The strides follow from the strips.
+    return std::tie(b.stream_offset, b.bytes, b.cell_bytes, b.order, b.first_row, b.row_count,
+                    b.plane_count, b.first_strip, b.first_segment, b.segment_count, b.first_block,
+                    b.block_count, b.token_count, b.unit_count);
+  };
+  const auto strip = [](const Strip& s) {
+    return std::tie(s.pool, s.offset, s.block_stride, s.unit_stride, s.token_stride);
+  };
+  const auto entry = [](const BlockEntry& e) { return std::tie(e.tokens_before, e.first_span); };
+  const auto span = [](const TokenSpan& s) { return std::tie(s.block, s.token, s.count); };
+  const CopyPlan& a = form_;
+  const CopyPlan& b = other.form_;
+  return a.bytes == b.bytes && a.rows == b.rows && a.segments == b.segments &&
+         equal(a.bundles, b.bundles, bundle) && equal(a.strips, b.strips, strip) &&
+         equal(a.blocks, b.blocks, entry) && equal(a.spans, b.spans, span);
+}
+
 uint64_t Plan::run_count() const {
   uint64_t count = 0;
   for_each_run(0, bytes(), [&](uint32_t, uint64_t, uint64_t, uint64_t) { ++count; });

@@ -32,6 +32,10 @@ class Plan {
     kernels::for_each_run(form_, stream_offset, bytes, fn);
   }
   uint64_t run_count() const;
+  // Whether every stream offset lies at the same place of the same pool numbers in both: then, for
+  // one layout, both are the same bytes in the same order. May answer false where that is so but
+  // the two were made from unlike texts. Takes as long as comparing their arrays.
+  bool same_places(const Plan& other) const;
 
  private:
   kernels::CopyPlan form_;

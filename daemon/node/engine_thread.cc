@@ -520,6 +520,7 @@ void EngineThread::export_stats() {
   metrics.of(ops::ByteDirection::kSent).store(stats.bytes_sent);
   metrics.of(ops::ByteDirection::kReceived).store(stats.bytes_received);
   metrics.of(ops::ChunkEvent::kGathered).store(stats.chunks_gathered);
+  metrics.of(ops::ChunkEvent::kShared).store(stats.chunks_shared);
   metrics.of(ops::ChunkEvent::kOffered).store(stats.offers_sent);
   metrics.of(ops::ChunkEvent::kAccepted).store(stats.offers_accepted);
   metrics.of(ops::ChunkEvent::kRefused).store(stats.offers_refused);

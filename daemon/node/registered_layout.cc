@@ -88,6 +88,11 @@ Status CompiledPlan::make_device_forms() {
   return {};
 }
 
+bool CompiledPlan::same_source(const engine::Plan& other) const {
+  const auto* there = dynamic_cast<const CompiledPlan*>(&other);
+  return there != nullptr && layout == there->layout && plan->same_places(*there->plan);
+}
+
 bool RegisteredLayout::serves(uint32_t group, const LayoutHandle& other,
                               uint32_t other_group) const {
   const auto* to = dynamic_cast<const RegisteredLayout*>(&other);

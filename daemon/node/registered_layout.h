@@ -74,6 +74,7 @@ std::vector<engine::ReuseGroup> reuse_groups_of(const mapping::RankLayout& layou
 struct CompiledPlan : engine::Plan {
   // Makes the form for the GPU where the layout's pages are, if they are on one. TOO_FRAGMENTED.
   Status make_device_forms();
+  bool same_source(const engine::Plan& other) const override;
 
   std::shared_ptr<const RegisteredLayout> layout;
   std::shared_ptr<const mapping::Plan> plan;

@@ -50,9 +50,9 @@ using Words = std::array<const char*, N>;
 constexpr Words<kTransferRoles> kRoleWords{"send", "receive"};
 constexpr Words<kTransferOutcomes> kOutcomeWords{"done", "failed", "cancelled"};
 constexpr Words<kByteDirections> kDirectionWords{"sent", "received", "local"};
-constexpr Words<kChunkEvents> kChunkWords{"gathered",  "offered",  "refused", "acked",
-                                          "requeued",  "accepted", "dropped", "landed",
-                                          "scattered", "corrupt",  "written", "mapped"};
+constexpr Words<kChunkEvents> kChunkWords{"gathered", "offered", "refused", "acked",     "requeued",
+                                          "accepted", "dropped", "landed",  "scattered", "corrupt",
+                                          "written",  "mapped",  "shared"};
 constexpr Words<kBorrowFailures> kBorrowFailureWords{"ask", "socket", "device", "import",
                                                      "checked"};
 constexpr Words<kEvidences> kEvidenceWords{"drained", "process", "operator"};

@@ -85,7 +85,8 @@ inline constexpr std::size_t kTransferOutcomes = 3;
 enum class ByteDirection : uint8_t { kSent, kReceived, kLocal };
 inline constexpr std::size_t kByteDirections = 3;
 
-// The life of chunks: on the sending side gathered, offered, refused (the peer wants it again),
+// The life of chunks: on the sending side gathered or shared (another leg had the same one
+// gathered), offered, refused (the peer wants it again),
 // acked, requeued (its lane went down); on the receiving side accepted, dropped (offer without
 // effect), landed, scattered, corrupt (the check was wrong).
 enum class ChunkEvent : uint8_t {
@@ -101,8 +102,9 @@ enum class ChunkEvent : uint8_t {
   kCorrupt,
   kWritten,  // gathered straight into a peer's mapped arena
   kMapped,   // came so
+  kShared,
 };
-inline constexpr std::size_t kChunkEvents = 12;
+inline constexpr std::size_t kChunkEvents = 13;
 
 // Why what was lent to a peer may be used again after its transfer's end.
 enum class Evidence : uint8_t {

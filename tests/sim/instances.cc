@@ -15,12 +15,13 @@ namespace {
 constexpr uint32_t kBlocks = 96;  // of each group, each rank
 constexpr uint32_t kSlots = 256;
 
-std::shared_ptr<SimContext> context_for(const Leg& leg, bool skewed) {
+std::shared_ptr<SimContext> context_for(const Leg& leg, bool weak, bool skewed) {
   auto context = std::make_shared<SimContext>();
   context->sender_rank = leg.sender_rank;
   context->receiver_rank = leg.receiver_rank;
   context->units = leg.units;
   context->skewed = skewed;
+  context->weak = weak;
   return context;
 }
 
@@ -327,7 +328,7 @@ Resolved Workload::resolve(const ReceiveOp& receive, bool declines,
       out.empty = leg.empty;
       out.carries_aux = leg.carries_aux;
       out.expected_bytes = expected_bytes(shape_, leg, receive.needs);
-      out.context = context_for(leg, skewed);
+      out.context = context_for(leg, world_.scenario.weak_digests, skewed);
       answer.legs.push_back(std::move(out));
     }
   }
@@ -353,7 +354,7 @@ PullResolved Workload::resolve_pull(const MsgPull& pull, const LayoutHandle& han
     if (leg.sender_rank != layout.rank) continue;
     answer.legs.push_back({leg.receiver_rank, leg.empty, leg.carries_aux});
     if (leg.receiver_rank != pull.receiver_rank) continue;
-    answer.context = context_for(leg, false);
+    answer.context = context_for(leg, world_.scenario.weak_digests, false);
     if (leg.empty) continue;
     for (const GroupNeed& need : pull.needs) answer.needs.push_back({need.group, need.ranges});
   }

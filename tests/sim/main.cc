@@ -162,6 +162,8 @@ constexpr FlawCase kFlaws[] = {
     {"no_refuse", Flaw::kNoRefuse, Profile::kTiny},
     {"status", Flaw::kStatus, Profile::kLossy},
     {"local_done", Flaw::kLocalDone, Profile::kLossy},
+    {"free_shared", Flaw::kFreeShared, Profile::kClean},
+    {"share_by_digest", Flaw::kShareByDigest, Profile::kClean},
     {"scatter_quarantined", Flaw::kScatterQuarantined, Profile::kLossy},
     {"free_landing", Flaw::kFreeLanding, Profile::kEnds},
     {"keep_credit", Flaw::kKeepCredit, Profile::kTiny},

@@ -46,6 +46,11 @@ bool SimLayout::serves(uint32_t group, const LayoutHandle& other, uint32_t other
   return group == other_group && mine.begin <= theirs.begin && theirs.end <= mine.end;
 }
 
+bool SimPlan::same_source(const engine::Plan& other) const {
+  const auto& there = static_cast<const SimPlan&>(other);
+  return layout == there.layout && pieces == there.pieces;
+}
+
 std::pair<uint32_t, uint32_t> Pool::block_of(uint64_t offset) const {
   const uint64_t index = offset / block_bytes();
   return {static_cast<uint32_t>(index / blocks), static_cast<uint32_t>(index % blocks)};
@@ -208,7 +213,7 @@ std::shared_ptr<SimPlan> compile(const engine::Compile& command, uint64_t id, ui
         }
     }
   }
-  plan->digest = context.skewed ? digest + 1 : digest;
+  plan->digest = (context.weak ? 0 : digest) + (context.skewed ? 1 : 0);
   return plan;
 }
 

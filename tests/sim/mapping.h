@@ -66,6 +66,7 @@ struct SimContext : engine::LegContext {
   uint32_t receiver_rank = 0;
   Range units;          // of this leg; empty for an empty leg
   bool skewed = false;  // compile another stream than the peer
+  bool weak = false;    // streams that differ have equal digests
 };
 
 // `bytes` of the stream at `stream` are those of the pages at `page`.
@@ -73,6 +74,7 @@ struct Piece {
   uint64_t stream = 0;
   uint64_t page = 0;
   uint64_t bytes = 0;
+  bool operator==(const Piece&) const = default;
 };
 
 struct SimPlan : engine::Plan {
@@ -84,6 +86,7 @@ struct SimPlan : engine::Plan {
   std::shared_ptr<const SimLayout> layout;
   std::vector<Piece> pieces;
   std::shared_ptr<SimPlan> tail;  // what ClearTail writes; an id of its own
+  bool same_source(const engine::Plan& other) const override;
 };
 
 // A leg between two ranks by holdings alone.

@@ -97,6 +97,7 @@ struct Scenario {
   bool data_parallel = false;  // instances have two dp groups
   bool spread = false;         // an instance's ranks stand on two nodes
   bool zero_tail = false;      // receivers clear what lies past the prompt's end
+  bool weak_digests = false;   // all streams have one digest: it alone must not make them equal
 
   uint64_t packed_bytes = 0;   // that the engine may keep in packed copies
   uint64_t reuse_entries = 0;  // that the engine keeps of a worker

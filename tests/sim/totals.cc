@@ -41,6 +41,7 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"blocks evicted", e.reuse_evicted},
           {"chunks gathered", e.chunks_gathered},
           {"chunks staged ahead", e.chunks_ahead},
+          {"chunks shared", e.chunks_shared},
           {"chunks written mapped", e.chunks_written},
           {"chunks landed mapped", e.chunks_mapped},
           {"written after the end", totals.late_writes},
@@ -87,6 +88,7 @@ void Totals::add(const engine::EngineStats& stats) {
   engine.reuse_evicted += stats.reuse_evicted;
   engine.chunks_ahead += stats.chunks_ahead;
   engine.chunks_gathered += stats.chunks_gathered;
+  engine.chunks_shared += stats.chunks_shared;
   engine.chunks_written += stats.chunks_written;
   engine.chunks_mapped += stats.chunks_mapped;
   engine.regions_drained += stats.regions_drained;

@@ -29,6 +29,10 @@ struct TestPlan : Plan {
   ~TestPlan() override { --alive; }
   TestPlan(const TestPlan&) = delete;
   TestPlan& operator=(const TestPlan&) = delete;
+  bool same_source(const Plan& other) const override {
+    return source != 0 && source == static_cast<const TestPlan&>(other).source;
+  }
+  uint64_t source = 0;  // 0: like no other
   inline static uint64_t alive = 0;
 };
 struct TestContext : LegContext {};

@@ -88,6 +88,7 @@ struct Lone : Box {
       for (const GroupRanges& group : compile.offer)
         for (const Range& range : group.ranges) plan->bytes += range.size() * 10;
       plan->digest = 42;
+      plan->source = source;
       post(Compiled{compile.compile, Reason::kNone, {}, std::move(plan)});
     }
   }
@@ -122,6 +123,7 @@ struct Lone : Box {
   std::shared_ptr<const TestLayout> layout;
   std::map<uint32_t, uint64_t> next;
   std::set<CopyId> done;
+  uint64_t source = 0;  // of what is compiled
 };
 
 }  // namespace kvferry::engine::test
