@@ -49,6 +49,7 @@ Instance& Workload::make_instance(std::vector<uint32_t> nodes, Rng& rng) {
   instance->name = "default/i" + std::to_string(instances_.size());
   instance->ranks = {uint32_t{1} << rng.below(3), world_.scenario.data_parallel ? 2U : 1U,
                      shape_.replicated, shape_.units};
+  if (world_.scenario.fan_out) instance->ranks.tp = instances_.size() % 2 == 0 ? 1 : 4;
   const uint32_t ranks = instance->ranks.tp * instance->ranks.dp;
   for (uint32_t rank = 0; rank < ranks; ++rank) {
     auto worker = std::make_unique<Worker>();

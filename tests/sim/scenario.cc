@@ -148,6 +148,7 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
   s.data_parallel = rng.chance(250);
   s.spread = s.nodes == 3 && rng.chance(400);
   s.zero_tail = mix(seed ^ 0x7A11) % 2 == 0;
+  s.fan_out = s.replicated && mix(seed ^ 0xFA40) % 2 == 0;
   s.weak_digests = mix(seed ^ 0xD16E) % 8 == 0;
   if (mix(seed ^ 0x4E5E) % 3 == 0)
     s.habits.reserve = static_cast<uint32_t>(mix(seed ^ 0x4E5F) % 900);

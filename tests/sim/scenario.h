@@ -94,6 +94,7 @@ struct Scenario {
   uint32_t groups = 1;
   uint32_t layers_per_group = 2;
   bool replicated = false;     // one unit that every rank holds
+  bool fan_out = false;        // ... and instances have one rank or four: legs with equal streams
   bool data_parallel = false;  // instances have two dp groups
   bool spread = false;         // an instance's ranks stand on two nodes
   bool zero_tail = false;      // receivers clear what lies past the prompt's end
