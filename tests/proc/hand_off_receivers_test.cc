@@ -91,6 +91,52 @@ struct Scene {
 
 }  // namespace
 
+TEST_CASE("eight ranks that need the same latents: what one has gathered serves the others") {
+  static const std::unique_ptr<DaemonPair> pair =
+      start_pair({"engine.chunk_bytes=64KiB", "checks.kind=xxh3"});
+  bench::Shape shape = small_shape();
+  shape.kv_heads = 1;
+  shape.latent = true;
+  std::unique_ptr<Party> parties[2];
+  for (const bool sends : {true, false}) {
+    Party::Options options;
+    options.instance = sends ? "latent-prefill" : "latent-decode";
+    options.socket = pair->side(sends ? 0 : 1).socket();
+    options.shape = shape;
+    options.topology = *bench::parse_topology(sends ? "tp1" : "tp8");
+    options.sends = sends;
+    auto party = Party::make(options);
+    require_ok(party);
+    parties[sends ? 0 : 1] = std::move(*party);
+  }
+  const TransferKey key = new_key("latent-prefill");
+  const auto ticket = parties[0]->ticket();
+  require_ok(ticket);
+  // They wait already, so that they start together.
+  require_ok(parties[1]->receive(key, *ticket, {}));
+  for (uint32_t rank = 0; rank < 8; ++rank)
+    REQUIRE(comes_true([&] { return parties[1]->rank(rank).stats().operations_accepted > 0; }));
+  require_ok(parties[0]->send(key, {}));
+  for (const auto& party : parties) {
+    const auto ended = party->wait(key.id, kPatience);
+    require_ok(ended);
+    for (const TransferStatus& status : *ended) {
+      INFO(status.reason);
+      CHECK(name_of(status.state) ==
+            name_of(party == parties[0] ? TransferState::kDelivered : TransferState::kCompleted));
+    }
+  }
+  CHECK(parties[1]->verify() == "");
+  const bench::DaemonProcess& daemon = pair->side(0);
+  const double chunks = 8.0 * static_cast<double>(ceil_div(shape.bytes(), uint64_t{64} << 10));
+  const auto gathered = [&] { return metric(daemon, "kvferry_chunks_total", "\"gathered\""); };
+  const auto shared = [&] { return metric(daemon, "kvferry_chunks_total", "\"shared\""); };
+  REQUIRE(comes_true([&] { return gathered() + shared() == chunks; }));
+  CAPTURE(gathered(), shared());
+  CHECK(shared() > 0);
+  REQUIRE(comes_true([&] { return arena_in_use(daemon) == 0; }));
+}
+
 TEST_CASE("a second receiver is refused and the first gets everything") {
   Scene s;
   s.send_half(0, 1);

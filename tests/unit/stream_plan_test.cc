@@ -158,6 +158,48 @@ TEST_CASE("equal texts come from unequal receivers that want the same") {
   const Leg2 b = whole_leg(senders, receivers, 0, 6, 40, blocks_with({1, 5, 2}), first_ids(3));
   CHECK(text_of(a.stream) == text_of(b.stream));
   CHECK(a.stream.digest == b.stream.digest);
+  CHECK_FALSE(a.source.same_places(b.source));  // other blocks of the sender
+}
+
+TEST_CASE("streams of one sender rank with equal texts lie at the same places") {
+  GroupSpec spec;
+  spec.roles = {"latent"};
+  spec.memory = "l|but";
+  const auto senders = ranks_of({}, 4, 1, spec);
+  const auto receivers = ranks_of({.tp = 8}, 4, 1, spec);
+  GroupSpec padded = spec;
+  padded.padding = 64;  // another memory with the same order of cells
+  const auto others = ranks_of({.tp = 8}, 4, 1, padded);
+  const GroupBlocks from = blocks_with({1, 5, 2});
+  const Leg2 first = whole_leg(senders, receivers, 0, 0, 40, from, first_ids(3));
+  for (uint32_t g = 1; g < 8; ++g) {
+    const Leg2 same = whole_leg(senders, receivers, 0, g, 40, from, blocks_with({2, 0, 1}));
+    CHECK(same.stream.digest == first.stream.digest);
+    CHECK(same.source.same_places(first.source));
+    CHECK(first.source.same_places(same.source));
+  }
+  CHECK(whole_leg(senders, others, 0, 3, 40, from, first_ids(3)).source.same_places(first.source));
+  // Another prompt, other blocks, other memory at the sender.
+  CHECK_FALSE(
+      whole_leg(senders, receivers, 0, 0, 39, from, first_ids(3)).source.same_places(first.source));
+  CHECK_FALSE(whole_leg(senders, receivers, 0, 0, 40, blocks_with({1, 2, 5}), first_ids(3))
+                  .source.same_places(first.source));
+  CHECK_FALSE(
+      whole_leg(others, receivers, 0, 0, 40, from, first_ids(3)).source.same_places(first.source));
+}
+
+TEST_CASE("streams of as many bytes of other heads or layers lie elsewhere") {
+  const auto senders = ranks_of({}, 8, 8, cross_layer());
+  const auto receivers = ranks_of({.tp = 4}, 8, 8, cross_layer());
+  const Leg2 a = whole_leg(senders, receivers, 0, 1, 32, blocks_with({1}), blocks_with({0}));
+  const Leg2 b = whole_leg(senders, receivers, 0, 2, 32, blocks_with({1}), blocks_with({0}));
+  CHECK(a.stream.bytes == b.stream.bytes);
+  CHECK_FALSE(a.source.same_places(b.source));
+  const auto stages = ranks_of({.pp = 2}, 8, 8, cross_layer());
+  const Leg2 early = whole_leg(senders, stages, 0, 0, 32, blocks_with({1}), blocks_with({0}));
+  const Leg2 late = whole_leg(senders, stages, 0, 1, 32, blocks_with({1}), blocks_with({0}));
+  CHECK(early.stream.bytes == late.stream.bytes);
+  CHECK_FALSE(early.source.same_places(late.source));
 }
 
 TEST_CASE("bundles stand by alignment, then by their first plane") {
