@@ -128,7 +128,7 @@ TEST_CASE("eight ranks that need the same latents: what one has gathered serves 
   }
   CHECK(parties[1]->verify() == "");
   const bench::DaemonProcess& daemon = pair->side(0);
-  const double chunks = 8.0 * static_cast<double>(ceil_div(shape.bytes(), uint64_t{64} << 10));
+  const double chunks = 8.0 * static_cast<double>(shape.bytes() >> 16);
   const auto gathered = [&] { return metric(daemon, "kvferry_chunks_total", "\"gathered\""); };
   const auto shared = [&] { return metric(daemon, "kvferry_chunks_total", "\"shared\""); };
   REQUIRE(comes_true([&] { return gathered() + shared() == chunks; }));

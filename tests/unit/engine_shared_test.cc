@@ -1,6 +1,7 @@
 // Legs whose streams are equal: what is gathered for one of them serves the others. The test plays
 // all receivers.
 #include <algorithm>
+#include <deque>
 
 #include "tests/unit/engine_lone.h"
 
@@ -411,6 +412,95 @@ TEST_CASE(
   CHECK(TestPlan::alive == before);
   s.pull_alone(3, 1);  // who comes after all that gathers for itself
   CHECK(s.seen<Gather>().size() == 1);
+}
+
+// Eight receivers of one transfer, each with `credits` regions at a time: every step each takes
+// what it is offered, and acknowledges its oldest chunk if `ready` says so. Returns the chunks
+// gathered.
+struct Crowd {
+  static constexpr uint32_t kReceivers = 8;
+  static constexpr uint64_t kChunks = 60;
+  uint64_t credits = 8;
+  uint64_t frames = 128;
+  std::function<bool(uint32_t receiver, uint64_t step)> ready;
+  std::function<uint64_t(uint32_t receiver)> starts = [](uint32_t) { return 0; };
+
+  uint64_t gathers() const {
+    EngineConfig config = small_config(1);
+    config.arenas = {{{frames * kChunk}}};
+    config.staged_ahead = 2;
+    Sharing s(config);
+    s.verify = false;
+    s.send("a", 0, {0, kChunks * kChunk / 10}, true, kReceivers);
+    std::vector<std::deque<uint64_t>> taken(kReceivers);
+    std::vector<uint64_t> last_credit(kReceivers, credits);
+    uint64_t acked = 0;
+    for (uint64_t step = 0; acked < kReceivers * kChunks; ++step) {
+      REQUIRE(step < 100 * kChunks);
+      for (uint32_t r = 0; r < kReceivers; ++r)
+        if (starts(r) == step) s.pull_alone(r + 1, credits);
+      for (std::size_t before = SIZE_MAX; before != s.done.size();) {
+        before = s.done.size();
+        s.gather_all();
+      }
+      const auto offers = s.seen<SendOffer>();
+      s.forget();
+      for (const SendOffer& offer : offers)
+        taken[offer.offer.pull.counter - 1].push_back(offer.offer.chunk);
+      s.sends_end(offers);
+      for (uint32_t r = 0; r < kReceivers; ++r) {
+        if (taken[r].empty() || !ready(r, step)) continue;
+        const uint64_t chunk = taken[r].front();
+        taken[r].pop_front();
+        ++acked;
+        s.update({++last_credit[r]}, {{0, chunk}}, r + 1);
+      }
+    }
+    s.engine.check_invariants();
+    CHECK(s.status("a").state == TransferState::kDelivered);
+    CHECK(s.staging() == 0);
+    CHECK(s.gathered() + s.shared() == kReceivers * kChunks);
+    return s.gathered();
+  }
+};
+
+TEST_CASE("how much eight receivers of the same share") {
+  const auto random = [](uint32_t receiver, uint64_t step) {
+    uint64_t word = (step * 8 + receiver + 1) * 0x9E3779B97F4A7C15ULL;
+    word = (word ^ (word >> 29)) * 0xBF58476D1CE4E5B9ULL;
+    return word >> 40;
+  };
+  Crowd crowd;
+  SECTION("all of one pace") {
+    crowd.ready = [](uint32_t, uint64_t) { return true; };
+    CHECK(crowd.gathers() == Crowd::kChunks);
+  }
+  SECTION("each now and then, by chance") {
+    crowd.ready = [&](uint32_t r, uint64_t step) { return random(r, step) % 3 == 0; };
+    const uint64_t gathers = crowd.gathers();
+    INFO(gathers);
+    CHECK(gathers <= 70);
+  }
+  SECTION("one at a quarter of the others' pace") {
+    crowd.ready = [](uint32_t r, uint64_t step) { return r != 0 || step % 4 == 0; };
+    const uint64_t gathers = crowd.gathers();
+    INFO(gathers);
+    CHECK(gathers <= 100);
+  }
+  SECTION("they come one after another, three steps apart") {
+    crowd.ready = [](uint32_t, uint64_t) { return true; };
+    crowd.starts = [](uint32_t r) { return uint64_t{3} * r; };
+    const uint64_t gathers = crowd.gathers();
+    INFO(gathers);
+    CHECK(gathers <= 85);
+  }
+  SECTION("in an arena with room for a quarter of what they could have under way") {
+    crowd.frames = 16;
+    crowd.ready = [&](uint32_t r, uint64_t step) { return random(r, step) % 3 == 0; };
+    const uint64_t gathers = crowd.gathers();
+    INFO(gathers);
+    CHECK(gathers <= 70);
+  }
 }
 
 }  // namespace
