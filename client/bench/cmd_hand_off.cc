@@ -40,6 +40,8 @@ std::string metrics_table(const std::vector<Metrics>& after) {
       {"kvferry_transfer_bytes_total", "direction=\"sent\""},
       {"kvferry_transfer_bytes_total", "direction=\"received\""},
       {"kvferry_transfer_bytes_total", "direction=\"local\""},
+      {"kvferry_chunks_total", "event=\"gathered\""},
+      {"kvferry_chunks_total", "event=\"shared\""},
       {"kvferry_chunks_total", "event=\"scattered\""},
       {"kvferry_quarantines_total", ""},
       {"kvferry_messages_dropped_total", ""}};
