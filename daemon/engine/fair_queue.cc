@@ -2,28 +2,33 @@
 
 namespace kvferry::engine {
 
-FairQueue::Node& FairQueue::touch(Level& level, uint64_t child, bool move_last) {
+FairQueue::Node& FairQueue::touch(Level& level, uint64_t child, uint64_t bytes, bool served) {
   const auto [it, fresh] = level.children.try_emplace(child);
-  if (fresh || move_last) {
-    if (!fresh) level.order.erase(it->second.turn);
-    it->second.turn = ++last_turn_;
-    level.order.emplace(it->second.turn, child);
+  Place& place = it->second.place;
+  if (fresh)
+    place.bytes = level.order.empty() ? 0 : level.order.rbegin()->first.bytes;
+  else if (served)
+    level.order.erase(place);
+  if (fresh || served) {
+    place.bytes += bytes;
+    place.turn = ++last_turn_;
+    level.order.emplace(place, child);
   }
   return it->second;
 }
 
 void FairQueue::remove(Level& level, uint64_t child) {
   const auto it = level.children.find(child);
-  level.order.erase(it->second.turn);
+  level.order.erase(it->second.place);
   level.children.erase(it);
 }
 
 void FairQueue::insert(const FairKey& key) {
-  Level& workers = touch(root_, key.tenant, false).level;
-  Level& transfers = touch(workers, key.worker, false).level;
-  Level& legs = touch(transfers, key.transfer, false).level;
+  Level& workers = touch(root_, key.tenant, 0, false).level;
+  Level& transfers = touch(workers, key.worker, 0, false).level;
+  Level& legs = touch(transfers, key.transfer, 0, false).level;
   const std::size_t before = legs.children.size();
-  touch(legs, key.leg, false);
+  touch(legs, key.leg, 0, false);
   size_ += legs.children.size() - before;
 }
 
@@ -48,12 +53,12 @@ void FairQueue::erase(const FairKey& key) {
   remove(root_, key.tenant);
 }
 
-void FairQueue::served(const FairKey& key) {
-  Level& workers = touch(root_, key.tenant, true).level;
-  Level& transfers = touch(workers, key.worker, true).level;
-  Level& legs = touch(transfers, key.transfer, true).level;
+void FairQueue::served(const FairKey& key, uint64_t bytes) {
+  Level& workers = touch(root_, key.tenant, bytes, true).level;
+  Level& transfers = touch(workers, key.worker, bytes, true).level;
+  Level& legs = touch(transfers, key.transfer, bytes, true).level;
   const std::size_t before = legs.children.size();
-  touch(legs, key.leg, true);
+  touch(legs, key.leg, bytes, true);
   size_ += legs.children.size() - before;
 }
 

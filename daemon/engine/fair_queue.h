@@ -1,6 +1,8 @@
-// Whose turn it is: legs that want a region, served round robin over tenants, then over each
-// tenant's workers, then over each worker's transfers, then over each transfer's legs.
-// Deterministic: who was served longest ago comes first, newcomers come last.
+// Whose turn it is: legs that want a region, shared by bytes over tenants, then over each tenant's
+// workers, then over each worker's transfers, then over each transfer's legs. Who has had least
+// since it waits comes first, of several who waited longest; newcomers join as if they had had as
+// much as who has had most. So the small chunks of a transfer with many legs do not each wait for a
+// large one of everybody else, and nobody waits for more than a round. Deterministic.
 #pragma once
 
 #include <compare>
@@ -26,8 +28,8 @@ class FairQueue {
   void erase(const FairKey& key);
   bool empty() const { return size_ == 0; }
   std::size_t size() const { return size_; }
-  // It had its turn: it goes last on each level.
-  void served(const FairKey& key);
+  // It had its turn and `bytes`, on each level.
+  void served(const FairKey& key, uint64_t bytes);
 
   // Calls visit(key) in turn until one answers true or all have been asked. `visit` may not change
   // the queue. Returns whether one answered true.
@@ -49,16 +51,23 @@ class FairQueue {
 
  private:
   struct Node;
+  struct Place {
+    uint64_t bytes = 0;  // had, by the count of its level
+    uint64_t turn = 0;
+    auto operator<=>(const Place&) const = default;
+  };
   struct Level {
-    std::map<uint64_t, uint64_t> order;  // turn -> child
+    std::map<Place, uint64_t> order;  // -> child
     std::map<uint64_t, Node> children;
   };
   struct Node {
-    uint64_t turn = 0;
+    Place place;
     Level level;  // empty in a leaf
   };
 
-  Node& touch(Level& level, uint64_t child, bool move_last);
+  // The child, which is put last if it is new, and behind those who have had as much if it was
+  // served.
+  Node& touch(Level& level, uint64_t child, uint64_t bytes, bool served);
   static void remove(Level& level, uint64_t child);
 
   Level root_;

@@ -37,7 +37,7 @@ void serve_in_turn(FairQueue& queue, Arena& arena, RegionKind kind, std::set<Fai
     else
       visit(*starving.begin());
     if (!region) return;
-    queue.served(winner);
+    queue.served(winner, size(winner));
     starving.erase(winner);
     for (const FairKey& key : passed_over) passed(key);
     grant(winner, *region);

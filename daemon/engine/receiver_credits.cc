@@ -225,7 +225,7 @@ bool Receiver::grant_at_once(const RxLeg& leg) {
   const auto region = core_.arenas[leg.arena].take(RegionKind::kLanding, leg.credit_bytes);
   if (!region) return true;
   Turns& turns = turns_[leg.arena];
-  turns.waiting.served(leg.turn);
+  turns.waiting.served(leg.turn, leg.credit_bytes);
   turns.starving.erase(leg.turn);
   grant(legs_.at(leg.pull), *region);
   return true;

@@ -41,8 +41,10 @@ void Receiver::run_local() {
       next = key;
       return true;
     });
-    local_turns_.served(next);
-    copy_chunk(legs_.at(next.leg));
+    RxLeg& leg = legs_.at(next.leg);
+    const RxSlice& slice = leg.slices.at(*leg.to_copy.begin());
+    local_turns_.served(next, std::min(slice.bytes, core_.lanes.find(leg.link)->chunk_bytes));
+    copy_chunk(leg);
   }
 }
 

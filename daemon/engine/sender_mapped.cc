@@ -32,8 +32,10 @@ void Sender::gather_mapped() {
       next = key;
       return true;
     });
-    mapped_turns_.served(next);
-    gather_into_peer(legs_.at(next.leg));
+    TxLeg& leg = legs_.at(next.leg);
+    mapped_turns_.served(next, std::min(leg.slices.at(leg.cursor.first).bytes,
+                                        core_.lanes.find(leg.link)->chunk_bytes));
+    gather_into_peer(leg);
   }
 }
 

@@ -248,7 +248,7 @@ std::vector<uint64_t> turns(FairQueue& queue, int count) {
       next = key;
       return true;
     });
-    queue.served(next);
+    queue.served(next, 1);
     legs.push_back(next.leg);
   }
   return legs;
@@ -278,6 +278,45 @@ TEST_CASE("who comes back waits behind those who were there") {
   queue.erase({1, 1, 1, 1});
   queue.insert({1, 1, 1, 1});
   CHECK(turns(queue, 3) == std::vector<uint64_t>{2, 3, 1});
+}
+
+TEST_CASE("turns are shared by bytes: small chunks need not wait for as many large ones") {
+  FairQueue queue;
+  queue.insert({1, 1, 1, 10});
+  for (uint64_t leg = 20; leg < 28; ++leg) queue.insert({1, 2, 2, leg});
+  // A transfer of one leg with chunks of 8 beside one of eight legs with chunks of 1.
+  std::map<uint64_t, uint64_t> had;
+  for (int i = 0; i < 90; ++i) {
+    FairKey next;
+    queue.find_if([&](const FairKey& key) {
+      next = key;
+      return true;
+    });
+    const uint64_t bytes = next.transfer == 1 ? 8 : 1;
+    queue.served(next, bytes);
+    had[next.transfer] += bytes;
+    had[next.leg] += bytes;
+  }
+  CHECK(had[1] == 80);
+  CHECK(had[2] == 80);
+  for (uint64_t leg = 20; leg < 28; ++leg) CHECK(had[leg] == 10);
+}
+
+TEST_CASE("newcomers wait for a round and not for more, and nobody waits for them for ever") {
+  FairQueue queue;
+  queue.insert({1, 1, 1, 1});
+  for (int i = 0; i < 100; ++i) queue.served({1, 1, 1, 1}, 1000);
+  queue.insert({1, 1, 1, 2});
+  queue.insert({1, 1, 1, 3});
+  CHECK(turns(queue, 3) == std::vector<uint64_t>{1, 2, 3});
+  // One comes for each that is served; the first still has its turn.
+  queue.insert({1, 1, 1, 4});
+  uint64_t waited = 0;
+  for (uint64_t leg = 5;; ++leg, ++waited) {
+    queue.insert({1, 1, 1, leg});
+    if (turns(queue, 1) == std::vector<uint64_t>{4}) break;
+    REQUIRE(waited < 10);
+  }
 }
 
 // ---- timers
