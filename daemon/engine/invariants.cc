@@ -11,6 +11,7 @@ void Core::check_invariants() const {
   std::vector<std::pair<RegionKind, memory::Region>> regions;
   sender.check_invariants(regions);
   receiver.check_invariants(regions);
+  lanes.check_invariants();
   reuse.check_invariants();
   reservations.check_invariants();
   std::vector<std::vector<std::pair<RegionKind, memory::Region>>> by_arena(arenas.size());
@@ -46,6 +47,16 @@ void Core::check_invariants() const {
                     "only what stands behind a gap is held");
       KVFERRY_CHECK(of.flow.in_flight() == sender.on_lane(id, lane), "a lane counts its chunks");
     }
+  }
+}
+
+void Lanes::check_invariants() const {
+  KVFERRY_CHECK(by_node_.size() == links_.size(), "a node has one link");
+  for (const auto& [id, link] : links_) {
+    const auto named = by_node_.find(link.node);
+    KVFERRY_CHECK(named != by_node_.end() && named->second == id, "a link is found by its node");
+    KVFERRY_CHECK(!link.resync_due || !link.control || to_flush_.contains(id),
+                  "a resync that is due comes with the next flush");
   }
 }
 
@@ -274,9 +285,17 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     const auto live_credits = granted.find(pull);
     KVFERRY_CHECK(leg.credits.size() == (live_credits == granted.end() ? 0 : live_credits->second),
                   "a LIVE credit has one region");
-    KVFERRY_CHECK(
-        turns_[leg.arena].withdrawable.contains(pull) == (!leg.credits.empty() && !leg.mapped),
-        "LIVE credits are found, but those of mapped regions");
+    const Turns& turns = turns_[leg.arena];
+    const bool withdrawable = !leg.credits.empty() && !leg.mapped;
+    KVFERRY_CHECK(turns.withdrawable.contains(pull) == withdrawable &&
+                      turns.unheard.contains(pull) == (withdrawable && !leg.heard),
+                  "LIVE credits are found, but those of mapped regions");
+    KVFERRY_CHECK(leg.queued_needy == (leg.queued && !leg.queued_idle && needy(leg)),
+                  "who waits with refused chunks is found");
+    const auto reserved = reserved_.find(leg.receive);
+    KVFERRY_CHECK((reserved != reserved_.end() && reserved->second.contains(pull)) ==
+                      (leg.queued && leg.reserved),
+                  "who waits with a reservation is found");
     const auto lends = lent.find(pull);
     KVFERRY_CHECK(leg.lent == (lends == lent.end() ? 0 : lends->second),
                   "a leg counts what its sender may still write");

@@ -45,9 +45,8 @@ const Link* Lanes::find(LinkId id) const {
 }
 
 Link* Lanes::find_node(const std::string& node) {
-  for (auto& [id, link] : links_)
-    if (link.node == node) return &link;
-  return nullptr;
+  const auto it = by_node_.find(node);
+  return it == by_node_.end() ? nullptr : &links_.at(it->second);
 }
 
 Link* Lanes::find_life(const std::string& node, const BootId& boot) {
@@ -92,6 +91,7 @@ void Lanes::link_up(const LinkUp& event) {
   Link& link = links_[event.link];
   link.id = event.link;
   link.node = event.node;
+  by_node_[link.node] = link.id;
   link.boot = event.boot;
   link.initiator = event.initiator;
   link.chunk_bytes = std::clamp<uint64_t>(event.chunk_bytes, 1, core_.config.chunk_bytes);
@@ -143,13 +143,17 @@ void Lanes::end_link(LinkId id, Reason reason, bool close) {
   // No message goes out any more: all lanes are down.
   core_.sender.link_dead(link);
   core_.receiver.link_dead(link);
+  by_node_.erase(link.node);
   links_.erase(id);
   if (close) core_.emit(CloseLink{id, reason});
 }
 
 void Lanes::protocol_error(LinkId id) {
   core_.dropped(DropCause::kProtocol);
-  if (Link* link = find(id)) ++link->protocol_errors;
+  Link* link = find(id);
+  if (link == nullptr) return;
+  ++link->protocol_errors;
+  to_flush_.insert(id);
 }
 
 // ---- lanes coming and going -------------------------------------------------------------------
@@ -231,10 +235,12 @@ void Lanes::lane_down(Link& link, uint32_t index, bool tell) {
   if (was_control) link.control.reset();
   core_.sender.lane_down(link, index, lane.epoch);
   core_.receiver.lane_down(link, index, lane.epoch);
-  if (was_control || !link.control)
+  if (was_control || !link.control) {
     choose_control(link);
-  else
+  } else {
     link.resync_due = true;
+    to_flush_.insert(link.id);
+  }
   if (tell) {
     if (link.control)
       send_on(link, *link.control, MsgLaneDown{index, ref.epoch});
@@ -266,12 +272,14 @@ void Lanes::resync(Link& link) {
 }
 
 void Lanes::flush() {
-  for (auto it = links_.begin(); it != links_.end();) {
-    Link& link = (it++)->second;
-    if (link.protocol_errors > kMaxProtocolErrors && !link.looped())
-      end_link(LinkId{link.id}, Reason::kProtocol, true);
-    else if (link.resync_due && link.control)
-      resync(link);
+  // Where no control lane is up, the next one starts with the resync.
+  for (const LinkId id : std::exchange(to_flush_, {})) {
+    Link* link = find(id);
+    if (link == nullptr) continue;
+    if (link->protocol_errors > kMaxProtocolErrors && !link->looped())
+      end_link(id, Reason::kProtocol, true);
+    else if (link->resync_due && link->control)
+      resync(*link);
   }
 }
 

@@ -9,6 +9,8 @@
 #include <deque>
 #include <map>
 #include <optional>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "daemon/engine/state.h"
@@ -64,6 +66,7 @@ class Lanes {
   // The lane on which a chunk of so many bytes should arrive first; nothing if none is up.
   std::optional<uint32_t> offer_lane(Link& link, uint64_t bytes);
   bool up(const Link& link, uint32_t lane, uint32_t epoch) const;
+  void check_invariants() const;
   // This side gives the lane up.
   void give_up(const LaneRef& lane);
   // A message that breaks the protocol: counted; a link on which it repeats is closed with the next
@@ -89,6 +92,8 @@ class Lanes {
 
   Core& core_;
   std::map<LinkId, Link> links_;
+  std::map<std::string, LinkId> by_node_;
+  std::set<LinkId> to_flush_;  // links with a resync due or protocol errors; perhaps some more
   std::deque<std::pair<Role, ControlMessage>> looped_;  // said by that side, not handed over yet
   bool rails_ = true;                                   // the rails process runs, as far as we know
 };

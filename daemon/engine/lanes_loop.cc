@@ -10,6 +10,7 @@ Lanes::Lanes(Core& core) : core_(core) {
   Link& own = links_[kLoopedLink];
   own.id = kLoopedLink;
   own.node = core.config.node;
+  by_node_[own.node] = kLoopedLink;
   own.boot = core.config.boot;
   own.chunk_bytes = std::max<uint64_t>(core.config.chunk_bytes, 1);
 }

@@ -163,6 +163,10 @@ class Receiver {
   CreditGrant grant_of(const RxRegion& region) const;
   void update(RxLeg& leg);
   void leave_queues(RxLeg& leg);
+  void note_reserved(const RxLeg& leg);
+  static bool needy(const RxLeg& leg);
+  void note_needy(RxLeg& leg);
+  void note_credits(const RxLeg& leg);
   void grant(RxLeg& leg, const memory::Region& region);
   void grant_all(uint32_t arena);
   void grant_reserved();
@@ -194,17 +198,20 @@ class Receiver {
   std::map<CopyId, CopyChunk> copying_;
   std::map<CompileId, std::pair<uint64_t, uint64_t>> copy_compiles_;  // -> receive, copy
   std::deque<std::pair<uint64_t, uint64_t>> copy_turns_;              // receive, copy; each once
-  FairQueue local_turns_;        // local legs with a chunk that may be copied now
-  uint32_t local_copies_ = 0;    // under way
-  std::set<uint64_t> reserved_;  // open receives with a reservation
-  std::set<uint64_t> blocked_;   // receives whose places are read
+  FairQueue local_turns_;      // local legs with a chunk that may be copied now
+  uint32_t local_copies_ = 0;  // under way
+  // Receives with a reservation -> their legs that want a region.
+  std::map<uint64_t, std::set<uint64_t>> reserved_;
+  std::set<uint64_t> blocked_;  // receives whose places are read
   // Legs that land in one arena.
   struct Turns {
     FairQueue waiting;  // with a SLICE, want a region
     FairQueue idle;     // ... without
     std::set<FairKey> starving;
     std::set<FairKey> starving_idle;
-    std::set<uint64_t> withdrawable;  // pulls with LIVE credits
+    FairQueue needy;                  // those of `waiting` that lack credits for refused chunks
+    std::set<uint64_t> withdrawable;  // pulls with LIVE credits ...
+    std::set<uint64_t> unheard;       // ... of which no SLICE has come
   };
   std::vector<Turns> turns_;      // by arena
   std::set<uint64_t> unsent_;     // pulls whose first PULL is due

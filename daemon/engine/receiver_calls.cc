@@ -125,7 +125,6 @@ void Receiver::receive(const ReceiveOp& op) {
   }
   core_.claims.received(receive.worker, name);
   receive.reservation = core_.reservations.received(name);
-  if (receive.reservation != 0) reserved_.insert(receive.id);
   core_.workers.changed(receive, Role::kReceiver);
   reply(op.op, receive, false);
   ask_legs(receive);
@@ -188,6 +187,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   leg.credit_bytes = std::min(link.chunk_bytes, of.expected_bytes);
   leg.context = of.context;
   choose_mapped(leg, receive, link);
+  leg.reserved = receive.reservation != 0 && !leg.local && !leg.mapped;
   leg.name = receive.name;
   leg.name.incarnation = receive.sender_incarnation;
   leg.turn = {receive.tenant, receive.worker.value, receive.id, leg.pull};
@@ -311,7 +311,6 @@ void Receiver::end_receive(Receive& receive, TransferState state, Reason reason)
   receive.landed.clear();
   end_copies(receive);
   if (receive.reservation != 0) core_.reservations.receive_ended(receive.reservation);
-  reserved_.erase(receive.id);
   core_.emit(ended(receive, Role::kReceiver, core_.now));
   core_.workers.changed(receive, Role::kReceiver);
   release(receive);
@@ -322,7 +321,8 @@ void Receiver::end_leg(RxLeg& leg, Outcome outcome, Reason reason) {
   leave_queues(leg);
   end_credits(leg);
   for (const auto& [order, offer] : std::exchange(leg.held, {})) drop_offer(offer);
-  for (auto it = regions_.begin(); it != regions_.end();) {
+  // None is left where all has arrived; only an early end looks through those of other legs.
+  for (auto it = regions_.begin(); leg.regions_held > 0 && it != regions_.end();) {
     RxRegion& region = it->second;
     ++it;
     if (region.leg != leg.pull) continue;

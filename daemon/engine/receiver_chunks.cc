@@ -118,8 +118,9 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
   const auto credit = leg.credits.find(offer.offer.credit.value);
   RxRegion& region = regions_.at(credit->second);
   leg.credits.erase(credit);
-  if (leg.credits.empty()) turns_[leg.arena].withdrawable.erase(leg.pull);
+  if (leg.credits.empty()) note_credits(leg);
   leg.refused.erase({offer.offer.slice, offer.offer.chunk});
+  note_needy(leg);
   region.state = RegionState::kLanding;
   region.slice = offer.offer.slice;
   region.chunk = offer.offer.chunk;

@@ -12,16 +12,49 @@ namespace {
 constexpr std::size_t kMostCredits = 64;  // in a message
 constexpr std::size_t kMostAcks = 1024;
 
-// More chunks of it stand staged at the peer, after a REFUSE, than it has credits for ...
-bool needy(const RxLeg& leg) {
-  return leg.refused.size() > leg.credits.size();
-}
-// ... or less, so that it can do without one of its credits.
+// Fewer chunks of it stand staged at the peer, after a REFUSE, than it has credits for, so that it
+// can do without one of them ...
 bool has_spare(const RxLeg& leg) {
   return leg.credits.size() > leg.refused.size();
 }
 
 }  // namespace
+
+// ... or more.
+bool Receiver::needy(const RxLeg& leg) {
+  return leg.refused.size() > leg.credits.size();
+}
+
+// After it has entered the queues or left them.
+void Receiver::note_reserved(const RxLeg& leg) {
+  if (!leg.reserved) return;
+  if (leg.queued) {
+    reserved_[leg.receive].insert(leg.pull);
+    return;
+  }
+  const auto it = reserved_.find(leg.receive);
+  if (it != reserved_.end() && it->second.erase(leg.pull) > 0 && it->second.empty())
+    reserved_.erase(it);
+}
+
+// After any change of its credits or refused chunks, or of its place in the queues.
+void Receiver::note_needy(RxLeg& leg) {
+  const bool now = leg.queued && !leg.queued_idle && needy(leg);
+  if (now == leg.queued_needy) return;
+  leg.queued_needy = now;
+  FairQueue& queue = turns_[leg.arena].needy;
+  now ? queue.insert(leg.turn) : queue.erase(leg.turn);
+}
+
+// After it got its first LIVE credit or lost its last one, or heard its first SLICE.
+void Receiver::note_credits(const RxLeg& leg) {
+  if (leg.mapped) return;
+  const auto note = [&](std::set<uint64_t>& pulls, bool in) {
+    in ? static_cast<void>(pulls.insert(leg.pull)) : static_cast<void>(pulls.erase(leg.pull));
+  };
+  note(turns_[leg.arena].withdrawable, !leg.credits.empty());
+  note(turns_[leg.arena].unheard, !leg.credits.empty() && !leg.heard);
+}
 
 // How many regions the leg should hold: as many as it has chunks to come, up to the caps.
 uint64_t Receiver::wanted(const RxLeg& leg) const {
@@ -50,7 +83,9 @@ void Receiver::update(RxLeg& leg) {
     leg.queued_idle = idle;
     Turns& turns = turns_[leg.arena];
     (idle ? turns.idle : turns.waiting).insert(leg.turn);
+    note_reserved(leg);
   }
+  note_needy(leg);
 }
 
 void Receiver::leave_queues(RxLeg& leg) {
@@ -61,6 +96,8 @@ void Receiver::leave_queues(RxLeg& leg) {
   turns.starving_idle.erase(leg.turn);
   leg.queued = false;
   leg.passes = 0;
+  note_reserved(leg);
+  note_needy(leg);
 }
 
 CreditGrant Receiver::grant_of(const RxRegion& region) const {
@@ -85,7 +122,7 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   regions_.emplace(fresh.id, std::move(fresh));
   ++leg.regions_held;
   leg.passes = 0;
-  if (!leg.mapped) turns_[leg.arena].withdrawable.insert(leg.pull);
+  if (leg.credits.size() == 1) note_credits(leg);
   receive.granted_any = true;
   if (!receive.moved) {
     receive.moved = true;
@@ -126,9 +163,8 @@ void Receiver::grant_all(uint32_t number) {
     bool freed = withdraw_for(legs_.at(next.leg));
     if (!freed) {
       // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
-      turns.waiting.find_if([&](const FairKey& key) {
-        const RxLeg& leg = legs_.at(key.leg);
-        freed = needy(leg) && withdraw_for(leg);
+      turns.needy.find_if([&](const FairKey& key) {
+        freed = withdraw_for(legs_.at(key.leg));
         return freed;
       });
     }
@@ -141,20 +177,19 @@ void Receiver::grant_all(uint32_t number) {
 // What reservations have been promised: a transfer's legs in turn, those that have a slice to bring
 // first, then whichever holds least.
 void Receiver::grant_reserved() {
-  for (const uint64_t id : reserved_) {
-    const Receive& receive = receives_.at(id);
-    while (true) {
+  std::vector<uint64_t> receives;
+  for (const auto& [id, legs] : reserved_) receives.push_back(id);
+  for (const uint64_t id : receives) {
+    const uint64_t reservation = receives_.at(id).reservation;
+    for (auto it = reserved_.find(id); it != reserved_.end(); it = reserved_.find(id)) {
       RxLeg* next = nullptr;
-      for (const uint64_t pull : receive.legs) {
+      for (const uint64_t pull : it->second) {
         RxLeg& leg = legs_.at(pull);
-        if (!leg.queued || leg.local || leg.mapped) continue;  // promises are of the other arena
         if (next == nullptr ||
             std::pair(!leg.heard, leg.regions_held) < std::pair(!next->heard, next->regions_held))
           next = &leg;
       }
-      if (next == nullptr) break;
-      Arena& arena = core_.arenas[next->arena];
-      const auto region = arena.take_reserved(receive.reservation, next->credit_bytes);
+      const auto region = core_.arenas[next->arena].take_reserved(reservation, next->credit_bytes);
       if (!region) break;
       grant(*next, *region);
     }
@@ -173,25 +208,31 @@ std::optional<uint64_t> Receiver::loose_region(const RxLeg& leg) const {
 // changed.
 bool Receiver::withdraw_for(const RxLeg& leg) {
   const Arena& arena = core_.arenas[leg.arena];
-  const std::set<uint64_t>& withdrawable = turns_[leg.arena].withdrawable;
-  for (auto it = withdrawable.rbegin(); it != withdrawable.rend(); ++it) {
-    RxLeg& other = legs_.at(*it);
-    if (other.heard || other.pull == leg.pull) continue;
+  const std::set<uint64_t>& unheard = turns_[leg.arena].unheard;
+  for (auto it = unheard.rbegin(); it != unheard.rend(); ++it) {
+    const RxLeg& other = legs_.at(*it);
+    if (other.pull == leg.pull) continue;
     const auto loose = loose_region(other);
     if (!loose) continue;
     withdraw_region(*loose);
     return true;
   }
   if (!needy(leg)) return false;
+  const std::set<uint64_t>& withdrawable = turns_[leg.arena].withdrawable;
+  bool smaller = false;
   for (auto it = withdrawable.rbegin(); it != withdrawable.rend(); ++it) {
-    RxLeg& other = legs_.at(*it);
-    if (!has_spare(other) || other.pull == leg.pull || other.credit_bytes < leg.credit_bytes)
+    const RxLeg& other = legs_.at(*it);
+    if (!has_spare(other) || other.pull == leg.pull) continue;
+    if (other.credit_bytes < leg.credit_bytes) {
+      smaller = true;
       continue;
+    }
     const auto loose = loose_region(other);
     if (!loose) continue;
     withdraw_region(*loose);
     return grant_at_once(leg);
   }
+  if (!smaller) return false;
   // Nobody has one so large: all the small ones of a frame.
   std::map<std::pair<uint32_t, uint64_t>, std::vector<uint64_t>> frames;
   std::set<std::pair<uint32_t, uint64_t>> in_use;
@@ -226,6 +267,7 @@ bool Receiver::grant_at_once(const RxLeg& leg) {
   if (!region) return true;
   Turns& turns = turns_[leg.arena];
   turns.waiting.served(leg.turn, leg.credit_bytes);
+  if (leg.queued_needy) turns.needy.served(leg.turn, leg.credit_bytes);
   turns.starving.erase(leg.turn);
   grant(legs_.at(leg.pull), *region);
   return true;
@@ -254,7 +296,7 @@ void Receiver::spend(RxLeg& leg, uint64_t credit) {
   if (it == leg.credits.end()) return;
   const uint64_t region = it->second;
   leg.credits.erase(it);
-  if (leg.credits.empty()) turns_[leg.arena].withdrawable.erase(leg.pull);
+  if (leg.credits.empty()) note_credits(leg);
   std::erase_if(leg.new_credits,
                 [&](const CreditGrant& grant) { return grant.credit.value == credit; });
   free_region(region);

@@ -65,6 +65,7 @@ void Receiver::close_leg(uint64_t pull) {
 // The first SLICE decides which dp group has the transfer and starts its timer.
 void Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
   leg.heard = true;
+  note_credits(leg);
   if (!receive.decided) {
     receive.decided = true;
     receive.groups = {leg.dp_group};
@@ -223,6 +224,7 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
   if (known == leg->slices.end() || known->second.state != RxSlice::State::kDropped)
     leg->last.reset();
   std::erase_if(leg->refused, [&](const auto& of) { return of.first == message.slice; });
+  note_needy(*leg);
   if (known == leg->slices.end()) {
     if (leg->slices.size() >= core_.config.max_slices) {
       core_.lanes.protocol_error(link.id);

@@ -441,6 +441,7 @@ struct RxLeg {
   uint32_t arena = 0;     // where it lands
   bool local = false;     // its sender is on this daemon
   bool mapped = false;    // its sender writes its regions, which are in a mapped arena
+  bool reserved = false;  // its receive has a reservation, of whose promise it may take
   BootId boot;            // mapped: the sender's daemon, ...
   std::string node;       // ... which may write them beyond the link's life, ...
   LinkId lent_over;       // ... by what it has mapped for this one
@@ -485,6 +486,7 @@ struct RxLeg {
   std::set<uint64_t> to_copy;  // local: slices with chunks that are not begun
   bool queued = false;
   bool queued_idle = false;
+  bool queued_needy = false;  // too, with those who lack credits for refused chunks
   FairKey turn;
 };
 

@@ -103,7 +103,7 @@ void Peers::run() {
 
 void Peers::begin() {
   ++round_;
-  moved_ = transfers_ended_ = 0;
+  moved_ = transfers_ended_ = pulls_ = 0;
   for (std::size_t i = 0; i < peers_.size(); ++i) {
     Peer& peer = peers_[i];
     peer.granted = peer.landed = 0;
@@ -155,6 +155,13 @@ void Peers::receive_from_all() {
     op.layout = layout_;
     op.needs = {{0, 0, config_.chunks, {{0, config_.chunks}}}};
     op.num_tokens = config_.chunks;
+    if (config_.reserved) {
+      ReserveOp reserve;
+      reserve.op = op.op;
+      reserve.key = op.key;
+      reserve.layout = layout_;
+      events_due_.emplace_back(std::move(reserve));
+    }
     events_due_.emplace_back(std::move(op));
   }
   run();
@@ -314,7 +321,9 @@ void Peers::on(SendMessage& of) {
     peer.pull = pull->pull.counter;
     peer.send = {peer.boot, round_};
     peer.credits = pull->credits;
-    say(peer, slice_of(peer));
+    // The last who was asked begins: where the arena is full, credits of the first are taken back.
+    if (++pulls_ < peers_.size()) return;
+    for (auto last = peers_.rbegin(); last != peers_.rend(); ++last) say(*last, slice_of(*last));
   } else if (const auto* update = std::get_if<MsgUpdate>(&of.message)) {
     if (update->pull.counter != peer.pull) return;
     peer.credits.insert(peer.credits.end(), update->credits.begin(), update->credits.end());

@@ -24,6 +24,7 @@ struct PeersConfig {
   uint64_t chunks = 64;           // of each transfer
   uint64_t arena_chunks = 16384;  // that the engine's arena has room for
   uint32_t batch = 1;             // events that the engine gets before it is flushed
+  bool reserved = false;          // each Receive has a reservation of one chunk's room
   bool heartbeats = false;        // time passes, and peers are missed if they say nothing
 };
 
@@ -38,6 +39,9 @@ class Peers {
   // One second of links on which nothing moves: each peer's lanes ping once, at moments of their
   // own.
   void idle_second();
+
+  // What the daemon takes of the engine ten times a second, for its metrics.
+  EngineSnapshot snapshot() const { return engine_.snapshot(now_); }
 
   // Nothing has been lost, held or left over. To be asked when no transfer runs.
   void verify() const;
@@ -112,6 +116,7 @@ class Peers {
   // Of this round.
   uint64_t moved_ = 0;  // chunks offered or scattered by the engine
   uint64_t transfers_ended_ = 0;
+  uint64_t pulls_ = 0;
   uint64_t pings_ = 0;
 };
 

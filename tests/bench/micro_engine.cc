@@ -36,6 +36,9 @@ void engine_sends(benchmark::State& state) {
 void engine_receives(benchmark::State& state) {
   rounds(state, &Peers::receive_from_all, {});
 }
+void engine_receives_reserved(benchmark::State& state) {
+  rounds(state, &Peers::receive_from_all, {.reserved = true});
+}
 // The default arena: 32 transfers fill it.
 void engine_sends_full_arena(benchmark::State& state) {
   rounds(state, &Peers::send_to_all, {.arena_chunks = 256});
@@ -51,6 +54,7 @@ void by_peers(benchmark::internal::Benchmark* benchmark) {
 }
 BENCHMARK(engine_sends)->Apply(by_peers);
 BENCHMARK(engine_receives)->Apply(by_peers);
+BENCHMARK(engine_receives_reserved)->Apply(by_peers);
 BENCHMARK(engine_sends_full_arena)->Apply(by_peers);
 BENCHMARK(engine_receives_full_arena)->Apply(by_peers);
 
@@ -65,6 +69,20 @@ void engine_idle_second(benchmark::State& state) {
                          benchmark::Counter::kIsRate | benchmark::Counter::kInvert);
 }
 BENCHMARK(engine_idle_second)
+    ->ArgName("peers")
+    ->RangeMultiplier(4)
+    ->Range(1, 256)
+    ->Unit(benchmark::kMicrosecond);
+
+void engine_snapshot(benchmark::State& state) {
+  const Peers peers({.peers = static_cast<uint32_t>(state.range(0)), .lanes = 2});
+  for (auto _ : state) {
+    const auto snapshot = peers.snapshot();
+    benchmark::DoNotOptimize(snapshot.links.data());
+  }
+  peers.verify();
+}
+BENCHMARK(engine_snapshot)
     ->ArgName("peers")
     ->RangeMultiplier(4)
     ->Range(1, 256)

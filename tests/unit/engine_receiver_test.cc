@@ -402,6 +402,25 @@ TEST_CASE("a chunk that is refused before its slice is known may take others' un
   CHECK(r.told<MsgUpdate>()[0].credits.size() == 1);
 }
 
+TEST_CASE("a chunk that is accepted leaves a refused one without a credit, which others have") {
+  EngineConfig config = small_config(2);
+  config.arenas = {{{4 * kChunk}}};  // two landing regions
+  Lone r(config);
+  const MsgPull late = r.pull("b", 640);
+  const MsgPull first = r.pull("a", 640);
+  r.slice(first, 0, {0, 64}, true);
+  r.slice(late, 0, {0, 16}, false);
+  r.forget();
+  r.offer(late, 1, 0, late.credits[0].credit);
+  REQUIRE(r.told<MsgUpdate>().size() == 1);
+  const CreditId credit = r.told<MsgUpdate>()[0].credits.at(0).credit;
+  REQUIRE(r.engine.stats().credits_withdrawn == 3);
+  r.offer(late, 0, 0, credit);
+  CHECK(r.seen<AcceptOffer>().size() == 1);
+  CHECK(r.engine.stats().credits_withdrawn == 4);
+  CHECK(r.told<MsgUpdate>().back().pull == late.pull);
+}
+
 TEST_CASE("a chunk that was refused before its slice came must be one of the slice") {
   Lone r;
   const MsgPull pull = with_spent_credit(r);
