@@ -8,7 +8,7 @@ packages=(
   g++ cmake ninja-build pkg-config git ca-certificates
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
   libucx-dev libspdlog-dev libcli11-dev prometheus-cpp-dev libcivetweb-dev
-  libtomlplusplus-dev libxxhash-dev libhwloc-dev libsystemd-dev libssl-dev libexpected-dev
+  libtomlplusplus-dev libxxhash-dev libhwloc-dev libseccomp-dev libsystemd-dev libssl-dev libexpected-dev
   nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev
 )
 tests=(catch2 librapidcheck-dev libbenchmark-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)

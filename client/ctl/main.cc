@@ -187,7 +187,7 @@ int run(int argc, const char* const* argv) {
       {"workers", "Attached workers, their pools and layouts",
        shows(&Stub::ListWorkers, workers_text)},
       {"peers", "Other daemons and the links to them", shows(&Stub::ListPeers, peers_text)},
-      {"rails", "Network rails and the UCX settings in force", shows(&Stub::ListRails, rails_text)},
+      {"rails", "Network rails, the settings in force", shows(&Stub::ListRails, rails_text)},
       {"health", "Exits 0 if the daemon is healthy, else 1",
        [](Session& session) { return session.health(); }},
       {"drain", "Stop taking work and wait for what runs",

@@ -138,6 +138,8 @@ rails::RailsConfig rails_config(const ops::Config& config) {
   out.ucx.overrides = config.ucx;
   out.cuda_driver = config.gpu.driver;
   out.spin = config.rails.spin;
+  out.seccomp =
+      config.rails.seccomp == ops::Seccomp::kOn ? rails::Seccomp::kOn : rails::Seccomp::kOff;
   out.backoff_first = config.rails.restart_backoff;
   out.backoff_limit = config.rails.restart_backoff_max;
   return out;
@@ -325,6 +327,8 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
         parts.rails_settings.emplace_back(line.substr(0, equals), line.substr(equals + 1));
     }
   }
+  parts.rails_settings.emplace_back("seccomp",
+                                    config.rails.seccomp == ops::Seccomp::kOn ? "on" : "off");
   engine = std::make_unique<EngineThread>(std::move(parts));
   RegistryConfig registry_config;
   for (const std::string& transport : config.rails.transports)

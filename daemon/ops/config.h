@@ -139,6 +139,8 @@ struct PortRange {
   bool operator==(const PortRange&) const = default;
 };
 
+enum class Seccomp : uint8_t { kOff, kOn };
+
 struct RailsConfig {
   std::vector<std::string> devices{"lo"};
   std::vector<std::string> transports{"tcp"};  // "tcp", "shm"
@@ -147,6 +149,7 @@ struct RailsConfig {
   Duration spin = microseconds(50);     // polling before a rail sleeps on its event descriptor
   uint64_t segment_bytes = 512 * kKiB;  // UCX's TCP segment
   std::string binary;  // never empty after load_config unless kvferry-rails is not found beside us
+  Seccomp seccomp = Seccomp::kOn;  // the rails process makes only the system calls it needs
   Duration restart_backoff = milliseconds(100);
   Duration restart_backoff_max = seconds(5);
   bool operator==(const RailsConfig&) const = default;

@@ -272,6 +272,9 @@ class Checker {
     if (rails.restart_backoff > rails.restart_backoff_max)
       problem("rails.restart_backoff", "is longer than rails.restart_backoff_max");
     check_rails_binary();
+    if (rails.seccomp == Seccomp::kOff)
+      warning("rails.seccomp",
+              "is off: whoever reaches a UCX port has all that the daemon's user may do");
   }
 
   void check_rail_count(std::size_t tcp_rails) {

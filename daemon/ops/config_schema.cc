@@ -159,6 +159,10 @@ Section rails_section(RailsConfig& rails) {
         size_binding(rails.segment_bytes, 8 * kKiB, 16 * kMiB)},
        {"binary", "The kvferry-rails program. Empty: the one beside kvferryd.",
         text_binding(rails.binary)},
+       {"seccomp",
+        "on: once it is ready the rails process has only the system calls that rails need, and\n"
+        "dies of any other; a kernel without seccomp is an error. off.",
+        choice_binding<Seccomp>(rails.seccomp, {{"on", Seccomp::kOn}, {"off", Seccomp::kOff}})},
        {"restart_backoff",
         "The wait before a dead rails process is started again, doubled each\n"
         "time up to the maximum.",

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstring>
 #include <iterator>
 #include <unordered_map>
@@ -50,6 +51,12 @@ Status check_rails(const RailsConfig& config) {
   if (!SharedLayout::make(config.limits, static_cast<uint32_t>(config.rails.size())))
     return invalid("rails.limits", "RAILS_CONFIG_INVALID", "a count is zero or too large");
   return {};
+}
+
+std::string ended_by(int signal) {
+  // Without last words: the thread that made the call had the signal blocked.
+  if (signal == SIGSYS) return "made a system call that its seccomp filter refuses (SIGSYS)";
+  return "ended by signal " + std::to_string(signal);
 }
 
 // Of a device segment only what can be seen without a driver.
@@ -270,7 +277,7 @@ void RailsClient::Impl::notice_death(Time now, RailsEvents& events) {
   told.signal = exit.signal;
   const std::string& words = process_->read_last_words();
   told.why = kill_reason_.empty() ? words : kill_reason_;
-  if (told.why.empty()) told.why = exit.exited ? "exited" : "ended by a signal";
+  if (told.why.empty()) told.why = exit.exited ? "exited" : ended_by(exit.signal);
   const bool lived = phase_ == Phase::kReady && now >= ready_at_ + config_.backoff_limit;
   failures_ = lived ? 1 : failures_ + 1;
   process_.reset();
@@ -659,6 +666,7 @@ Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
   if (!copy_name(setup.cuda_driver, config.cuda_driver))
     return invalid("gpu.driver", "RAILS_CONFIG_INVALID", "the path is too long");
   setup.limits = config.limits;
+  setup.confined = config.seccomp == Seccomp::kOn ? 1 : 0;
   setup.spin_ns = static_cast<uint64_t>(std::max<int64_t>(config.spin.count(), 0));
   setup.port_first = config.ucx.port_first;
   setup.port_last = config.ucx.port_last;

@@ -48,6 +48,9 @@ struct RailSpec {
   CpuSet cpus{};          // that its thread is bound to, its helpers and memory with it; none: any
 };
 
+// Whether the process confines itself to the system calls that rails make.
+enum class Seccomp : uint8_t { kOff, kOn };
+
 struct RailsConfig {
   // Empty: `kvferry-rails` beside the running executable, else ../libexec/kvferry/kvferry-rails.
   std::string executable;
@@ -64,6 +67,8 @@ struct RailsConfig {
   // The CUDA driver's library, which the process loads when there are device segments. Empty: the
   // default name.
   std::string cuda_driver;
+  // kOn: where the kernel has no such filter the process ends with status 78.
+  Seccomp seccomp = Seccomp::kOn;
   // "NAME=value" lines set last, past the deny list; for tests, never from a configuration file.
   std::vector<std::string> unchecked_environment;
 };
@@ -98,9 +103,9 @@ struct RailsReady {
 struct RailsExit {
   bool exited = false;  // else killed by `signal`
   int status = 0;       // exit status; 78: a setting did not pass the self-test
-  int signal = 0;
-  std::string why;  // the process's last words or ours; printable, bounded
-  Time restart_at;  // when poll() starts it again
+  int signal = 0;       // SIGSYS: its filter refused a system call
+  std::string why;      // the process's last words or ours; printable, bounded
+  Time restart_at;      // when poll() starts it again
 };
 
 struct OfferIn {

@@ -154,7 +154,7 @@ struct SetupSegment {
 // segments' order.
 struct Setup {
   static constexpr uint32_t kMagic = 0x6b766672;
-  static constexpr uint32_t kVersion = 3;
+  static constexpr uint32_t kVersion = 4;
   uint32_t magic = kMagic;
   uint32_t version = kVersion;
   uint32_t rail_count = 0;
@@ -163,6 +163,8 @@ struct Setup {
   uint64_t spin_ns = 0;
   uint32_t port_first = 0;  // 0: any
   uint32_t port_last = 0;
+  uint32_t confined = 1;  // 0: without a seccomp filter
+  uint32_t reserved = 0;
   SetupRail rails[kMaxRails];
   SetupSegment segments[kMaxSegments];
   char cuda_driver[256] = {};  // the driver's library; empty: the default name

@@ -35,6 +35,7 @@ constexpr std::array kDenied = std::to_array<std::string_view>({
     "TCP_PUT_ENABLE",  // a socket may go on receiving after its endpoint is gone
     "TCP_CM_*",        //
     "TCP_BRIDGE_*",    //
+    "TCP_PREFER_*",    // reads a file for each connection
     "POSIX_ERROR_HANDLING",
     "POSIX_DIR",
     "POSIX_SEG_SIZE",  // UCX 1.13 keeps a segment's length in 16 bits and aborts at 64 KiB
@@ -103,6 +104,7 @@ Result<std::vector<std::string>> make_rails_environment(const UcxSettings& setti
       {"MEMTYPE_CACHE", "n"},
       {"TCP_CM_REUSEADDR", "y"},
       {"TCP_PUT_ENABLE", "n"},
+      {"TCP_PREFER_DEFAULT", "n"},
       {"TCP_TX_SEG_SIZE", std::to_string(settings.tcp_segment_bytes)},
       {"TCP_RX_SEG_SIZE", std::to_string(settings.tcp_segment_bytes)},
       {"POSIX_ERROR_HANDLING", "y"},

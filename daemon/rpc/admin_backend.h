@@ -156,7 +156,7 @@ struct RailInfo {
   uint64_t received_bytes = 0;
   uint64_t errors = 0;
   uint64_t restarts = 0;                                      // of the rails process
-  std::vector<std::pair<std::string, std::string>> settings;  // effective UCX_* values
+  std::vector<std::pair<std::string, std::string>> settings;  // effective UCX_* values, and seccomp
 };
 
 struct ArenaInfo {

@@ -33,6 +33,7 @@ TEST_CASE("several connections by one device: as many lanes as the side with mor
   for (std::size_t i = 0; i < 3; ++i) {
     CHECK(rails[i]["device"] == "lo");
     CHECK(rails[i]["connection"] == i);
+    CHECK(rails[i]["settings"]["seccomp"] == "on");
     addresses.insert(rails[i]["address"].get<std::string>());
   }
   CHECK(addresses.size() == 3);  // each listens at a port of its own

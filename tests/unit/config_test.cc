@@ -336,6 +336,21 @@ TEST_CASE("several connections for a device: 1 to 8, each with a port, at most 1
                     "rails.connections", "tcp alone"));
 }
 
+TEST_CASE("the rails process is confined unless that is switched off, which is named as unsafe") {
+  const auto is_warned = [](const LoadedConfig& loaded) {
+    return std::any_of(loaded.warnings.begin(), loaded.warnings.end(),
+                       [](const auto& warning) { return warning.key == "rails.seccomp"; });
+  };
+  const LoadedConfig on = load_config({"", {}, {}});
+  CHECK(on.config.rails.seccomp == Seccomp::kOn);
+  CHECK_FALSE(is_warned(on));
+  const LoadedConfig off = load_config({"", {"rails.seccomp=off"}, {}});
+  CHECK(off.ok());
+  CHECK(off.config.rails.seccomp == Seccomp::kOff);
+  CHECK(is_warned(off));
+  CHECK_FALSE(load_config({"", {"rails.seccomp=auto"}, {}}).ok());
+}
+
 TEST_CASE("plain mode off loopback needs a secret that only its owner reads") {
   const Scratch scratch;
   const auto with = [&](const std::string& file) {

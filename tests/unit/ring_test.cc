@@ -221,8 +221,9 @@ TEST_CASE("The rails' environment carries the daemon's promises and no override 
   REQUIRE(has("UCX_TCP_TX_SEG_SIZE=64k"));
   for (const char* name :
        {"UCX_PROTO_ENABLE", "PROTO_ENABLE", "TLS", "UCX_NET_DEVICES", "TCP_PUT_ENABLE",
-        "TCP_PORT_RANGE", "HANDLE_ERRORS", "DEBUG_SIGNO", "MEM_MMAP_HOOK_MODE", "MODULE_DIR",
-        "POSIX_ERROR_HANDLING", "POSIX_SEG_SIZE", "KEEPALIVE_INTERVAL", "LOG_FILE"}) {
+        "TCP_PREFER_DEFAULT", "TCP_PORT_RANGE", "HANDLE_ERRORS", "DEBUG_SIGNO",
+        "MEM_MMAP_HOOK_MODE", "MODULE_DIR", "POSIX_ERROR_HANDLING", "POSIX_SEG_SIZE",
+        "KEEPALIVE_INTERVAL", "LOG_FILE"}) {
     INFO(name);
     REQUIRE(check_ucx_overrides({{name, "y"}}).error().reason == "UCX_OVERRIDE_DENIED");
   }

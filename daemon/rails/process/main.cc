@@ -6,15 +6,13 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
-#include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
+#include <latch>
 #include <mutex>
 #include <optional>
 #include <span>
@@ -25,6 +23,7 @@
 
 #include "daemon/base/cpu_set.h"
 #include "daemon/rails/process/capabilities.h"
+#include "daemon/rails/process/confinement.h"
 #include "daemon/rails/process/device_segments.h"
 #include "daemon/rails/process/listeners.h"
 #include "daemon/rails/process/rail.h"
@@ -60,16 +59,15 @@ int preparation_status(const Error& error) {
   return passing ? kExitInternal : kExitConfiguration;
 }
 
-void confine() {
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-  const rlimit none = {0, 0};
-  ::setrlimit(RLIMIT_CORE, &none);
-  ::signal(SIGPIPE, SIG_IGN);
-}
+// Between the threads of the rails and main's.
+struct Start {
+  explicit Start(uint32_t rails) : made(rails) {}
+  std::mutex one_at_a_time;
+  std::latch made;         // by each rail that listens
+  std::latch confined{1};  // before any of them serves
+};
 
-void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t index,
-              std::mutex& one_at_a_time) {
+void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t index, Start& start) {
   const std::string name =
       "rail" + std::to_string(index) + "-" + setup.setup.rails[index].transport;
   ::pthread_setname_np(::pthread_self(), name.substr(0, 15).c_str());
@@ -77,9 +75,10 @@ void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t ind
   const CpuSet& cpus = setup.setup.rails[index].cpus;
   const int binding_errno = cpus.none() ? 0 : bind_thread(::pthread_self(), cpus);
   std::unique_ptr<Rail> rail;
+  uint16_t port = 0;
   {
     // One after the other: which listener is whose is seen by comparing before and after.
-    const std::lock_guard lock(one_at_a_time);
+    const std::lock_guard lock(start.one_at_a_time);
     const auto before = tcp_listeners();
     auto made = Rail::make(setup, index, device);
     if (!made)
@@ -90,10 +89,12 @@ void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t ind
     if (!listeners.empty())
       if (auto status = check_listeners(listeners, setup.setup, setup.setup.rails[index]); !status)
         die(kExitConfiguration, status.error());
-    const uint16_t port = listeners.empty() ? uint16_t{0} : listeners.front().port;
-    if (auto status = rail->announce(port, binding_errno); !status)
-      die(kExitInternal, status.error());
+    if (!listeners.empty()) port = listeners.front().port;
   }
+  start.made.count_down();
+  start.confined.wait();
+  if (auto status = rail->announce(port, binding_errno); !status)
+    die(kExitInternal, status.error());
   // UCX pushes the context of the memory that it copies; its progress and wake-up take whichever is
   // current, as long as there is one.
   std::optional<gpu::Device::Current> current;
@@ -115,7 +116,7 @@ Result<DeviceSegments> prepare(ProcessSetup& setup) {
 }
 
 int run() {
-  confine();
+  drop_privileges();
   int type = 0;
   socklen_t bytes = sizeof type;
   if (::getsockopt(kChannel, SOL_SOCKET, SO_TYPE, &type, &bytes) != 0 || type != SOCK_SEQPACKET) {
@@ -124,12 +125,17 @@ int run() {
   }
   auto setup = receive_setup(kChannel, std::chrono::seconds(10));
   if (!setup) die(kExitInternal, setup.error());
+  limit_descriptors(setup->setup);
   const auto devices = prepare(*setup);
   if (!devices) die(preparation_status(devices.error()), devices.error());
-  std::mutex one_at_a_time;
+  Start start(setup->setup.rail_count);
   for (uint32_t i = 0; i < setup->setup.rail_count; ++i)
-    std::thread(run_rail, std::cref(*setup), devices->first_device(), i, std::ref(one_at_a_time))
-        .detach();
+    std::thread(run_rail, std::cref(*setup), devices->first_device(), i, std::ref(start)).detach();
+  start.made.wait();
+  if (setup->setup.confined != 0)
+    if (auto status = confine(needs_of(setup->setup), kChannel); !status)
+      die(preparation_status(status.error()), status.error());
+  start.confined.count_down();
 
   // Main closes its end, or writes anything, when it is done with us. No teardown: an exit ends
   // every request at once, which is what it is for.
@@ -169,7 +175,7 @@ int run(std::span<char* const> arguments) {
     std::fputs("usage: kvferry-rails --capabilities [--cuda-driver LIBRARY]\n", stderr);
     return kExitUsage;
   }
-  confine();
+  drop_privileges();
   // No teardown of UCX and the driver here either.
   const int status = print_capabilities(driver ? std::string(all[3]) : std::string());
   ::_exit(status);

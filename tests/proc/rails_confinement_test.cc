@@ -1,0 +1,227 @@
+// What a rails process that has been taken over can still do: each call is tried by a program that
+// confines itself by the same function, and without it too, lest a call be tried that fails anyhow.
+#include <fcntl.h>
+#include <spawn.h>
+#include <sys/wait.h>
+
+#include <csignal>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "daemon/rails/process/confinement.h"
+#include "tests/proc/rails_harness.h"
+
+namespace kvferry::rails {
+namespace {
+
+using namespace testing;
+
+struct Outcome {
+  bool exited = false;
+  int status = 0;
+  int signal = 0;
+  std::string output;  // standard output and error
+};
+
+Outcome outcome_of(int wait_status) {
+  Outcome out;
+  out.exited = WIFEXITED(wait_status);
+  if (out.exited) out.status = WEXITSTATUS(wait_status);
+  if (WIFSIGNALED(wait_status)) out.signal = WTERMSIG(wait_status);
+  return out;
+}
+
+Outcome run_confined(const std::string& call, const std::string& needs) {
+  int ends[2];
+  REQUIRE(::pipe2(ends, O_CLOEXEC) == 0);
+  UniqueFd ours(ends[0]);
+  UniqueFd theirs(ends[1]);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  for (const int fd : {1, 2}) posix_spawn_file_actions_adddup2(&actions, theirs.get(), fd);
+  posix_spawn_file_actions_addopen(&actions, 3, "/dev/null", O_RDWR, 0);
+  std::string texts[] = {KVFERRY_RAILS_CONFINED, call, needs};
+  char* const arguments[] = {texts[0].data(), texts[1].data(), texts[2].data(), nullptr};
+  pid_t pid = -1;
+  REQUIRE(::posix_spawn(&pid, texts[0].c_str(), &actions, nullptr, arguments, environ) == 0);
+  posix_spawn_file_actions_destroy(&actions);
+  theirs.reset();
+  std::string output;
+  char part[512];
+  for (ssize_t got = 0; (got = ::read(ours.get(), part, sizeof part)) > 0;)
+    output.append(part, static_cast<std::size_t>(got));
+  int status = 0;
+  REQUIRE(::waitpid(pid, &status, 0) == pid);
+  Outcome out = outcome_of(status);
+  out.output = output;
+  return out;
+}
+
+// "clone as fork" is the call clone.
+std::string name_of(const std::string& call) {
+  return call.substr(0, call.find(' '));
+}
+
+void check_refused(const std::string& call, const std::string& needs) {
+  const Outcome outcome = run_confined(call, needs);
+  INFO(call << " with " << needs << ": status " << outcome.status << ", signal " << outcome.signal
+            << ": " << outcome.output);
+  CHECK(outcome.signal == SIGSYS);
+  CHECK(outcome.output.find("system call " + name_of(call) + " (") != std::string::npos);
+}
+
+void check_answered(const std::string& call, const std::string& needs, const std::string& answer) {
+  const Outcome outcome = run_confined(call, needs);
+  INFO(call << " with " << needs << ": status " << outcome.status << ", signal " << outcome.signal
+            << ": " << outcome.output);
+  CHECK(outcome.exited);
+  CHECK(outcome.status == 0);
+  CHECK(outcome.output.find(answer) != std::string::npos);
+}
+
+TEST_CASE("Programs, other processes and the kernel are out of a confined process's reach") {
+  for (const char* const call : {"execve",
+                                 "execveat",
+                                 "clone as fork",
+                                 "ptrace",
+                                 "process_vm_readv",
+                                 "process_vm_writev",
+                                 "kill",
+                                 "tgkill",
+                                 "pidfd_open",
+                                 "pidfd_getfd",
+                                 "setpriority",
+                                 "prlimit64",
+                                 "fcntl",
+                                 "mount",
+                                 "bpf",
+                                 "keyctl",
+                                 "userfaultfd",
+                                 "unshare",
+                                 "setns",
+                                 "io_uring_setup",
+                                 "perf_event_open",
+                                 "init_module",
+                                 "setuid",
+                                 "chroot",
+                                 "socket of Unix",
+                                 "socket of packets",
+                                 "listen",
+                                 "setsockopt",
+                                 "rename"}) {
+    // The call comes back, or becomes another program that ends well.
+    CHECK(run_confined(call, "off").exited);
+    for (const char* const needs : {"tcp", "shm", "devices"}) check_refused(call, needs);
+  }
+}
+
+TEST_CASE("With TCP alone files, new memory files and threads are out of reach too") {
+  for (const char* const call :
+       {"openat to write", "openat to make", "unlink", "memfd_create", "ioctl"}) {
+    CHECK(run_confined(call, "off").exited);
+    check_refused(call, "tcp");
+  }
+  check_answered("openat to write", "off", "ok");
+  check_answered("openat to write", "shm", "ok");
+  for (const char* const needs : {"tcp", "shm"}) {
+    CHECK(run_confined("a thread", needs).signal == SIGSYS);
+    check_refused("mmap of code", needs);
+    check_refused("mprotect to code", needs);
+    check_refused("ioctl", needs);
+    check_refused("memfd_create", needs);
+  }
+  check_answered("a thread", "devices", "ok");
+}
+
+TEST_CASE("What rails do goes on in a confined process") {
+  for (const char* const needs : {"off", "tcp", "shm", "devices"}) {
+    check_answered("a connection", needs, "ok");
+    check_answered("reading a limit", needs, "ok");
+    CHECK(run_confined("abort", needs).signal == SIGABRT);
+  }
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  // An error that libraries are used to, not death.
+  check_answered("openat to read", "tcp", "Permission denied");
+#endif
+  check_answered("openat to read", "off", "ok");
+}
+
+// --- The real process, and the main process's side.
+
+RailsConfig loopback(const std::string& transport, Seccomp seccomp = Seccomp::kOn) {
+  RailsConfig config;
+  config.executable = rails_binary();
+  config.rails = {{transport, transport == "tcp" ? "lo" : ""}};
+  config.seccomp = seccomp;
+  return config;
+}
+
+// "Seccomp:\t2" of a /proc status file.
+std::string field_of(const std::filesystem::path& file, const std::string& name) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);)
+    if (line.starts_with(name + ":"))
+      return line.substr(line.find_first_not_of(" \t", name.size() + 1));
+  return {};
+}
+
+TEST_CASE("Every thread of a ready rails process is confined, unless that is switched off") {
+  const std::string transport = GENERATE("tcp", "shm");
+  const Seccomp seccomp = GENERATE(Seccomp::kOn, Seccomp::kOff);
+  Node node(loopback(transport, seccomp));
+  start({&node});
+  const std::filesystem::path process = "/proc/" + std::to_string(node.client->pid());
+  int threads = 0;
+  for (const auto& task : std::filesystem::directory_iterator(process / "task")) {
+    const auto status = task.path() / "status";
+    INFO(status << " " << field_of(status, "Name"));
+    CHECK(field_of(status, "Seccomp") == (seccomp == Seccomp::kOn ? "2" : "0"));
+    CHECK(field_of(status, "NoNewPrivs") == "1");
+    for (const char* const set : {"CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"})
+      CHECK(field_of(status, set).find_first_not_of('0') == std::string::npos);
+    ++threads;
+  }
+  // Its own and UCX's.
+  CHECK(threads >= 3);
+  std::ifstream limits(process / "limits");
+  std::ostringstream text;
+  text << limits.rdbuf();
+  CHECK(text.str().find("Max core file size        0                    0 ") != std::string::npos);
+}
+
+// Asked by a process that has no capabilities, which would let it look into any.
+bool may_look_into(pid_t pid) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    drop_privileges();
+    const std::string path = "/proc/" + std::to_string(pid) + "/fd/0";
+    ::_exit(::open(path.c_str(), O_RDONLY | O_CLOEXEC) >= 0 ? 0 : 1);
+  }
+  int status = 0;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+TEST_CASE("Only a process that has shared-memory rails may be looked into by its peers") {
+  const std::string transport = GENERATE("tcp", "shm");
+  Node node(loopback(transport));
+  start({&node});
+  CHECK(may_look_into(node.client->pid()) == (transport == "shm"));
+}
+
+TEST_CASE("The main process is told which call the filter refused") {
+  RailsConfig config = loopback("tcp");
+  config.executable = KVFERRY_RAILS_CONFINED;
+  config.unchecked_environment = {"RAILS_CONFINED=execve"};
+  Node node(config);
+  REQUIRE(node.client->start(monotonic_now()));
+  REQUIRE(pump({&node}, [&] { return !node.deaths.empty(); }));
+  INFO(node.deaths[0].why);
+  CHECK_FALSE(node.deaths[0].exited);
+  CHECK(node.deaths[0].signal == SIGSYS);
+  CHECK(node.deaths[0].why.find("system call execve (") != std::string::npos);
+}
+
+}  // namespace
+}  // namespace kvferry::rails
