@@ -162,6 +162,11 @@ std::map<std::string, Call> all_calls() {
       {"mmap of code", &map_code},
       {"mprotect to code", &make_code},
       {"a connection", [] { return listener.connect(); }},
+      {"readlink",
+       [] {
+         char text[64];
+         return ::readlink("/proc/self/exe", text, sizeof text);
+       }},
       {"reading a limit",
        [] {
          rlimit limit = {};

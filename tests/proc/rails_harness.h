@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -89,7 +90,11 @@ class Node : public RailsEvents {
     receives[landing.value] = {ok, bytes};
     if (receive_handler) receive_handler(landing, ok);
   }
-  void on_died(const RailsExit& told) override { deaths.push_back(told); }
+  void on_died(const RailsExit& told) override {
+    deaths.push_back(told);
+    // A restart must not hide it.
+    if (told.signal == SIGSYS && !may_be_refused) FAIL("rails died: " + told.why);
+  }
 
   std::unique_ptr<RailsClient> client;
   RailsReady ready;
@@ -100,6 +105,7 @@ class Node : public RailsEvents {
   std::map<uint64_t, bool> sends;
   std::map<uint64_t, Receive> receives;
   std::vector<RailsExit> deaths;
+  bool may_be_refused = false;  // a system call
   std::function<void(const Offer&)> offer_handler;
   std::function<void(LandingId, bool)> receive_handler;
 

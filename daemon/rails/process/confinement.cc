@@ -188,9 +188,8 @@ void allow_threads(Filter& filter) {
 void allow_descriptors(Filter& filter) {
   filter.allow({"read", "write", "readv", "writev", "close", "fstat", "lseek", "poll", "ppoll",
                 "epoll_wait", "epoll_pwait", "epoll_ctl", "timerfd_create", "timerfd_settime"});
-  // C libraries' way to fstat; the filter does not see the path, which tells no more than that a
-  // file is there.
-  filter.allow({"newfstatat"});
+  // How the C library does fstat.
+  filter.allow_if("newfstatat", {equal(3, AT_EMPTY_PATH)});
   // Whether its words go to a terminal.
   filter.allow_if("ioctl", {equal(1, TCGETS)});
   // Not F_SETOWN and F_SETSIG, which send signals to others.
@@ -219,18 +218,25 @@ void allow_sockets(Filter& filter) {
     filter.allow_if("setsockopt", {equal(1, IPPROTO_TCP), equal(2, static_cast<uint64_t>(option))});
 }
 
-// Opening for reading alone is answered with an error, not with death: libraries look for files
-// that they do without.
+// Opening for reading alone, and looking for a file, is answered with an error, not with death:
+// libraries look for files that they do without. UCX 1.22 wants the PCI bandwidth of the interface
+// at each connection, to choose between transports, of which there is one, and rp_filter to warn of
+// it.
 void refuse_files(Filter& filter) {
   filter.answer(EACCES, "openat", {bits(2, O_ACCMODE | O_CREAT, O_RDONLY)});
   filter.answer(EACCES, "open", {bits(1, O_ACCMODE | O_CREAT, O_RDONLY)});
+  filter.answer(EACCES, "newfstatat", {bits(3, AT_EMPTY_PATH, 0)});
+  for (const char* const name :
+       {"stat", "lstat", "readlink", "readlinkat", "access", "faccessat", "faccessat2"})
+    filter.answer(EACCES, name);
 }
 
 // A peer's segment is opened by /proc/PID/fd for reading and writing, and /proc/PID/stat tells that
 // it lives. A filter does not see paths. The segments of our own grow in /dev/shm.
 void allow_shm(Filter& filter) {
-  filter.allow({"open", "openat", "fallocate", "ftruncate", "unlink", "unlinkat", "stat", "fstatfs",
-                "statfs"});
+  filter.allow({"open", "openat", "fallocate", "ftruncate", "unlink", "unlinkat", "newfstatat",
+                "stat", "lstat", "readlink", "readlinkat", "access", "faccessat", "faccessat2",
+                "getdents64", "fstatfs", "statfs"});
 }
 
 // The driver is closed: what it calls, and when, is not known for sure, so files, ioctl, threads
@@ -238,7 +244,8 @@ void allow_shm(Filter& filter) {
 // reach.
 void allow_driver(Filter& filter) {
   filter.allow({"open", "openat", "ioctl", "access", "faccessat", "faccessat2", "stat", "lstat",
-                "statx", "statfs", "fstatfs", "readlink", "readlinkat", "getdents64"});
+                "newfstatat", "statx", "statfs", "fstatfs", "readlink", "readlinkat",
+                "getdents64"});
   filter.allow({"mmap", "mprotect", "mlock", "mlock2", "munlock", "mincore", "msync", "mbind",
                 "get_mempolicy", "set_mempolicy", "memfd_create", "ftruncate", "fallocate"});
   filter.allow({"eventfd2", "epoll_create1", "pipe2", "pread64", "pwrite64", "dup", "select",
