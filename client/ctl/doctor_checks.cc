@@ -131,6 +131,16 @@ Finding check_huge_pages(const System& system) {
   return ok("huge pages", text);
 }
 
+// The kernel's list; the daemon's container may forbid what the kernel can.
+Finding check_seccomp(const System& system) {
+  std::istringstream actions(
+      system.read("/proc/sys/kernel/seccomp/actions_avail").value_or(std::string()));
+  for (std::string action; actions >> action;)
+    if (action == "trap") return ok("seccomp", "the kernel has what the rails process asks for");
+  return note("seccomp", "the kernel does not say that it has filters for system calls",
+              "rails.seccomp = \"off\" if the rails process ends with SECCOMP_UNAVAILABLE");
+}
+
 Finding check_shm(const System& system, bool gpu) {
   const auto bytes = system.file_system_bytes("/dev/shm");
   const char* advice =
@@ -187,7 +197,7 @@ Findings check_daemon(const std::optional<DaemonFacts>& daemon, const DoctorOpti
 
 Findings check_limits(const System& system, const DoctorOptions& options, bool gpu) {
   return {check_memlock(system, options, gpu), check_huge_pages(system), check_shm(system, gpu),
-          check_congestion_control(system)};
+          check_congestion_control(system), check_seccomp(system)};
 }
 
 Findings check_namespaces(const System& system, const DoctorOptions& options, bool gpu) {

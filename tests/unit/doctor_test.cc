@@ -45,6 +45,7 @@ struct FakeSystem final : System {
         "Max locked memory         unlimited            unlimited            bytes\n";
     for (const char* socket : {"/s", "/s.grpc", "/a"})
       nodes[socket] = {S_IFSOCK | 0660U, 1, 2, true};
+    files["/proc/sys/kernel/seccomp/actions_avail"] = "kill_process kill_thread trap errno allow\n";
     file_systems["/dev/shm"] = 32 * kGiB;
     listener = 42;
   }
@@ -213,6 +214,16 @@ TEST_CASE("congestion control that paces is a note") {
   CHECK(find(check_limits(system, options(), false), check).text == "cubic");
   system.files["/proc/sys/net/ipv4/tcp_congestion_control"] = "bbr\n";
   CHECK(grade(check_limits(system, options(), false), check) == Grade::kNote);
+  check_form(check_limits(system, options(), false));
+}
+
+TEST_CASE("a kernel that does not tell of seccomp's actions is a note") {
+  FakeSystem system;
+  CHECK(grade(check_limits(system, options(), false), "seccomp") == Grade::kOk);
+  system.files["/proc/sys/kernel/seccomp/actions_avail"] = "kill_process trapped\n";
+  CHECK(grade(check_limits(system, options(), false), "seccomp") == Grade::kNote);
+  system.files.erase("/proc/sys/kernel/seccomp/actions_avail");
+  CHECK(grade(check_limits(system, options(), false), "seccomp") == Grade::kNote);
   check_form(check_limits(system, options(), false));
 }
 
