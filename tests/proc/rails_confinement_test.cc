@@ -151,6 +151,14 @@ TEST_CASE("What rails do goes on in a confined process") {
   }
 }
 
+TEST_CASE("Where no filter can be had the process does not go on without") {
+  const Outcome outcome = run_confined("a connection", "forbidden");
+  INFO(outcome.output);
+  CHECK(outcome.exited);
+  CHECK(outcome.status == 78);
+  CHECK(outcome.output.find("no seccomp filter can be set") != std::string::npos);
+}
+
 // --- The real process, and the main process's side.
 
 RailsConfig loopback(const std::string& transport, Seccomp seccomp = Seccomp::kOn) {

@@ -286,7 +286,7 @@ Status load_filter(const Needs& needs) {
   if (!needs.shm && !needs.devices && !kSanitized) refuse_files(filter);
   if (const int error = filter.load(); error < 0)
     return fail(Code::kFailedPrecondition, "SECCOMP_UNAVAILABLE",
-                "no seccomp filter can be set (" + std::string(std::strerror(-error)) +
+                "no seccomp filter can be set (libseccomp: " + std::string(std::strerror(-error)) +
                     "); rails.seccomp = \"off\" does without, and leaves whoever reaches a UCX "
                     "port all that the daemon's user may do");
   return {};
