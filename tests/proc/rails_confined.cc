@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <linux/bpf.h>
 #include <linux/keyctl.h>
+#include <net/if.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sched.h>
@@ -131,6 +132,7 @@ std::map<std::string, Call> calls_on_the_kernel() {
       {"init_module", [] { return ::syscall(SYS_init_module, nullptr, 0, nullptr); }},
       {"setuid", [] { return ::syscall(SYS_setuid, ::getuid()); }},
       {"chroot", [] { return ::chroot("/nowhere"); }},
+      {"socket of Unix, packets", [] { return ::socket(AF_UNIX, SOCK_SEQPACKET, 0); }},
       {"socket of Unix", [] { return ::socket(AF_UNIX, SOCK_STREAM, 0); }},
       {"socket of packets", [] { return ::socket(AF_PACKET, SOCK_RAW, 0); }},
       {"listen", [] { return ::listen(kChannel, 1); }},
@@ -164,6 +166,7 @@ std::map<std::string, Call> all_calls() {
       {"mmap of code", &map_code},
       {"mprotect to code", &make_code},
       {"a connection", [] { return listener.connect(); }},
+      {"an interface's index", [] { return ::if_nametoindex("lo") != 0 ? 0L : -1L; }},
       {"readlink",
        [] {
          char text[64];

@@ -106,6 +106,7 @@ TEST_CASE("Programs, other processes and the kernel are out of a confined proces
                                  "setuid",
                                  "chroot",
                                  "socket of Unix",
+                                 "socket of Unix, packets",
                                  "socket of packets",
                                  "listen",
                                  "setsockopt",
@@ -138,6 +139,7 @@ TEST_CASE("What rails do goes on in a confined process") {
   for (const char* const needs : {"off", "tcp", "shm", "devices"}) {
     check_answered("a connection", needs, "ok");
     check_answered("reading a limit", needs, "ok");
+    check_answered("an interface's index", needs, "ok");
     CHECK(run_confined("abort", needs).signal == SIGABRT);
   }
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)

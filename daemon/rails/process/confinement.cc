@@ -200,13 +200,15 @@ void allow_descriptors(Filter& filter) {
 void allow_sockets(Filter& filter) {
   filter.allow({"connect", "accept", "accept4", "bind", "shutdown", "sendto", "recvfrom", "sendmsg",
                 "recvmsg", "getsockname", "getpeername", "getsockopt"});
-  // Not Unix sockets: that is where this host's services are.
+  // Not Unix sockets with connections: that is where this host's services are.
   for (const int family : {AF_INET, AF_INET6})
     filter.allow_if("socket", {equal(0, static_cast<uint64_t>(family)), bits(1, 0xf, SOCK_STREAM)});
   // What UCX asks of an interface at each connection.
   for (const int request : {SIOCETHTOOL, SIOCGIFHWADDR, SIOCGIFMTU, SIOCGIFFLAGS, SIOCGIFADDR,
                             SIOCGIFNETMASK, SIOCGIFINDEX})
     filter.allow_if("ioctl", {equal(1, static_cast<uint64_t>(request))});
+  // The C library's if_nametoindex, which UCX 1.22 calls for each connection off loopback.
+  filter.allow_if("socket", {equal(0, AF_UNIX), bits(1, 0xf, SOCK_DGRAM)});
   // UCX 1.22 asks for the route to a peer.
   filter.allow_if("socket",
                   {equal(0, AF_NETLINK), bits(1, 0xf, SOCK_RAW), equal(2, NETLINK_ROUTE)});
