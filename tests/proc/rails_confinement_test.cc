@@ -2,8 +2,10 @@
 // confines itself by the same function, and without it too, lest a call be tried that fails anyhow.
 #include <fcntl.h>
 #include <spawn.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 
+#include <algorithm>
 #include <csignal>
 #include <filesystem>
 #include <fstream>
@@ -202,6 +204,13 @@ TEST_CASE("Every thread of a ready rails process is confined, unless that is swi
   std::ostringstream text;
   text << limits.rdbuf();
   CHECK(text.str().find("Max core file size        0                    0 ") != std::string::npos);
+  rlimit ours = {};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &ours) == 0);
+  // For 1024 lanes of one rail, were it allowed.
+  const std::string files = std::to_string(std::min<rlim_t>(ours.rlim_max, 4160));
+  const std::string room(21 - files.size(), ' ');
+  CHECK(text.str().find("Max open files            " + files + room + files + " ") !=
+        std::string::npos);
 }
 
 // Asked by a process that has no capabilities, which would let it look into any.
