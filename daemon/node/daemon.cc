@@ -1,9 +1,12 @@
 #include "daemon/node/daemon.h"
 
+#include <sys/prctl.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <span>
 #include <utility>
 
 #include "daemon/base/crypto.h"
@@ -145,6 +148,22 @@ rails::RailsConfig rails_config(const ops::Config& config) {
   return out;
 }
 
+// A rails process that may open files, which only shared memory and the CUDA driver ask for, shall
+// not open /proc/PID/mem of this one. The price are core files, and looks from outside by this
+// user.
+void hide_from_rails(const rails::RailsConfig& config, std::span<const rails::Segment> segments) {
+  const bool opens_files =
+      std::any_of(config.rails.begin(), config.rails.end(),
+                  [](const rails::RailSpec& rail) { return rail.transport == "shm"; }) ||
+      std::any_of(segments.begin(), segments.end(),
+                  [](const rails::Segment& segment) { return is_on_device(segment.kind); });
+#if defined(__SANITIZE_ADDRESS__)
+  return static_cast<void>(opens_files);  // its search for leaks looks into the process
+#else
+  if (opens_files) ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+#endif
+}
+
 // host of "host:port" or "[v6]:port", with its brackets.
 std::string host_part(const std::string& address) {
   return address.substr(0, address.rfind(':'));
@@ -246,6 +265,7 @@ Status Daemon::Impl::make_core() {
 
   auto segments = arenas->for_rails();
   KVFERRY_RETURN_IF_ERROR(segments);
+  hide_from_rails(rails_settings, *segments);
   auto rails = rails::RailsClient::make(rails_settings, *segments);
   KVFERRY_RETURN_IF_ERROR(rails);
 

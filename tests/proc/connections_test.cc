@@ -1,4 +1,7 @@
 // Several rails by one device, of numbers that differ between two daemons.
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <array>
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -7,6 +10,28 @@
 #include "tests/proc/rails_scene.h"
 
 namespace kvferry::testing {
+
+// Root owns what /proc shows of a process that nobody may look into, the process's user and group
+// the rest.
+bool may_be_looked_into(pid_t pid) {
+  struct stat found = {};
+  REQUIRE(::stat(("/proc/" + std::to_string(pid) + "/status").c_str(), &found) == 0);
+  return found.st_uid == ::geteuid() && found.st_gid == ::getegid();
+}
+
+TEST_CASE("a daemon whose rails process may open files is not looked into") {
+  // Lest root's own processes look the same either way.
+  const gid_t before = ::getgid();
+  const bool is_root = ::geteuid() == 0;
+  if (is_root) REQUIRE(::setregid(1, 1) == 0);
+  {
+    const std::string transport = GENERATE("tcp", "shm");
+    RailsScene scene({"rails.transports=" + transport}, {"rails.transports=" + transport}, 1024);
+    for (const int side : {0, 1})
+      CHECK(may_be_looked_into(scene.daemon(side).pid()) == (transport == "tcp"));
+  }
+  if (is_root) REQUIRE(::setregid(before, before) == 0);
+}
 
 TEST_CASE("several connections by one device: as many lanes as the side with more has") {
   RailsScene scene({"rails.connections=3", "engine.chunk_bytes=64KiB"},

@@ -24,11 +24,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
-#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 
 namespace kvferry::rails {
 namespace {
