@@ -235,11 +235,11 @@ Status Daemon::Impl::make_arenas() {
   for (const Arenas::Arena& arena : arenas->all()) {
     uint64_t bytes = 0;
     for (const uint64_t segment : arena.segment_bytes) bytes += segment;
-    ops::log_info("arena",
-                  {ops::field("device", arena.choice.device), ops::field("kind", arena.choice.kind),
-                   ops::field("mapped", arena.mapped), ops::field("why", arena.choice.reason),
-                   ops::field("bytes", bytes),
-                   ops::field("in_huge_pages", arena.choice.huge_page_bytes)});
+    ops::log_info(
+        "arena",
+        {ops::field("device", arena.choice.device), ops::field("kind", arena.choice.kind),
+         ops::field("mapped", arena.mapped), ops::field("why", arena.choice.reason),
+         ops::field("bytes", bytes), ops::field("in_huge_pages", arena.choice.huge_page_bytes)});
   }
   return {};
 }

@@ -22,9 +22,9 @@
 namespace kvferry::rpc {
 
 struct MemoryChoice {
-  std::string device;  // "host", "gpu0"
-  std::string kind;    // "shared_host", "pinned_host"
-  std::string reason;  // why this kind
+  std::string device;            // "host", "gpu0"
+  std::string kind;              // "shared_host", "pinned_host"
+  std::string reason;            // why this kind
   uint64_t huge_page_bytes = 0;  // of host memory
 };
 
