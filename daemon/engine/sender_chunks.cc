@@ -120,7 +120,9 @@ void Sender::flush() {
   share_all();
   for (uint32_t arena = 0; arena < turns_.size(); ++arena) gather_all(arena);
   const std::set<uint64_t> ready = ready_;
-  for (const uint64_t leg : ready) offer(legs_.at(leg));
+  for (const uint64_t id : ready)
+    // One before it may have ended it: they fail together.
+    if (const auto leg = legs_.find(id); leg != legs_.end()) offer(leg->second);
 }
 
 // The chunk's pages are read from now on, into a region or by a copy within this daemon.

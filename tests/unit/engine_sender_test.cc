@@ -394,6 +394,30 @@ TEST_CASE("a later message waits for the gap; a gap that stays costs the lane") 
   }
 }
 
+TEST_CASE(
+    "a credit too small for its chunk fails all legs of that receiver, also who is next to offer") {
+  Lone s;
+  s.send("a", 0, {0, 6}, true);
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    MsgPull pull = s.pull_of("a", 1 + rank, {10 + rank}, 2, rank);
+    pull.credits.at(0).bytes = kChunk / 4;
+    s.say(0, pull);
+    s.resolve({0, 1});
+  }
+  s.compile_all();
+  const auto gathers = s.seen<Gather>();
+  REQUIRE(gathers.size() == 2);
+  // Both can offer in the same flush.
+  s.post_all({CopyEnded{gathers[0].copy, CopyOutcome::kOk, {}},
+              CopyEnded{gathers[1].copy, CopyOutcome::kOk, {}}});
+  CHECK(s.seen<SendOffer>().empty());
+  const auto ends = s.told<MsgEnd>();
+  REQUIRE(ends.size() == 2);
+  CHECK(ends[0].reason == Reason::kProtocol);
+  CHECK(ends[1].reason == Reason::kProtocol);
+  CHECK(s.status("a").state == TransferState::kFailed);
+}
+
 TEST_CASE("a peer that keeps breaking the protocol loses its link") {
   Lone s;
   for (int i = 0; i < 20; ++i) {
