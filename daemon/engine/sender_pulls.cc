@@ -259,10 +259,12 @@ void Sender::pull_resolved(PullResolved& event) {
   Place* place = reason == Reason::kNone ? place_for(send, leg, event, reason) : nullptr;
   if (place == nullptr) {
     const std::shared_ptr<const MsgPull> pull = leg.pull;
-    PeerPull& entry = core_.lanes.find(leg.link)->pulls.at(pull->pull.counter);
+    Link& link = *core_.lanes.find(leg.link);
     end_leg(leg, Outcome::kFailed, reason);
-    if (event.reason != Reason::kNone)
-      entry.turned_away =
+    // Among too many ended ones it may be history by now.
+    const auto entry = link.pulls.find(pull->pull.counter);
+    if (event.reason != Reason::kNone && entry != link.pulls.end())
+      entry->second.turned_away =
           std::make_unique<TurnedAway>(TurnedAway{pull->sender_rank, pull->receiver_instance,
                                                   pull->receiver_incarnation, pull->receiver_rank});
     evaluate(send);

@@ -429,6 +429,33 @@ TEST_CASE("a peer that keeps breaking the protocol loses its link") {
   CHECK(s.engine.snapshot(s.now).links.empty());
 }
 
+TEST_CASE("a pull that is turned away may be history at once, among too many ended ones") {
+  EngineConfig config = small_config(1);
+  config.max_tombstones = 1;
+  Lone s(config);
+  s.send("a", 0, {0, 10}, true);
+  s.say(0, s.pull_of("a", 1, {1}));
+  const ResolveId resolve = s.seen<ResolvePull>().back().resolve;
+  for (uint64_t counter = 2; counter <= 3; ++counter) {
+    MsgPull wrong = s.pull_of("a", counter, {});
+    wrong.proof.bytes[0] ^= 1;
+    s.say(0, wrong);
+  }
+  s.forget();
+  PullResolved stale;
+  stale.resolve = resolve;
+  stale.reason = Reason::kStaleCards;
+  s.post(std::move(stale));  // writes to nothing that is gone: the address sanitizer looks at this
+  REQUIRE(s.told<MsgEnd>().size() == 1);
+  CHECK(s.told<MsgEnd>()[0].pull.counter == 1);
+  CHECK(s.told<MsgEnd>()[0].reason == Reason::kStaleCards);
+  CHECK(s.engine.snapshot(s.now).links[0].legs_out == 0);
+  s.forget();
+  s.say(0, s.pull_of("a", 1, {1}));
+  CHECK(s.told<MsgEnd>().empty());  // it is dropped as late
+  CHECK(s.drops(DropCause::kLate) == 1);
+}
+
 TEST_CASE("parked pulls are bounded: the oldest goes") {
   EngineConfig config = small_config(1);
   config.max_parked_pulls = 2;
