@@ -32,6 +32,14 @@ TimerKey lane_timer(TimerKind kind, LinkId link, uint32_t lane) {
   return {kind, link.value, lane};
 }
 
+std::vector<LaneFlow*> flows_up(Link& link) {
+  std::vector<LaneFlow*> flows;
+  flows.reserve(link.lanes.size());
+  for (Lane& lane : link.lanes)
+    flows.push_back(lane.state == LaneState::kUp ? &lane.flow : nullptr);
+  return flows;
+}
+
 }  // namespace
 
 Link* Lanes::find(LinkId id) {
@@ -165,7 +173,7 @@ void Lanes::connect(Link& link, uint32_t index) {
   lane.next_in = 0;
   lane.held.clear();
   lane.held_bytes = 0;
-  lane.flow = {};
+  lane.flow = LaneFlow(link.chunk_bytes);
   lane.hello_seen = false;
   lane.heard = core_.now;
   core_.emit(ConnectLane{{link.id, index, lane.epoch}});
@@ -226,7 +234,7 @@ void Lanes::lane_down(Link& link, uint32_t index, bool tell) {
   ++core_.stats.lane_downs;
   lane.held.clear();
   lane.held_bytes = 0;
-  lane.flow = {};
+  lane.flow = LaneFlow(link.chunk_bytes);
   core_.timers.cancel(lane_timer(TimerKind::kLaneSilence, link.id, index));
   core_.timers.cancel(lane_timer(TimerKind::kGap, link.id, index));
   const LaneRef ref{link.id, index, lane.epoch};
@@ -361,13 +369,14 @@ void Lanes::refuse(const LaneRef& ref, const MsgRefuse& message) {
 }
 
 std::optional<uint32_t> Lanes::offer_lane(Link& link, uint64_t bytes) {
-  std::vector<LaneFlow*> flows;
-  flows.reserve(link.lanes.size());
-  for (Lane& lane : link.lanes)
-    flows.push_back(lane.state == LaneState::kUp ? &lane.flow : nullptr);
-  const std::size_t lane = link.choice.next(flows, bytes, link.chunk_bytes);
+  const std::vector<LaneFlow*> flows = flows_up(link);
+  const std::size_t lane = link.choice.pick(flows, bytes);
   if (lane == flows.size()) return std::nullopt;
   return static_cast<uint32_t>(lane);
+}
+
+uint64_t Lanes::carry(Link& link, uint32_t lane, uint64_t bytes) {
+  return link.choice.give(flows_up(link), lane, bytes, core_.now);
 }
 
 bool Lanes::up(const Link& link, uint32_t lane, uint32_t epoch) const {

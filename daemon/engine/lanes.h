@@ -64,7 +64,9 @@ class Lanes {
   bool send_end(Link& link, Role by, MsgEnd message);
   void refuse(const LaneRef& lane, const MsgRefuse& message);
   // The lane on which a chunk of so many bytes should arrive first; nothing if none is up.
-  std::optional<uint32_t> offer_lane(Link& link, uint64_t bytes);
+  static std::optional<uint32_t> offer_lane(Link& link, uint64_t bytes);
+  // It is offered there. Its number in the lane's flow.
+  uint64_t carry(Link& link, uint32_t lane, uint64_t bytes);
   bool up(const Link& link, uint32_t lane, uint32_t epoch) const;
   void check_invariants() const;
   // This side gives the lane up.

@@ -350,7 +350,7 @@ void Sender::offer(TxLeg& leg) {
     staging.newest_send_out = true;
     if (!asks) {  // what is to be refused carries nothing
       staging.on_lane = true;
-      link.lanes[*lane].flow.offered(staging.bytes, core_.now);
+      staging.lane_chunk = core_.lanes.carry(link, *lane, staging.bytes);
     }
     staging.since = core_.now;
     ++staging.sends;
@@ -451,9 +451,9 @@ void Sender::off_lane(Staging& staging, Left how) {
   if (!std::exchange(staging.on_lane, false)) return;
   LaneFlow& flow = core_.lanes.find(staging.link)->lanes[staging.lane].flow;
   if (how == Left::kArrived)
-    flow.arrived(staging.bytes, core_.now);
+    flow.arrived(staging.lane_chunk, staging.bytes, core_.now);
   else
-    flow.left(staging.bytes);
+    flow.left(staging.lane_chunk, staging.bytes, core_.now);
 }
 
 void Sender::give_back(StagingRegion& region) {

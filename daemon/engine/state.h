@@ -306,6 +306,7 @@ struct Staging {
   bool newest_send_out = false;  // ... and its UCX send has not ended
   bool on_lane = false;          // its bytes count as being in flight there
   uint32_t lane = 0;
+  uint64_t lane_chunk = 0;  // on_lane: its number in the lane's flow
   uint32_t epoch = 0;
   CreditGrant credit;
   bool asks = false;  // the newest offer names a spent credit, to be refused

@@ -169,6 +169,21 @@ TEST_CASE("beyond E, chunks without a credit are offered under a spent one, one 
   CHECK(s.seen<SendOffer>()[3].offer.chunk == 3);
 }
 
+TEST_CASE("an offer that is to be refused takes no lane's turn") {
+  Lone s;
+  const auto gathers = without_credits(s);
+  for (std::size_t chunk = 1; chunk < 4; ++chunk)
+    s.post(CopyEnded{gathers[chunk].copy, CopyOutcome::kOk, {}});
+  REQUIRE(s.seen<SendOffer>().size() == 1);
+  const SendOffer asked = s.seen<SendOffer>()[0];
+  for (const LaneView& lane : s.engine.snapshot(s.now).links.at(0).lanes)
+    CHECK(lane.in_flight == 0);
+  s.update({7}, {});
+  REQUIRE(s.seen<SendOffer>().size() == 2);
+  CHECK(s.seen<SendOffer>()[1].offer.credit.value == 7);
+  CHECK(s.seen<SendOffer>()[1].lane.lane == asked.lane.lane);
+}
+
 TEST_CASE("a spent credit that a dropped chunk was offered under is not used as if it were good") {
   Lone s;
   const auto gathers = without_credits(s);
