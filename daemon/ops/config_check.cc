@@ -241,6 +241,8 @@ class Checker {
     for (const std::string& device : rails.devices)
       if (!is_word(device, "._:-@", 63))
         problem("rails.devices", toml_quote(device) + " is no device");
+    check_no_repeats("rails.devices", rails.devices);
+    check_no_repeats("rails.transports", rails.transports);
     bool tcp = false;
     for (const std::string& transport : rails.transports) {
       tcp = tcp || transport == "tcp";
@@ -275,6 +277,14 @@ class Checker {
     if (rails.seccomp == Seccomp::kOff)
       warning("rails.seccomp",
               "is off: whoever reaches a UCX port has all that the daemon's user may do");
+  }
+
+  // Rails by one device are asked for by rails.connections.
+  void check_no_repeats(const char* key, std::vector<std::string> words) {
+    std::sort(words.begin(), words.end());
+    for (auto at = words.begin(); (at = std::adjacent_find(at, words.end())) != words.end();
+         at = std::upper_bound(at, words.end(), *at))
+      problem(key, "names " + toml_quote(*at) + " more than once");
   }
 
   void check_rail_count(std::size_t tcp_rails) {

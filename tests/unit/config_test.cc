@@ -167,7 +167,7 @@ TEST_CASE("each wrong value is refused with its key") {
     std::string set;
     std::string words;
   };
-  const std::array<Row, 45> rows{{
+  const std::array<Row, 48> rows{{
       {"node.id=white space", "must be a name"},
       {"log.format=xml", "is none of"},
       {"admin.socket=admin.sock", "must be an absolute path"},
@@ -193,6 +193,9 @@ TEST_CASE("each wrong value is refused with its key") {
       {"arena.device_share=0", "must be above 0 and at most 1"},
       {"rails.devices=", "must name at least one device"},
       {"rails.transports=rc_verbs", "is not served by this release"},
+      {"rails.transports=tcp,tcp", "names \"tcp\" more than once"},
+      {"rails.transports=tcp,shm,tcp", "names \"tcp\" more than once"},
+      {"rails.devices=lo,lo", "names \"lo\" more than once"},
       {"rails.port_range=200-100", "ends before it begins"},
       {"rails.port_range=0-70000", "must be \"first-last\""},
       {"rails.spin=2h", "must be between"},
