@@ -1,16 +1,13 @@
 // Daemons that take this machine for one with two NUMA nodes of one processor each: what the kernel
 // knows of their arenas and threads afterwards, and what they tell an operator. With one real node
 // this says nothing about where pages come from.
-#include <sched.h>
 #include <stdlib.h>
 
-#include <array>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <nlohmann/json.hpp>
 
-#include "tests/proc/hand_off_daemons.h"
+#include "tests/proc/control.h"
+#include "tests/unit/cpus.h"
 
 namespace kvferry::testing {
 namespace {
@@ -18,16 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 Json numa_of(const bench::DaemonProcess& daemon) {
-  const std::string command =
-      binary_directory() + "/kvferryctl --socket " + daemon.admin_socket() + " --json status";
-  std::FILE* const pipe = ::popen(command.c_str(), "re");
-  REQUIRE(pipe != nullptr);
-  std::string text;
-  std::array<char, 4096> buffer{};
-  while (std::fgets(buffer.data(), static_cast<int>(buffer.size()), pipe) != nullptr)
-    text += buffer.data();
-  REQUIRE(::pclose(pipe) == 0);
-  return Json::parse(text).at("numa");
+  return control(daemon, "status").at("numa");
 }
 
 std::string line_of(const std::filesystem::path& path, const std::string& part) {
@@ -59,10 +47,9 @@ const std::vector<std::string> kSettings{"copy.threads=2", "mapped.host_bytes=16
 }  // namespace
 
 TEST_CASE("Two nodes: arenas between them, copy threads on both, and the operator is told") {
-  cpu_set_t own;
-  CPU_ZERO(&own);
-  REQUIRE(::sched_getaffinity(0, sizeof own, &own) == 0);
-  if (!CPU_ISSET(0, &own) || !CPU_ISSET(1, &own)) {
+  const CpuSet own = usable_cpus(0);
+  REQUIRE(own.any());
+  if (!own.test(0) || !own.test(1)) {
     WARN("not tested: this process may not use the processors 0 and 1");
     return;
   }

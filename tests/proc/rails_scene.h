@@ -117,18 +117,6 @@ class RailsScene {
   std::string log_tail() const { return daemons_[0]->log_tail() + daemons_[1]->log_tail(); }
 
  private:
-  static double metric(const bench::DaemonProcess& daemon, const std::string& name,
-                       const std::string& part, const std::string& other = {}) {
-    const auto metrics = daemon.metrics();
-    double sum = 0;
-    if (!metrics) return sum;
-    for (const auto& [series, value] : *metrics)
-      if (series.starts_with(name + "{") && series.find(part) != std::string::npos &&
-          series.find(other) != std::string::npos)
-        sum += value;
-    return sum;
-  }
-
   std::string directory_;
   std::unique_ptr<bench::DaemonProcess> daemons_[2];
   std::unique_ptr<Party> parties_[2];

@@ -1,41 +1,31 @@
 // Messages and offers between two rails processes that live.
-#include <sched.h>
-
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
 #include <random>
 
 #include "tests/proc/rails_harness.h"
+#include "tests/unit/cpus.h"
 
 namespace kvferry::rails::testing {
 namespace {
 
 constexpr uint64_t kLane = 1;
 
-CpuSet cpus_of(pid_t thread) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  REQUIRE(::sched_getaffinity(thread, sizeof set, &set) == 0);
-  CpuSet out;
-  for (std::size_t cpu = 0; cpu < out.size(); ++cpu)
-    if (CPU_ISSET(cpu, &set)) out.set(cpu);
-  return out;
-}
-
 CpuSet cpus_of(const Node& node, const std::string& name) {
   const std::string tasks = "/proc/" + std::to_string(node.client->pid()) + "/task";
   for (const auto& task : std::filesystem::directory_iterator(tasks)) {
     std::string found;
     std::getline(std::ifstream(task.path() / "comm"), found);
-    if (found == name) return cpus_of(std::stoi(task.path().filename()));
+    if (found == name) return usable_cpus(std::stoi(task.path().filename()));
   }
   FAIL("no thread is called " << name);
   return {};
 }
 
 TEST_CASE("A rail's thread keeps to its processors, and says so where it cannot") {
-  const CpuSet own = cpus_of(0);
+  const CpuSet own = usable_cpus(0);
+  REQUIRE(own.any());
   CpuSet one;
   for (std::size_t cpu = 0; cpu < own.size() && one.none(); ++cpu) one.set(cpu, own.test(cpu));
   CpuSet none;

@@ -13,6 +13,7 @@
 #include <array>
 #include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -101,15 +102,28 @@ UniqueFd make_tap(int network, std::size_t road, int side) {
   return tap;
 }
 
+// What a command says that ends badly; empty if it ends well.
+std::string complaint(const std::string& command) {
+  std::FILE* const pipe = ::popen((command + " 2>&1").c_str(), "re");
+  if (pipe == nullptr) fail_call("popen");
+  std::string said;
+  std::array<char, 512> buffer{};
+  for (std::size_t got = 0; (got = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
+    said.append(buffer.data(), got);
+  const int status = ::pclose(pipe);
+  if (status == 0) return {};
+  return said.empty() ? command + " ends with status " + std::to_string(status) : said;
+}
+
 }  // namespace
 
 std::string Roads::why_not() {
   try {
-    Roads trial({1'000'000});
+    const Roads trial({1'000'000});
+    return complaint(trial.inside(0) + " true");
   } catch (const std::exception& error) {
     return error.what();
   }
-  return {};
 }
 
 Roads::Roads(const std::vector<uint64_t>& speeds) : stop_(::eventfd(0, EFD_CLOEXEC)) {
@@ -133,8 +147,10 @@ Roads::~Roads() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-std::string Roads::namespace_path(int side) const {
-  return "/proc/" + std::to_string(::getpid()) + "/fd/" + std::to_string(namespaces_[side].get());
+std::string Roads::inside(int side) const {
+  return "nsenter --net=/proc/" + std::to_string(::getpid()) + "/fd/" +
+         std::to_string(namespaces_[side].get()) +
+         " unshare --mount sh -c 'mount -t sysfs none /sys && exec \"$0\" \"$@\"'";
 }
 
 // The frames of one direction. Those that come while it waits are queued by the device, and beyond

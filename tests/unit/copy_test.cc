@@ -1,5 +1,4 @@
 #include <fcntl.h>
-#include <sched.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -17,6 +16,7 @@
 #include "daemon/copy/copy_pool.h"
 #include "daemon/memory/host_pool.h"
 #include "daemon/memory/shared_memory.h"
+#include "tests/unit/cpus.h"
 
 namespace kvferry::copy {
 namespace {
@@ -120,12 +120,11 @@ TEST_CASE("all threads take part in one large job") {
 }
 
 TEST_CASE("threads keep to their processors, and work where they cannot") {
-  cpu_set_t own;
-  CPU_ZERO(&own);
-  REQUIRE(::sched_getaffinity(0, sizeof own, &own) == 0);
+  const CpuSet own = usable_cpus(0);
   std::vector<CpuSet> one_each;
-  for (std::size_t cpu = 0; cpu < CPU_SETSIZE && one_each.size() < 2; ++cpu)
-    if (CPU_ISSET(cpu, &own)) one_each.emplace_back().set(cpu);
+  for (std::size_t cpu = 0; cpu < own.size() && one_each.size() < 2; ++cpu)
+    if (own.test(cpu)) one_each.emplace_back().set(cpu);
+  REQUIRE_FALSE(one_each.empty());
   // All threads of a pool look at once what they may use.
   const auto seen = [](CopyPool& pool) {
     std::mutex mutex;
@@ -136,12 +135,7 @@ TEST_CASE("threads keep to their processors, and work where they cannot") {
                          .prepare = {},
                          .copy =
                              [&](uint64_t, uint64_t) {
-                               cpu_set_t set;
-                               CPU_ZERO(&set);
-                               if (::sched_getaffinity(0, sizeof set, &set) != 0) return false;
-                               CpuSet cpus;
-                               for (std::size_t cpu = 0; cpu < cpus.size(); ++cpu)
-                                 if (CPU_ISSET(cpu, &set)) cpus.set(cpu);
+                               const CpuSet cpus = usable_cpus(0);
                                {
                                  const std::lock_guard lock(mutex);
                                  sets.push_back(cpus);
@@ -165,9 +159,9 @@ TEST_CASE("threads keep to their processors, and work where they cannot") {
             4 / one_each.size());
   }
   // No processor that this machine has.
-  if (CPU_ISSET(CPU_SETSIZE - 1, &own)) return;
   CpuSet none;
-  none.set(CPU_SETSIZE - 1);
+  none.set(none.size() - 1);
+  if ((own & none).any()) return;
   CopyPool pool({.threads = 2, .piece_bytes = kGranule, .cpus = {none}});
   CHECK(pool.binding_errno() == EINVAL);
   CHECK(seen(pool).size() == 2);

@@ -2,7 +2,6 @@
 // that stands for /sys.
 #pragma once
 
-#include <sched.h>
 #include <stdlib.h>
 
 #include <catch2/catch.hpp>
@@ -11,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "daemon/base/cpu_set.h"
+#include "tests/unit/cpus.h"
 
 namespace kvferry::numa {
 
@@ -32,13 +31,9 @@ class Machine {
 };
 
 inline CpuSet own_cpus() {
-  CpuSet out;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  REQUIRE(::sched_getaffinity(0, sizeof set, &set) == 0);
-  for (std::size_t cpu = 0; cpu < out.size(); ++cpu)
-    if (CPU_ISSET(cpu, &set)) out.set(cpu);
-  return out;
+  const CpuSet own = usable_cpus(0);
+  REQUIRE(own.any());
+  return own;
 }
 
 // Synthetic machines number their processors from 0, and we keep to those that we may use.
