@@ -1,5 +1,7 @@
 #include "daemon/engine/fair_queue.h"
 
+#include "daemon/base/check.h"
+
 namespace kvferry::engine {
 
 FairQueue::Node& FairQueue::touch(Level& level, uint64_t child, uint64_t bytes, bool served) {
@@ -57,9 +59,8 @@ void FairQueue::served(const FairKey& key, uint64_t bytes) {
   Level& workers = touch(root_, key.tenant, bytes, true).level;
   Level& transfers = touch(workers, key.worker, bytes, true).level;
   Level& legs = touch(transfers, key.transfer, bytes, true).level;
-  const std::size_t before = legs.children.size();
+  KVFERRY_CHECK(legs.children.contains(key.leg), "who is served waits");
   touch(legs, key.leg, bytes, true);
-  size_ += legs.children.size() - before;
 }
 
 }  // namespace kvferry::engine

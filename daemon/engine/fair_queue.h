@@ -28,11 +28,20 @@ class FairQueue {
   void erase(const FairKey& key);
   bool empty() const { return size_ == 0; }
   std::size_t size() const { return size_; }
-  // It had its turn and `bytes`, on each level.
+  // It is in the queue and had its turn and `bytes`, on each level.
   void served(const FairKey& key, uint64_t bytes);
 
-  // Calls visit(key) in turn until one answers true or all have been asked. `visit` may not change
-  // the queue. Returns whether one answered true.
+  // Whose turn it is, if there is anybody.
+  FairKey front() const {
+    FairKey first;
+    find_if([&](const FairKey& key) {
+      first = key;
+      return true;
+    });
+    return first;
+  }
+  // Calls visit(key) in turn until one answers true or all have been asked. `visit` may change the
+  // queue only if it answers true. Returns whether one answered true.
   template <typename Visit>
   bool find_if(Visit&& visit) const {
     for (const auto& [ts, tenant] : root_.order) {

@@ -11,11 +11,12 @@
 
 namespace kvferry::engine {
 
-// `may`: whether to go on; `size`: bytes that a key asks for; `grant(key, region)` uses the region
-// and may change the queue; `passed(key)`: another was served before it.
-template <typename May, typename Size, typename Grant, typename Passed>
+// `may`: whether to go on; `size`: bytes that a key asks for; `take(key, bytes)`: a region of them,
+// or nothing; `grant(key, region)` uses the region and may change the queue; `passed(key)`: another
+// was served before it.
+template <typename May, typename Size, typename Take, typename Grant, typename Passed>
 void serve_in_turn(FairQueue& queue, Arena& arena, RegionKind kind, std::set<FairKey>& starving,
-                   May&& may, Size&& size, Grant&& grant, Passed&& passed) {
+                   May&& may, Size&& size, Take&& take, Grant&& grant, Passed&& passed) {
   while (!queue.empty() && may() && !arena.exhausted(kind)) {
     std::optional<memory::Region> region;
     FairKey winner;
@@ -23,7 +24,7 @@ void serve_in_turn(FairQueue& queue, Arena& arena, RegionKind kind, std::set<Fai
     std::vector<FairKey> passed_over;
     const auto visit = [&](const FairKey& key) {
       const uint64_t bytes = size(key);
-      if (bytes < too_large) region = arena.take(kind, bytes);
+      if (bytes < too_large) region = take(key, bytes);
       if (region) {
         winner = key;
         return true;

@@ -57,6 +57,9 @@ void Lanes::check_invariants() const {
     KVFERRY_CHECK(named != by_node_.end() && named->second == id, "a link is found by its node");
     KVFERRY_CHECK(!link.resync_due || !link.control || to_flush_.contains(id),
                   "a resync that is due comes with the next flush");
+    KVFERRY_CHECK(
+        link.looped() || link.protocol_errors <= kMaxProtocolErrors || to_flush_.contains(id),
+        "a link with too many errors ends with the next flush");
   }
 }
 

@@ -147,7 +147,7 @@ std::size_t LaneChoice::pick(std::span<LaneFlow* const> lanes, uint64_t bytes) c
   for (std::size_t step = 0; step < lanes.size(); ++step) {
     const std::size_t at = (turn_ + step) % lanes.size();
     if (lanes[at] == nullptr) continue;
-    if (lanes[at]->trial_due(fastest)) return at;
+    if (bytes != 0 && lanes[at]->trial_due(fastest)) return at;
     const Wide queued = Wide{lanes[at]->queued()} + bytes;
     const uint64_t rate = lanes[at]->rate() == 0 ? fastest : lanes[at]->rate();
     if (best != lanes.size() && queued * best_rate >= best_bytes * rate) continue;

@@ -83,6 +83,7 @@ class LaneFlow {
 class LaneChoice {
  public:
   // `lanes`: null where a lane is not up. The index of the lane, or lanes.size() if none is up.
+  // For 0 bytes, which are no trial, the lane that is free first.
   // Nothing is booked: the same question has the same answer.
   std::size_t pick(std::span<LaneFlow* const> lanes, uint64_t bytes) const;
   // The chunk is offered on that lane. Its number there.

@@ -11,7 +11,6 @@ namespace kvferry::engine {
 namespace {
 
 constexpr uint64_t kMaxHeldBytes = 4 << 20;  // of a link's lane, behind a gap
-constexpr uint32_t kMaxProtocolErrors = 16;  // of a link, then it is closed
 
 // Roughly what a held message takes.
 uint64_t size_of(const ControlMessage& message) {

@@ -20,6 +20,8 @@ namespace kvferry::engine {
 
 class Core;
 
+constexpr uint32_t kMaxProtocolErrors = 16;  // of a link, then it is closed
+
 class Lanes {
  public:
   explicit Lanes(Core& core);

@@ -96,7 +96,7 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
     return;
   }
   const Link& link = *core_.lanes.find(leg.link);
-  const uint64_t bytes = std::min(link.chunk_bytes, it->second.bytes - of.chunk * link.chunk_bytes);
+  const uint64_t bytes = chunk_size(link.chunk_bytes, it->second.bytes, of.chunk);
   if (of.bytes != bytes || offer.announced_bytes != bytes ||
       bytes > regions_.at(credit->second).region.bytes || of.check.kind != link.check) {
     fail(Reason::kProtocol);

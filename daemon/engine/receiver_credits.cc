@@ -148,18 +148,18 @@ void Receiver::grant_all(uint32_t number) {
     };
   };
   const auto always = [] { return true; };
+  const auto take = [&](const FairKey&, uint64_t bytes) {
+    return arena.take(RegionKind::kLanding, bytes);
+  };
   while (true) {
-    serve_in_turn(turns.waiting, arena, RegionKind::kLanding, turns.starving, always, size, use,
-                  passed(turns.starving));
+    serve_in_turn(turns.waiting, arena, RegionKind::kLanding, turns.starving, always, size, take,
+                  use, passed(turns.starving));
     if (turns.waiting.empty()) break;
     FairKey next;
     if (!turns.starving.empty())
       next = *turns.starving.begin();
     else
-      turns.waiting.find_if([&](const FairKey& key) {
-        next = key;
-        return true;
-      });
+      next = turns.waiting.front();
     bool freed = withdraw_for(legs_.at(next.leg));
     if (!freed) {
       // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
@@ -170,8 +170,8 @@ void Receiver::grant_all(uint32_t number) {
     }
     if (!freed) return;  // somebody with a slice waits: nothing for the others
   }
-  serve_in_turn(turns.idle, arena, RegionKind::kLanding, turns.starving_idle, always, size, use,
-                passed(turns.starving_idle));
+  serve_in_turn(turns.idle, arena, RegionKind::kLanding, turns.starving_idle, always, size, take,
+                use, passed(turns.starving_idle));
 }
 
 // What reservations have been promised: a transfer's legs in turn, those that have a slice to bring

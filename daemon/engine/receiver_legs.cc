@@ -250,8 +250,7 @@ void Receiver::drop_in(Link& link, const MsgDrop& message) {
     if (slice.all_done()) receive.record.bytes_done -= slice.bytes;
     for (uint64_t chunk = 0; chunk < slice.chunks.size(); ++chunk)
       if (slice.chunks[chunk] == RxState::kDone)
-        receive.record.bytes_done -=
-            std::min(link.chunk_bytes, slice.bytes - chunk * link.chunk_bytes);
+        receive.record.bytes_done -= chunk_size(link.chunk_bytes, slice.bytes, chunk);
     if (slice.all_done()) --receive.record.slices;
     core_.workers.changed(receive, Role::kReceiver);
   }

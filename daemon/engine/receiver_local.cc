@@ -36,14 +36,11 @@ void Receiver::update_local(RxLeg& leg) {
 
 void Receiver::run_local() {
   while (local_copies_ < core_.config.local_copies && !local_turns_.empty()) {
-    FairKey next;
-    local_turns_.find_if([&](const FairKey& key) {
-      next = key;
-      return true;
-    });
+    const FairKey next = local_turns_.front();
     RxLeg& leg = legs_.at(next.leg);
     const RxSlice& slice = leg.slices.at(*leg.to_copy.begin());
-    local_turns_.served(next, std::min(slice.bytes, core_.lanes.find(leg.link)->chunk_bytes));
+    local_turns_.served(
+        next, chunk_size(core_.lanes.find(leg.link)->chunk_bytes, slice.bytes, slice.begun));
     copy_chunk(leg);
   }
 }
@@ -71,7 +68,7 @@ void Receiver::copy_chunk(RxLeg& leg) {
   fresh.receive = leg.receive;
   fresh.slice = ordinal;
   fresh.chunk = chunk;
-  fresh.bytes = std::min(chunk_bytes, slice.bytes - chunk * chunk_bytes);
+  fresh.bytes = chunk_size(chunk_bytes, slice.bytes, chunk);
   fresh.since = core_.now;
   fresh.local = true;
   fresh.loan = loan.id;

@@ -89,7 +89,7 @@ void Receiver::written(RxLeg& leg, const MsgWritten& of) {
   leg.credits.erase(credit);
   region.slice = of.slice;
   region.chunk = of.chunk;
-  region.bytes = std::min(link.chunk_bytes, slice.bytes - of.chunk * link.chunk_bytes);
+  region.bytes = chunk_size(link.chunk_bytes, slice.bytes, of.chunk);
   region.check = of.check;
   ++core_.stats.chunks_mapped;
   landed(region);

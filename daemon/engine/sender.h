@@ -208,6 +208,7 @@ class Sender {
   void list(const TxLeg& leg, const TxSlice& slice, StagingRegion& region);
   void unlist(const StagingRegion& region);
   StagingRegion* shareable(TxLeg& leg);
+  void may_share(const TxLeg& leg);
   void share(TxLeg& leg, StagingRegion& region);
   void share_all();
   void check_streams() const;

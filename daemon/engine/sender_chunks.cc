@@ -63,7 +63,7 @@ void Sender::update(TxLeg& leg) {
     Turns& turns = turns_[leg.arena];
     (credited ? turns.credited : turns.ahead).insert(leg.turn);
   }
-  if (leg.queued && shareable(leg) != nullptr) sharing_.insert(leg.id);
+  if (leg.queued && !leg.queued_ahead) may_share(leg);
 }
 
 void Sender::leave_queues(TxLeg& leg) {
@@ -89,7 +89,7 @@ void Sender::gather_all(uint32_t number) {
     KVFERRY_CHECK(next_idle(leg), "a leg waits for staging only with a chunk to gather");
     const TxSlice& slice = leg.slices.at(leg.cursor.first);
     const uint64_t chunk_bytes = core_.lanes.find(leg.link)->chunk_bytes;
-    return std::min(chunk_bytes, slice.plan->bytes - leg.cursor.second * chunk_bytes);
+    return chunk_size(chunk_bytes, slice.plan->bytes, leg.cursor.second);
   };
   const auto grant = [&](const FairKey& key, const memory::Region& region) {
     TxLeg& leg = legs_.at(key.leg);
@@ -101,17 +101,29 @@ void Sender::gather_all(uint32_t number) {
     TxLeg& leg = legs_.at(key.leg);
     if (++leg.passes >= core_.config.starvation_passes) turns.starving.insert(key);
   };
+  const auto take = [&](const FairKey&, uint64_t bytes) {
+    return arena.take(RegionKind::kStaging, bytes);
+  };
   serve_in_turn(
-      turns.credited, arena, RegionKind::kStaging, turns.starving, [] { return true; }, size, grant,
-      passed);
+      turns.credited, arena, RegionKind::kStaging, turns.starving, [] { return true; }, size, take,
+      grant, passed);
+  const auto take_ahead = [&](const FairKey& key, uint64_t bytes) {
+    const StagingRegion* there = shareable(legs_.at(key.leg));
+    return there != nullptr ? std::optional(there->region) : take(key, bytes);
+  };
   const auto grant_ahead = [&](const FairKey& key, const memory::Region& region) {
+    TxLeg& leg = legs_.at(key.leg);
+    if (StagingRegion* const there = shareable(leg)) {
+      share(leg, *there);
+      return;
+    }
     ++core_.stats.chunks_ahead;
     grant(key, region);
   };
   std::set<FairKey> nobody;
   serve_in_turn(
       turns.ahead, arena, RegionKind::kStaging, nobody,
-      [&] { return turns.ahead_total < core_.config.staged_ahead; }, size, grant_ahead,
+      [&] { return turns.ahead_total < core_.config.staged_ahead; }, size, take_ahead, grant_ahead,
       [](const FairKey&) {});
 }
 
@@ -162,7 +174,7 @@ Staging& Sender::begin_chunk(TxLeg& leg, StagingRegion& region) {
   staging.link = leg.link;
   staging.slice = region.slice;
   staging.chunk = region.chunk;
-  staging.bytes = std::min(chunk_bytes, slice.plan->bytes - region.chunk * chunk_bytes);
+  staging.bytes = chunk_size(chunk_bytes, slice.plan->bytes, region.chunk);
   slice.chunks[region.chunk].state = TxState::kGathering;
   slice.chunks[region.chunk].staging = staging.id;
   region.users.insert(staging.id);
@@ -335,7 +347,7 @@ void Sender::offer(TxLeg& leg) {
       leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
       return;
     }
-    const std::optional<uint32_t> lane = core_.lanes.offer_lane(link, staging.bytes);
+    const std::optional<uint32_t> lane = core_.lanes.offer_lane(link, asks ? 0 : staging.bytes);
     if (!lane) break;
     staging.credit = asks ? *leg.spent : credits.back();
     staging.asks = asks;

@@ -432,8 +432,7 @@ void Sender::drop_slice(TxLeg& leg, uint64_t ordinal) {
     const TxState state = slice.chunks[chunk].state;
     if (state == TxState::kIdle) idle.push_back(chunk);
     if (state == TxState::kAcked)
-      sends_.at(leg.send).record.bytes_done -=
-          std::min(chunk_bytes, slice.bytes - chunk * chunk_bytes);
+      sends_.at(leg.send).record.bytes_done -= chunk_size(chunk_bytes, slice.bytes, chunk);
     if (slice.chunks[chunk].staging == 0) continue;
     Staging& staging = stagings_.at(slice.chunks[chunk].staging);
     --leg.holding;

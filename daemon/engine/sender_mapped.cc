@@ -27,14 +27,11 @@ void Sender::update_mapped(TxLeg& leg) {
 
 void Sender::gather_mapped() {
   while (mapped_gathers_ < core_.config.mapped_gathers && !mapped_turns_.empty()) {
-    FairKey next;
-    mapped_turns_.find_if([&](const FairKey& key) {
-      next = key;
-      return true;
-    });
+    const FairKey next = mapped_turns_.front();
     TxLeg& leg = legs_.at(next.leg);
-    mapped_turns_.served(next, std::min(leg.slices.at(leg.cursor.first).bytes,
-                                        core_.lanes.find(leg.link)->chunk_bytes));
+    mapped_turns_.served(next,
+                         chunk_size(core_.lanes.find(leg.link)->chunk_bytes,
+                                    leg.slices.at(leg.cursor.first).bytes, leg.cursor.second));
     gather_into_peer(leg);
   }
 }
@@ -44,7 +41,7 @@ void Sender::gather_into_peer(TxLeg& leg) {
   const CreditGrant credit = leg.credits.front();
   const Link& link = *core_.lanes.find(leg.link);
   const TxSlice& slice = leg.slices.at(ordinal);
-  if (credit.bytes < std::min(link.chunk_bytes, slice.bytes - chunk * link.chunk_bytes)) {
+  if (credit.bytes < chunk_size(link.chunk_bytes, slice.bytes, chunk)) {
     leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
     return;
   }

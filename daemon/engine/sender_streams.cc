@@ -51,7 +51,8 @@ void Sender::list(const TxLeg& leg, const TxSlice& slice, StagingRegion& region)
   region.stream = slice.stream;
   stream.regions[region.chunk] = region.id;
   for (const uint64_t other : stream.legs)
-    if (other != leg.id && legs_.at(other).queued) sharing_.insert(other);
+    if (const TxLeg& of = legs_.at(other); other != leg.id && of.queued && !of.queued_ahead)
+      sharing_.insert(other);
 }
 
 void Sender::unlist(const StagingRegion& region) {
@@ -87,25 +88,26 @@ void Sender::share(TxLeg& leg, StagingRegion& region) {
   release(sends_.at(leg.send));
 }
 
-// Whoever may have one more chunk staged takes what is there. That costs no region, and so no turn;
-// but a chunk without a credit in hand may keep one that is another leg's no more, so it counts as
-// staged ahead, and who finds no room for that looks again with the next flush.
+// A leg with a credit in hand: whether anything is there for it is seen by share_all().
+void Sender::may_share(const TxLeg& leg) {
+  const auto stream = streams_.find(leg.slices.at(leg.cursor.first).stream);
+  if (stream == streams_.end()) return;
+  if (stream->second.legs.size() > 1 && !stream->second.regions.empty()) sharing_.insert(leg.id);
+}
+
+// Who has a credit in hand takes what is there. That costs no region, and so no turn. A chunk
+// without one may keep a region that is another leg's no more, so it counts as staged ahead: of
+// those that go ahead, who has the turn takes what is there instead of gathering.
 void Sender::share_all() {
-  std::set<uint64_t> later;
   while (!sharing_.empty()) {
     const uint64_t id = *sharing_.begin();
     TxLeg& leg = legs_.at(id);
-    StagingRegion* const region = leg.queued ? shareable(leg) : nullptr;
-    if (region == nullptr) {
-      sharing_.erase(id);
-    } else if (leg.queued_ahead && turns_[leg.arena].ahead_total >= core_.config.staged_ahead) {
-      sharing_.erase(id);
-      later.insert(id);
-    } else {
+    StagingRegion* const region = leg.queued && !leg.queued_ahead ? shareable(leg) : nullptr;
+    if (region != nullptr)
       share(leg, *region);
-    }
+    else
+      sharing_.erase(id);
   }
-  sharing_ = std::move(later);
 }
 
 void Sender::check_streams() const {

@@ -24,6 +24,11 @@
 
 namespace kvferry::engine {
 
+// Bytes of a chunk of a stream: the last one may be short.
+inline uint64_t chunk_size(uint64_t chunk_bytes, uint64_t stream_bytes, uint64_t chunk) {
+  return std::min(chunk_bytes, stream_bytes - chunk * chunk_bytes);
+}
+
 // ---- links ------------------------------------------------------------------------------------
 
 enum class LaneState : uint8_t {

@@ -243,11 +243,7 @@ TEST_CASE("a larger slot serves when no other is left") {
 std::vector<uint64_t> turns(FairQueue& queue, int count) {
   std::vector<uint64_t> legs;
   for (int i = 0; i < count; ++i) {
-    FairKey next;
-    queue.find_if([&](const FairKey& key) {
-      next = key;
-      return true;
-    });
+    const FairKey next = queue.front();
     queue.served(next, 1);
     legs.push_back(next.leg);
   }
@@ -287,11 +283,7 @@ TEST_CASE("turns are shared by bytes: small chunks need not wait for as many lar
   // A transfer of one leg with chunks of 8 beside one of eight legs with chunks of 1.
   std::map<uint64_t, uint64_t> had;
   for (int i = 0; i < 90; ++i) {
-    FairKey next;
-    queue.find_if([&](const FairKey& key) {
-      next = key;
-      return true;
-    });
+    const FairKey next = queue.front();
     const uint64_t bytes = next.transfer == 1 ? 8 : 1;
     queue.served(next, bytes);
     had[next.transfer] += bytes;

@@ -257,6 +257,20 @@ TEST_CASE("a slow lane is tried again with one chunk, once the others have carri
   CHECK(std::count(given.begin(), given.end(), 1) >= 4);
 }
 
+TEST_CASE("what carries nothing is no trial: it goes by the lane that is free first") {
+  Choices c(2);
+  c.measure(0, milliseconds(1));
+  c.measure(1, milliseconds(100));
+  for (int i = 0; i < 2000 && c.next() == 0; ++i) {
+    c.give();
+    c.now = c.now + milliseconds(1);
+    c.arrive(0);
+  }
+  REQUIRE(c.next() == 1);  // its trial is due
+  c.offer(1);
+  CHECK(c.next(0) == 0);
+}
+
 TEST_CASE("a lane on which nothing moves is given less and less, however fast it was") {
   Choices c(2);
   c.measure(0, milliseconds(1));

@@ -49,6 +49,12 @@ struct Sharing : Lone {
     resolve();
     compile_all();
   }
+  // Two receivers with a chunk and a credit each.
+  void two_alone() {
+    send("a", 0, {0, 6}, true, 2);
+    pull_alone(1, 1);
+    pull_alone(2, 1);
+  }
   void end(uint64_t pull, Outcome outcome = Outcome::kCancelled) {
     MsgEnd message;
     message.pull = {boot_of(2), pull};
@@ -56,6 +62,19 @@ struct Sharing : Lone {
     message.outcome = outcome;
     message.reason = outcome == Outcome::kCompleted ? Reason::kNone : Reason::kCancelled;
     say(0, message);
+  }
+  // All lanes, after the rails process was gone.
+  void lanes_again() {
+    for (uint32_t lane = 0; lane < 2; ++lane) {
+      next[lane] = 0;
+      const auto on = [&](ControlMessage message) {
+        post(MessageIn{{{1}, lane, 1}, next[lane]++, std::move(message)});
+      };
+      post(LaneReopened{{{1}, lane, 1}});
+      post(LaneConnected{{{1}, lane, 1}});
+      on(MsgHello{false});
+      on(MsgHello{true});
+    }
   }
   void sends_end(const std::vector<SendOffer>& offers) {
     for (const SendOffer& offer : offers) post(OfferSendEnded{offer.offer.offer});
@@ -181,9 +200,7 @@ TEST_CASE("chunks of a later slice are not brought before the slice that the leg
 
 TEST_CASE("a leg that ends while its gather runs leaves the region to the other") {
   Sharing s;
-  s.send("a", 0, {0, 6}, true, 2);
-  s.pull_alone(1, 1);
-  s.pull_alone(2, 1);
+  s.two_alone();
   REQUIRE(s.seen<Gather>().size() == 1);
   s.end(1);
   CHECK(s.staging() == kChunk);
@@ -200,9 +217,7 @@ TEST_CASE("a leg that ends while its gather runs leaves the region to the other"
 
 TEST_CASE("a leg that ends while it shares leaves the region to the one that had it gathered") {
   Sharing s;
-  s.send("a", 0, {0, 6}, true, 2);
-  s.pull_alone(1, 1);
-  s.pull_alone(2, 1);
+  s.two_alone();
   s.gather_all();
   s.sends_end(s.seen<SendOffer>());
   s.end(2);
@@ -228,9 +243,7 @@ TEST_CASE("a receiver that takes nothing holds up nobody, and its region alone")
 
 TEST_CASE("a gather that fails fails all who waited for it") {
   Sharing s;
-  s.send("a", 0, {0, 6}, true, 2);
-  s.pull_alone(1, 1);
-  s.pull_alone(2, 1);
+  s.two_alone();
   s.post(CopyEnded{s.seen<Gather>().at(0).copy, CopyOutcome::kFailed, {}});
   REQUIRE(s.told<MsgEnd>().size() == 2);
   for (const MsgEnd& end : s.told<MsgEnd>()) CHECK(end.reason == Reason::kGatherFailed);
@@ -244,12 +257,16 @@ TEST_CASE("who is staged without a credit counts as ahead, with or without a gat
   s.gather_all();
   CHECK(s.seen<Gather>().size() == 1);
   CHECK(s.shared() == 0);
-  s.update({1}, {}, 1);  // chunk 0 is offered; the next one ahead is another leg's, and is there
-  CHECK(s.seen<Gather>().size() == 1);
+  s.update({1}, {}, 1);  // chunk 0 is offered; the turn ahead is still this leg's
+  CHECK(s.seen<Gather>().size() == 2);
+  CHECK(s.shared() == 0);
+  s.update({1}, {}, 3);  // with a credit it takes what is there, whoever has the turn
   CHECK(s.shared() == 1);
-  s.update({1}, {}, 3);
-  CHECK(s.shared() == 2);
   CHECK(s.seen<SendOffer>().size() == 2);
+  s.gather_all();
+  s.update({2}, {}, 1);  // now the turn is leg 2's, which finds a chunk there
+  CHECK(s.seen<Gather>().size() == 2);
+  CHECK(s.shared() == 2);
 }
 
 TEST_CASE("lane down: only the offers that went by it go again, from the region all share") {
@@ -290,12 +307,17 @@ TEST_CASE("the rails process dies: its sends have ended, what is staged goes aga
   Sharing s;
   s.open_all(2, 6, 1);
   s.gather_all();
-  const auto offers = s.seen<SendOffer>();
+  REQUIRE(s.seen<SendOffer>().size() == 2);
+  const memory::Region region = s.seen<SendOffer>()[0].region;
   s.post(RailsDied{});
   CHECK(s.staging() == kChunk);  // both chunks are wanted
-  s.post(RailsUp{});
-  s.pass(seconds(1));
   s.forget();
+  s.post(RailsUp{});
+  s.lanes_again();
+  REQUIRE(s.seen<SendOffer>().size() == 2);
+  for (const SendOffer& offer : s.seen<SendOffer>()) CHECK(offer.region == region);
+  CHECK(s.seen<Gather>().empty());
+  s.sends_end(s.seen<SendOffer>());
   s.post(CancelOp{{{1}, 9}, std::hash<std::string>{}("a") | 1});
   CHECK(s.staging() == 0);  // nothing is left that reads it
 }
