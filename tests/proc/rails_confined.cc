@@ -226,7 +226,9 @@ int run(const std::string& call, const std::string& needs) {
   return act(found->second, [&]() -> Status {
     if (needs == "off") return {};
     if (needs == "forbidden") forbid_filters();
-    return confine({needs == "shm", needs == "devices"}, kChannel);
+    const Needs told = {needs == "shm", needs == "devices"};
+    hide(told);
+    return confine(told, kChannel);
   });
 }
 

@@ -1,6 +1,7 @@
 // What a rails process that has been taken over can still do: each call is tried by a program that
 // confines itself by the same function, and without it too, lest a call be tried that fails anyhow.
 #include <fcntl.h>
+#include <poll.h>
 #include <spawn.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -51,8 +52,17 @@ Outcome run_confined(const std::string& call, const std::string& needs) {
   theirs.reset();
   std::string output;
   char part[512];
-  for (ssize_t got = 0; (got = ::read(ours.get(), part, sizeof part)) > 0;)
+  for (;;) {
+    pollfd wait = {ours.get(), POLLIN, 0};
+    if (::poll(&wait, 1, 20'000) <= 0) {
+      ::kill(pid, SIGKILL);
+      ::waitpid(pid, nullptr, 0);
+      FAIL(call << " with " << needs << " hangs: " << output);
+    }
+    const ssize_t got = ::read(ours.get(), part, sizeof part);
+    if (got <= 0) break;
     output.append(part, static_cast<std::size_t>(got));
+  }
   int status = 0;
   REQUIRE(::waitpid(pid, &status, 0) == pid);
   Outcome out = outcome_of(status);
@@ -228,7 +238,9 @@ bool may_look_into(pid_t pid) {
 
 TEST_CASE("Only a process that has shared-memory rails may be looked into by its peers") {
   const std::string transport = GENERATE("tcp", "shm");
-  Node node(loopback(transport));
+  RailsConfig config = loopback(transport);
+  config.seccomp = GENERATE(Seccomp::kOn, Seccomp::kOff);
+  Node node(config);
   start({&node});
   CHECK(may_look_into(node.client->pid()) == (transport == "shm"));
 }

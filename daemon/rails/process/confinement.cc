@@ -341,8 +341,11 @@ void limit_descriptors(const Setup& setup) {
   ::setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-Status confine(const Needs& needs, int channel) {
+void hide(const Needs& needs) {
   if (!needs.shm) ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+Status confine(const Needs& needs, int channel) {
   KVFERRY_RETURN_IF_ERROR(prepare_last_words(channel));
   return load_filter(needs);
 }

@@ -23,11 +23,13 @@ Needs needs_of(const Setup& setup);
 // limit goes, and no more from then on.
 void limit_descriptors(const Setup& setup);
 
+// Without shm rails nobody of the same user may look into the process any more.
+void hide(const Needs& needs);
+
 // Once, when everything is made that connections do not make: from here on all threads of the
 // process, those of libraries among them, have only the system calls that rails make while they
 // work. Another one is not carried out: its name is said over `channel` and to standard error, and
-// the process dies of SIGSYS. Without shm rails nobody of the same user may look into it any more,
-// either. Fails with SECCOMP_UNAVAILABLE where the kernel has no such filter.
+// the process dies of SIGSYS. Fails with SECCOMP_UNAVAILABLE where the kernel has no such filter.
 Status confine(const Needs& needs, int channel);
 
 }  // namespace kvferry::rails

@@ -132,8 +132,10 @@ int run() {
   for (uint32_t i = 0; i < setup->setup.rail_count; ++i)
     std::thread(run_rail, std::cref(*setup), devices->first_device(), i, std::ref(start)).detach();
   start.made.wait();
+  const Needs needs = needs_of(setup->setup);
+  hide(needs);
   if (setup->setup.confined != 0)
-    if (auto status = confine(needs_of(setup->setup), kChannel); !status)
+    if (auto status = confine(needs, kChannel); !status)
       die(preparation_status(status.error()), status.error());
   start.confined.count_down();
 
