@@ -26,16 +26,6 @@ inline fake_cuda::Setup two_gpus() {
   return setup;
 }
 
-inline bench::Shape shape_of(uint64_t tokens) {
-  bench::Shape shape;
-  shape.name = "test";
-  shape.layers = 4;
-  shape.kv_heads = 8;
-  shape.head_bytes = 256;
-  shape.tokens = tokens;
-  return shape;
-}
-
 struct GpuScene {
   fake_cuda::Machine machine{kLibrary, two_gpus()};
   std::unique_ptr<DaemonPair> pair;
@@ -82,7 +72,7 @@ struct GpuScene {
     if (side == 1) more.insert(more.end(), receiver_more.begin(), receiver_more.end());
     workers[side] = std::make_unique<WorkerProcess>(
         binary_directory(), side == 0, pair->side(both_here ? 0 : side).socket(),
-        side == 0 ? "prefill" : "decode", topology, shape_of(tokens), more);
+        side == 0 ? "prefill" : "decode", topology, shape_of(4, 8, 256, tokens), more);
     const std::string trouble = workers[side]->wait_until_ready();
     INFO(trouble);
     INFO(pair->log_tail());

@@ -28,6 +28,18 @@ inline std::string binary_directory() {
   return given != nullptr ? given : KVFERRY_BIN_DIR;
 }
 
+// `heads` of K and of V, `head_bytes` each for every token, in blocks of the usual size.
+inline bench::Shape shape_of(uint32_t layers, uint32_t heads, uint32_t head_bytes,
+                             uint64_t tokens) {
+  bench::Shape shape;
+  shape.name = "test";
+  shape.layers = layers;
+  shape.kv_heads = heads;
+  shape.head_bytes = head_bytes;
+  shape.tokens = tokens;
+  return shape;
+}
+
 // Daemons with small arenas; `settings` win over the defaults here.
 inline std::unique_ptr<DaemonPair> start_pair(std::vector<std::string> settings = {}) {
   bench::DaemonOptions options;

@@ -10,16 +10,6 @@ DaemonPair& daemons() {
   return *pair;
 }
 
-bench::Shape shape_of(uint32_t layers, uint32_t heads, uint32_t head_bytes, uint64_t tokens) {
-  bench::Shape shape;
-  shape.name = "test";
-  shape.layers = layers;
-  shape.kv_heads = heads;
-  shape.head_bytes = head_bytes;
-  shape.tokens = tokens;
-  return shape;
-}
-
 bench::Shape latent_shape(uint32_t layers, uint32_t bytes, uint64_t tokens) {
   bench::Shape shape = shape_of(layers, 1, bytes, tokens);
   shape.latent = true;

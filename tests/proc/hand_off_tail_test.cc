@@ -14,22 +14,12 @@ struct Row {
   uint64_t tokens;
 };
 
-bench::Shape shape_of(uint32_t block, uint64_t tokens) {
-  bench::Shape shape;
-  shape.name = "tail";
-  shape.layers = 4;
-  shape.kv_heads = 8;
-  shape.head_bytes = 64;
-  shape.tokens_per_block = block;
-  shape.tokens = tokens;
-  return shape;
-}
-
 std::unique_ptr<Party> attach(const DaemonPair& pair, const Row& row, bool sends) {
   Party::Options options;
   options.instance = std::string(row.name) + (sends ? "-prefill" : "-decode");
   options.socket = pair.side(sends ? 0 : 1).socket();
-  options.shape = shape_of(sends ? row.sender_block : row.receiver_block, row.tokens);
+  options.shape = shape_of(4, 8, 64, row.tokens);
+  options.shape.tokens_per_block = sends ? row.sender_block : row.receiver_block;
   const auto topology = bench::parse_topology(sends ? row.from : row.to);
   require_ok(topology);
   options.topology = *topology;

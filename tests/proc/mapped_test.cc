@@ -30,7 +30,7 @@ struct HostScene {
     workers[side].reset();
     workers[side] = std::make_unique<WorkerProcess>(
         binary_directory(), side == 0, pair->side(side).socket(), side == 0 ? "prefill" : "decode",
-        topology, shape_of(tokens));
+        topology, shape_of(4, 8, 256, tokens));
     const std::string trouble = workers[side]->wait_until_ready();
     INFO(trouble);
     INFO(pair->log_tail());

@@ -13,17 +13,6 @@ namespace kvferry::testing {
 
 inline constexpr uint64_t kMiB = 1 << 20;
 
-// 4 KiB a token.
-inline bench::Shape rails_shape(uint64_t tokens) {
-  bench::Shape shape;
-  shape.name = "test";
-  shape.layers = 4;
-  shape.kv_heads = 2;
-  shape.head_bytes = 256;
-  shape.tokens = tokens;
-  return shape;
-}
-
 class RailsScene {
  public:
   RailsScene(const std::vector<std::string>& sender, const std::vector<std::string>& receiver,
@@ -50,7 +39,7 @@ class RailsScene {
       Party::Options options;
       options.instance = side == 0 ? "prefill" : "decode";
       options.socket = daemons_[side]->socket();
-      options.shape = rails_shape(tokens);
+      options.shape = shape_of(4, 2, 256, tokens);  // 4 KiB a token
       options.sends = side == 0;
       options.seed = static_cast<uint64_t>(side) + 1;
       const auto topology = bench::parse_topology("tp1");

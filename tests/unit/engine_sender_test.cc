@@ -176,8 +176,8 @@ TEST_CASE("an offer that is to be refused takes no lane's turn") {
     s.post(CopyEnded{gathers[chunk].copy, CopyOutcome::kOk, {}});
   REQUIRE(s.seen<SendOffer>().size() == 1);
   const SendOffer asked = s.seen<SendOffer>()[0];
-  for (const LaneView& lane : s.engine.snapshot(s.now).links.at(0).lanes)
-    CHECK(lane.in_flight == 0);
+  const EngineSnapshot seen = s.engine.snapshot(s.now);
+  for (const LaneView& lane : seen.links.at(0).lanes) CHECK(lane.in_flight == 0);
   s.update({7}, {});
   REQUIRE(s.seen<SendOffer>().size() == 2);
   CHECK(s.seen<SendOffer>()[1].offer.credit.value == 7);
