@@ -84,6 +84,8 @@ Reason reason_of(const Error& error) {
   static const std::map<std::string, Reason> kReasons{
       {"PEER_NOT_ALLOWED", Reason::kPeerNotAllowed},
       {"IDENTITY_MISMATCH", Reason::kPeerNotAllowed},
+      {"PEER_CERTIFICATE", Reason::kPeerNotAllowed},
+      {"PEER_MODE", Reason::kPeerNotAllowed},
       {"UCX_MISMATCH", Reason::kUcxMismatch},
       {"STALE_CARDS", Reason::kStaleCards},
       {"INCOMPATIBLE", Reason::kIncompatible},

@@ -22,6 +22,7 @@
 #include "daemon/node/gpu_setup.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/numa_setup.h"
+#include "daemon/node/peer_certificates.h"
 #include "daemon/node/registry.h"
 #include "daemon/node/task_pool.h"
 #include "daemon/ops/http.h"
@@ -30,6 +31,7 @@
 #include "daemon/ops/version.h"
 #include "daemon/ops/watchdog.h"
 #include "daemon/rpc/admin_service.h"
+#include "daemon/rpc/grpc_log.h"
 #include "daemon/rpc/lifeline.h"
 #include "daemon/rpc/peer_client.h"
 #include "daemon/rpc/peer_service.h"
@@ -42,21 +44,21 @@ namespace {
 class LatePeerBackend final : public rpc::PeerBackend {
  public:
   void set(rpc::PeerBackend* backend) { backend_.store(backend, std::memory_order_release); }
-  void challenge(const rpc::PeerAddress& from,
+  void challenge(const rpc::Caller& from,
                  std::function<void(Result<rpc::Random32>)> done) override {
     if (auto* backend = get())
       backend->challenge(from, std::move(done));
     else
       done(starting());
   }
-  void handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
+  void handshake(const rpc::Caller& from, rpc::SignedHello hello,
                  std::function<void(Result<rpc::SignedHello>)> done) override {
     if (auto* backend = get())
       backend->handshake(from, std::move(hello), std::move(done));
     else
       done(starting());
   }
-  void call(const rpc::PeerAddress& from, rpc::LinkMethod method, rpc::LinkCall call,
+  void call(const rpc::Caller& from, rpc::LinkMethod method, rpc::LinkCall call,
             std::function<void(Result<rpc::LinkReply>)> done) override {
     if (auto* backend = get())
       backend->call(from, method, std::move(call), std::move(done));
@@ -71,6 +73,18 @@ class LatePeerBackend final : public rpc::PeerBackend {
   }
   std::atomic<rpc::PeerBackend*> backend_{nullptr};
 };
+
+constexpr Duration kCertificateInterval = std::chrono::seconds(1);
+
+// Strangers can repeat most of these lines without end.
+void log_grpc_line(std::string_view line) {
+  static Mutex mutex;
+  static ops::LogLimiter limiter(8, std::chrono::minutes(1));
+  MutexLock lock(mutex);
+  if (limiter.allow(monotonic_now()))
+    ops::log_warning("grpc",
+                     {ops::field("line", line), ops::field("suppressed", limiter.suppressed())});
+}
 
 // "/run/kvferry/kvferry.sock": makes /run/kvferry if that is all that is missing.
 Status make_parent(const std::string& path) {
@@ -186,8 +200,11 @@ struct Daemon::Impl {
   std::unique_ptr<TaskPool> packer;
   std::unique_ptr<rpc::PeerDialer> dialer;
   LatePeerBackend late_peers;
-  std::unique_ptr<ArenaLender> lender;      // null: nothing is lent
-  std::unique_ptr<ArenaBorrower> borrower;  // null: nothing is borrowed
+  Mutex certificates_mutex;
+  std::unique_ptr<PeerCertificates> certificates
+      KVFERRY_GUARDED_BY(certificates_mutex);  // null: nothing is of mode mtls
+  std::unique_ptr<ArenaLender> lender;         // null: nothing is lent
+  std::unique_ptr<ArenaBorrower> borrower;     // null: nothing is borrowed
   std::unique_ptr<LinkManager> links;
   std::unique_ptr<Directory> directory;
   std::unique_ptr<EngineThread> engine;
@@ -204,13 +221,17 @@ struct Daemon::Impl {
   bool drained KVFERRY_GUARDED_BY(mutex) = false;
   std::atomic<bool> served{false};
   bool stopped = false;
+  Time next_look{};  // at the certificates
+  std::atomic<bool> looking{false};
 
   Status make_arenas();
   Status make_core();
-  Status make_engine(std::unique_ptr<rails::RailsClient> rails, const std::string& advertise);
+  Status make_engine(std::unique_ptr<rails::RailsClient> rails, const std::string& advertise,
+                     std::shared_ptr<const rpc::PeerTls> tls);
   Status share_arenas(const EventSink& sink);
   void export_sharing();
   Status make_listeners();
+  void look_at_certificates();
 };
 
 // Bounce memory, as the machine and the rails allow.
@@ -276,26 +297,38 @@ Status Daemon::Impl::make_core() {
   look_ups = std::make_unique<TaskPool>("kvf-lookup", 2, 1 << 16);
   compiles = std::make_unique<TaskPool>("kvf-compile", 1, 1 << 17);
   packer = std::make_unique<TaskPool>("kvf-pack", 1, 1 << 16);
-  dialer = rpc::grpc_peer_dialer();
+  std::shared_ptr<const rpc::PeerTls> tls;
+  if (ops::wants_mtls(config)) {
+    auto opened = PeerCertificates::open(config.peer);
+    KVFERRY_RETURN_IF_ERROR(opened);
+    tls = (*opened)->tls();
+    MutexLock lock(certificates_mutex);
+    certificates = std::move(*opened);
+  }
+  dialer = rpc::grpc_peer_dialer(tls);
 
-  auto listener = rpc::PeerServer::start({config.peer.listen, 256}, late_peers);
+  const bool mtls = config.peer.mode == ops::PeerMode::kMtls;
+  auto listener =
+      rpc::PeerServer::start({config.peer.listen, mtls ? tls : nullptr, 256}, late_peers);
   KVFERRY_RETURN_IF_ERROR(listener);
   peer_server = std::move(*listener);
   const std::string advertise =
       !config.peer.advertise.empty()
           ? config.peer.advertise
           : host_part(config.peer.listen) + ":" + std::to_string(peer_server->port());
-  return make_engine(std::move(*rails), advertise);
+  return make_engine(std::move(*rails), advertise, std::move(tls));
 }
 
 Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
-                                 const std::string& advertise) {
+                                 const std::string& advertise,
+                                 std::shared_ptr<const rpc::PeerTls> tls) {
   const auto sink = [this](engine::Event event) { engine->post(std::move(event)); };
   LinkManagerConfig link_config;
   link_config.node = config.node.id;
   link_config.boot = boot;
   link_config.advertise = advertise;
   link_config.peers = config.peers;
+  link_config.tls = std::move(tls);
   if (!config.peer.cluster_secret_file.empty()) {
     auto secret = ops::read_secret_file(config.peer.cluster_secret_file);
     KVFERRY_RETURN_IF_ERROR(secret);
@@ -373,6 +406,11 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
   late_peers.set(links.get());
   return engine->start();
+}
+
+void Daemon::Impl::look_at_certificates() {
+  MutexLock lock(certificates_mutex);
+  if (certificates != nullptr && certificates->look()) links->check_certificates();
 }
 
 // Mapped arenas: ours for peers, and theirs for us.
@@ -492,6 +530,7 @@ Daemon::~Daemon() {
 }
 
 Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
+  rpc::take_grpc_log(log_grpc_line);
   auto impl = std::make_unique<Impl>();
   impl->config = config;
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
@@ -522,6 +561,24 @@ bool Daemon::healthy() const {
 std::string Daemon::status_line() const {
   const ops::HealthReport ready = impl_->admin->ready_now();
   return ready.ok() ? "serving" : ready.reason();
+}
+
+void Daemon::turn() {
+  Impl& d = *impl_;
+  const Time now = monotonic_now();
+  if (now < d.next_look || !ops::wants_mtls(d.config) || d.looking.exchange(true)) return;
+  d.next_look = now + kCertificateInterval;
+  // Not on this thread: a file system that hangs would make the daemon look dead.
+  if (!d.look_ups->post([&d] {
+        d.look_at_certificates();
+        d.looking.store(false);
+      }))
+    d.looking.store(false);
+}
+
+void Daemon::reload(const ops::Config& config) {
+  impl_->look_at_certificates();
+  impl_->links->set_peers(config.peers);
 }
 
 void Daemon::drain() {

@@ -28,6 +28,13 @@ class Daemon {
   bool healthy() const;
   std::string status_line() const;
 
+  // To be called again and again, several times a second: has the files of mode mtls looked at each
+  // second. Waits for nothing.
+  void turn();
+  // Takes over [[peers]] of a configuration that was read again: links that they do not allow any
+  // more are closed. Other keys count from the next start on. Looks at the certificates, too.
+  void reload(const ops::Config& config);
+
   // Stops admission; transfers under way go on until the limit. Returns when all have ended or the
   // limit has passed.
   void drain();

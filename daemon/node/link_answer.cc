@@ -51,8 +51,9 @@ std::shared_ptr<rpc::PeerStub> LinkManager::Impl::stub_back(
   if (!told || told->port == 0) return nullptr;
   const std::string target =
       is_any_address(told->host) ? ops::format_host_port(host, told->port) : address;
-  const Result<Endpoint> endpoint = choose_endpoint(allowed, node, target, has_secret());
-  return endpoint ? dialer.dial(endpoint->host, endpoint->port) : nullptr;
+  const Result<Route> route = choose_route(allowed, node, target, has_secret());
+  if (!route) return nullptr;
+  return dialer.dial({route->endpoint.host, route->endpoint.port, route->identities});
 }
 
 // A boot id is one node's: it names in evidence who may still write what.
@@ -82,22 +83,51 @@ Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
   return {};
 }
 
-Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress& from,
+Result<ops::PeerMode> LinkManager::Impl::check_caller(const rpc::Caller& from) const {
+  if (!from.certificate) return ops::PeerMode::kPlain;
+  KVFERRY_RETURN_IF_ERROR(*from.certificate);
+  // The connection may be older than the roots, or than the certificate's end.
+  if (config.tls != nullptr)
+    KVFERRY_RETURN_IF_ERROR(config.tls->check(**from.certificate, CertificateUse::kClient, false));
+  return ops::PeerMode::kMtls;
+}
+
+void LinkManager::Impl::note_refusal(const rpc::Caller& from, const Error& error) {
+  if (error.code != Code::kPermissionDenied && error.code != Code::kFailedPrecondition) return;
+  const bool known = from.certificate && *from.certificate;
+  MutexLock lock(mutex);
+  if (!refusals.allow(monotonic_now())) return;
+  ops::log_warning("peer refused",
+                   {ops::field("from", from.host),
+                    ops::field("certificate", known ? (*from.certificate)->identity : ""),
+                    ops::field("error", error), ops::field("suppressed", refusals.suppressed())});
+}
+
+Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::Caller& from,
                                                          const rpc::SignedHello& request) {
-  auto wrong_secret = fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
-                           "the cluster secret is not the same on both nodes");
+  const Result<ops::PeerMode> mode = check_caller(from);
+  if (!mode) return tl::unexpected<Error>(mode.error());
+  const std::vector<uint8_t> secret = secret_of(*mode);
+  const Sha256 secret_key = handshake_key(secret);
   if (!equal_constant_time(request_tag(secret_key, request.bytes), request.tag))
-    return wrong_secret;
+    return fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
+                "the cluster secret is not the same on both nodes");
   Result<rpc::PeerHello> theirs = rpc::decode_hello(request.bytes);
   if (!theirs) return tl::unexpected<Error>(std::move(theirs).error());
   if (!use_challenge(theirs->challenge))
     return fail(Code::kUnavailable, "CHALLENGE_UNKNOWN", "the challenge is too old: try again");
+  // The certificate says who it is; the hello may only repeat it.
+  if (from.certificate && (*from.certificate)->identity != theirs->node)
+    return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
+                "this node says that it is another than its certificate says");
   std::vector<ops::PeerConfig> allowed;
+  uint64_t allowed_by = 0;
   {
     MutexLock lock(mutex);
     allowed = peers;
+    allowed_by = rules;
   }
-  KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, has_secret()));
+  KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, *mode, has_secret()));
   if (theirs->node == config.node || theirs->boot == config.boot)
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
                 "two daemons have the same node id: set node.id");
@@ -111,6 +141,8 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress&
   {
     MutexLock lock(mutex);
     KVFERRY_RETURN_IF_ERROR(may_link_now(*theirs));
+    if (rules != allowed_by)
+      return fail(Code::kUnavailable, "RELOADED", "the rules for peers have changed meanwhile");
     const rpc::PeerHello mine = make_hello({});
     Result<Agreed> agreed = agree(mine, *theirs, config.max_lanes);
     if (!agreed) return tl::unexpected<Error>(std::move(agreed).error());
@@ -122,7 +154,8 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::PeerAddress&
     link.host = from.host;
     link.address = theirs->address;
     link.ucx_version = theirs->ucx_version;
-    link.keys = keys_of(*theirs, request.bytes, mine, reply.bytes, config.cluster_secret, false);
+    link.keys = keys_of(*theirs, request.bytes, mine, reply.bytes, secret, false);
+    if (from.certificate) link.certificate = **from.certificate;
     link.stub = std::move(stub);
     for (uint32_t i = 0; i < agreed->lanes; ++i)
       link.lanes.push_back({0, theirs->rails[rail_of(i, theirs->rails.size())]});
@@ -217,22 +250,29 @@ Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& pee
   return fail(Code::kUnimplemented, "UNKNOWN_METHOD", "no such call");
 }
 
-void LinkManager::challenge(const rpc::PeerAddress&,
+void LinkManager::challenge(const rpc::Caller& from,
                             std::function<void(Result<rpc::Random32>)> done) {
+  // Whether it may be believed now is asked where it counts, in the handshake.
+  if (from.certificate && !*from.certificate) {
+    impl_->note_refusal(from, from.certificate->error());
+    return done(tl::unexpected<Error>(from.certificate->error()));
+  }
   done(impl_->new_challenge());
 }
 
-void LinkManager::handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
+void LinkManager::handshake(const rpc::Caller& from, rpc::SignedHello hello,
                             std::function<void(Result<rpc::SignedHello>)> done) {
   auto work = std::make_shared<std::pair<rpc::SignedHello, decltype(done)>>(std::move(hello),
                                                                             std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, from, work] {
-        work->second(impl->answer_hello(from, work->first));
+        Result<rpc::SignedHello> answer = impl->answer_hello(from, work->first);
+        if (!answer) impl->note_refusal(from, answer.error());
+        work->second(std::move(answer));
       }))
     work->second(busy());
 }
 
-void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::LinkCall call,
+void LinkManager::call(const rpc::Caller& from, rpc::LinkMethod method, rpc::LinkCall call,
                        std::function<void(Result<rpc::LinkReply>)> done) {
   PeerRef peer;
   link::KeyBytes in_key{};
@@ -241,13 +281,16 @@ void LinkManager::call(const rpc::PeerAddress&, rpc::LinkMethod method, rpc::Lin
     MutexLock lock(impl_->mutex);
     const auto name = impl_->by_name.find(call.link);
     const Impl::Link* link = name == impl_->by_name.end() ? nullptr : impl_->find(name->second);
-    if (link != nullptr) {
+    // A link of mode mtls is spoken of over TLS, by its own peer.
+    const bool shown = from.certificate && *from.certificate;
+    if (link != nullptr && link->certificate.has_value() == from.certificate.has_value() &&
+        (!link->certificate || (shown && (*from.certificate)->identity == link->node))) {
       peer = impl_->ref_of(*link);
       in_key = link->keys.in.call;
       out_key = link->keys.out.call;
     }
   }
-  // An unknown link and a wrong tag are one answer.
+  // An unknown link, another's and a wrong tag are one answer.
   if (!peer.link || !equal_constant_time(call_tag(in_key, method, call), call.tag))
     return done(unknown_link());
   auto work =

@@ -73,19 +73,21 @@ void LinkManager::Impl::begin_dial(const std::string& key, uint64_t number) {
   bool rails_up = false;
   {
     MutexLock lock(mutex);
+    attempt->rules = rules;
     const auto dial = dials.find(key);
     if (dial == dials.end() || dial->second.attempt != number) return;
     target = dial->second.target;
     allowed = peers;
     rails_up = !rails.empty();
   }
-  Result<Endpoint> endpoint = choose_endpoint(allowed, target.node, target.address, has_secret());
-  if (!endpoint) return dial_failed(key, number, std::move(endpoint).error());
+  Result<Route> route = choose_route(allowed, target.node, target.address, has_secret());
+  if (!route) return dial_failed(key, number, std::move(route).error());
   if (!rails_up)
     return dial_failed(key, number,
                        {Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up", {}});
-  attempt->endpoint = *endpoint;
-  attempt->stub = dialer.dial(endpoint->host, endpoint->port);
+  attempt->route = std::move(*route);
+  attempt->stub = dialer.dial(
+      {attempt->route.endpoint.host, attempt->route.endpoint.port, attempt->route.identities});
   attempt->stub->challenge(
       attempt->deadline, [impl = shared_from_this(), attempt](Result<rpc::Random32> challenge) {
         if (!challenge)
@@ -106,7 +108,7 @@ void LinkManager::Impl::send_hello(const std::shared_ptr<Attempt>& attempt,
                        {Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up", {}});
   attempt->hello_bytes = rpc::encode_hello(attempt->hello);
   hello.bytes = attempt->hello_bytes;
-  hello.tag = request_tag(secret_key, hello.bytes);
+  hello.tag = request_tag(handshake_key(secret_of(attempt->route.mode)), hello.bytes);
   attempt->stub->handshake(
       std::move(hello), attempt->deadline,
       [impl = shared_from_this(), attempt](Result<rpc::SignedHello> reply) {
@@ -130,10 +132,17 @@ Status LinkManager::Impl::check_reply(const Attempt& attempt, const std::string&
   if (!wanted_node.empty() && theirs.node != wanted_node)
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
                 "another node answers at that address than the one wanted");
+  if (attempt.route.mode == ops::PeerMode::kMtls) {
+    const std::optional<rpc::PeerCertificate> shown = attempt.stub->certificate();
+    if (!shown || shown->identity != theirs.node)
+      return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
+                  "the peer says that it is another node than its certificate says");
+  }
   const ops::PeerConfig* peer = find_peer(allowed, theirs.node);
   // Names were resolved when the endpoint was chosen for this entry; only a dial by address alone
   // has to look again, which may resolve names once more.
-  if (peer == nullptr || (wanted_node.empty() && !allows(*peer, attempt.endpoint, false)))
+  if (peer == nullptr || peer->mode != attempt.route.mode ||
+      (wanted_node.empty() && !allows(*peer, attempt.route.endpoint, false)))
     return fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED", "that node is not allowed by [peers]");
   if (theirs.boot == config.boot || theirs.node == config.node)
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
@@ -155,7 +164,9 @@ void LinkManager::Impl::take_back(const Attempt& attempt, const link::LinkKeys& 
 
 void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
                                    const rpc::SignedHello& reply) {
-  if (!equal_constant_time(reply_tag(secret_key, attempt->hello_bytes, reply.bytes), reply.tag))
+  const std::vector<uint8_t> secret = secret_of(attempt->route.mode);
+  if (!equal_constant_time(reply_tag(handshake_key(secret), attempt->hello_bytes, reply.bytes),
+                           reply.tag))
     return dial_failed(attempt->key, attempt->number,
                        {Code::kPermissionDenied,
                         "PEER_NOT_ALLOWED",
@@ -163,8 +174,8 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
                         {}});
   Result<rpc::PeerHello> theirs = rpc::decode_hello(reply.bytes);
   if (!theirs) return dial_failed(attempt->key, attempt->number, std::move(theirs).error());
-  const link::LinkKeys keys = keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes,
-                                      config.cluster_secret, true);
+  const link::LinkKeys keys =
+      keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes, secret, true);
   std::string wanted;
   std::vector<ops::PeerConfig> allowed;
   Status status;
@@ -186,26 +197,36 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
   Link link;
   link.node = theirs->node;
   link.boot = theirs->boot;
-  link.host = attempt->endpoint.host;
+  link.host = attempt->route.endpoint.host;
   link.ucx_version = theirs->ucx_version;
   link.initiator = true;
   link.keys = keys;
   link.stub = attempt->stub;
+  link.certificate = attempt->stub->certificate();
   for (uint32_t i = 0; i < agreed->lanes; ++i)
     link.lanes.push_back({0, theirs->rails[rail_of(i, theirs->rails.size())]});
   std::vector<EnsureDone> waiters;
   std::optional<PeerRef> ref;
+  bool same_rules = true;
   {
     MutexLock lock(mutex);
+    same_rules = rules == attempt->rules;
     const auto dial = dials.find(attempt->key);
     // Given up meanwhile: somebody else's link of this node counts, or the daemon stops.
-    if (!stopped && dial != dials.end() && dial->second.attempt == attempt->number) {
+    if (!stopped && same_rules && dial != dials.end() && dial->second.attempt == attempt->number) {
       // Found again under the address as it was asked for.
       link.address = dial->second.target.address;
       ref = open_link(std::move(link), *agreed, waiters);
     }
   }
-  if (!ref) return take_back(*attempt, keys);
+  if (!ref) {
+    take_back(*attempt, keys);
+    if (!same_rules)
+      dial_failed(
+          attempt->key, attempt->number,
+          {Code::kUnavailable, "RELOADED", "the rules for peers have changed meanwhile", {}});
+    return;
+  }
   for (EnsureDone& waiter : waiters) waiter(*ref);
 }
 

@@ -17,9 +17,9 @@ tl::unexpected<Error> rails_down() {
 }
 
 bool still_allowed(const std::vector<ops::PeerConfig>& peers, const std::string& node,
-                   const std::string& host) {
+                   const std::string& host, ops::PeerMode mode) {
   const ops::PeerConfig* peer = find_peer(peers, node);
-  if (peer == nullptr) return false;
+  if (peer == nullptr || peer->mode != mode) return false;
   for (ops::AddressRule rule : peer->addresses) {
     rule.port = 0;
     // What a name leads to was checked when the link was made.
@@ -33,7 +33,6 @@ bool still_allowed(const std::vector<ops::PeerConfig>& peers, const std::string&
 LinkManager::Impl::Impl(LinkManagerConfig config_in, rpc::PeerDialer& dialer_in, TaskPool& pool_in,
                         EventSink sink_in)
     : config(std::move(config_in)),
-      secret_key(handshake_key(config.cluster_secret)),
       dialer(dialer_in),
       pool(pool_in),
       sink(std::move(sink_in)),
@@ -121,6 +120,19 @@ void LinkManager::Impl::end_link(LinkId id, Reason reason) {
   forget_link(id);
 }
 
+void LinkManager::Impl::end_links(const std::vector<LinkId>& ids, Reason reason) {
+  for (const LinkId id : ids) {
+    // A peer that this does not reach learns it by silence.
+    send_call(id, rpc::LinkMethod::kCloseLink, rpc::encode(rpc::CloseLinkNotice{reason}),
+              monotonic_now() + config.call_timeout, [](const Result<std::string>&) {});
+    MutexLock lock(mutex);
+    if (const Link* link = find(id))
+      ops::log_warning("link closed",
+                       {ops::field("peer", link->node), ops::field("why", name_of(reason))});
+    end_link(id, reason);
+  }
+}
+
 void LinkManager::Impl::send_call(LinkId id, rpc::LinkMethod method, std::string body,
                                   Time deadline, std::function<void(Result<std::string>)> done) {
   send_call_for_answer(id, method, std::move(body), deadline,
@@ -193,12 +205,39 @@ void LinkManager::set_rails(std::string ucx_version, std::vector<rpc::PeerRail> 
 }
 
 void LinkManager::set_peers(std::vector<ops::PeerConfig> peers) {
-  MutexLock lock(impl_->mutex);
-  impl_->peers = std::move(peers);
   std::vector<LinkId> ended;
-  for (const auto& [id, link] : impl_->links)
-    if (!still_allowed(impl_->peers, link.node, link.host)) ended.push_back(id);
-  for (LinkId id : ended) impl_->end_link(id, Reason::kPeerNotAllowed);
+  {
+    MutexLock lock(impl_->mutex);
+    impl_->peers = std::move(peers);
+    ++impl_->rules;
+    for (const auto& [id, link] : impl_->links) {
+      const ops::PeerMode mode = link.certificate ? ops::PeerMode::kMtls : ops::PeerMode::kPlain;
+      if (!still_allowed(impl_->peers, link.node, link.host, mode)) ended.push_back(id);
+    }
+  }
+  impl_->end_links(ended, Reason::kPeerNotAllowed);
+}
+
+void LinkManager::check_certificates() {
+  if (impl_->config.tls == nullptr) return;
+  struct Shown {
+    LinkId link;
+    rpc::PeerCertificate certificate;
+    CertificateUse use;
+  };
+  std::vector<Shown> shown;
+  {
+    MutexLock lock(impl_->mutex);
+    ++impl_->rules;
+    for (const auto& [id, link] : impl_->links)
+      if (link.certificate)
+        shown.push_back({id, *link.certificate,
+                         link.initiator ? CertificateUse::kServer : CertificateUse::kClient});
+  }
+  std::vector<LinkId> ended;
+  for (const Shown& one : shown)
+    if (!impl_->config.tls->check(one.certificate, one.use, true)) ended.push_back(one.link);
+  impl_->end_links(ended, Reason::kPeerNotAllowed);
 }
 
 void LinkManager::stop() {
@@ -313,11 +352,7 @@ void LinkManager::close_link(const engine::CloseLink& command) {
 }
 
 void LinkManager::end_link(LinkId link) {
-  impl_->send_call(link, rpc::LinkMethod::kCloseLink,
-                   rpc::encode(rpc::CloseLinkNotice{Reason::kPeerLost}),
-                   monotonic_now() + impl_->config.call_timeout, [](const Result<std::string>&) {});
-  MutexLock lock(impl_->mutex);
-  impl_->end_link(link, Reason::kPeerLost);
+  impl_->end_links({link}, Reason::kPeerLost);
 }
 
 void LinkManager::ensure_link(PeerTarget target, Time /*deadline: a dial's own is shorter*/,

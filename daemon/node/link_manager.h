@@ -33,9 +33,12 @@ namespace kvferry::node {
 struct LinkManagerConfig {
   std::string node;  // own identity
   BootId boot;
-  std::string advertise;                // host:port that peers dial
-  std::vector<ops::PeerConfig> peers;   // who may be linked; empty: nobody but ourselves
-  std::vector<uint8_t> cluster_secret;  // empty: none, so loopback only
+  std::string advertise;               // host:port that peers dial
+  std::vector<ops::PeerConfig> peers;  // who may be linked; empty: nobody but ourselves
+  // Of mode plain. Empty: none, so loopback only.
+  std::vector<uint8_t> cluster_secret;
+  // Of mode mtls, which none of the peers is without.
+  std::shared_ptr<const rpc::PeerTls> tls;
   uint64_t chunk_bytes = 1 << 20;
   uint32_t max_credits = 64;
   bool can_check = true;  // else only CheckKind::kNone, whatever a peer asks for
@@ -91,8 +94,11 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   // Our rails, as the rails process tells when it is ready; none while it is down: handshakes and
   // reopenings are then answered UNAVAILABLE RAILS_DOWN.
   void set_rails(std::string ucx_version, std::vector<rpc::PeerRail> rails);
-  // Peers as a reload gives them; links that no longer match are ended.
+  // Peers as a reload gives them; links that no longer match are ended, and their peers told.
   void set_peers(std::vector<ops::PeerConfig> peers);
+  // After `tls` has other roots: links of peers for whom none of them vouches are ended likewise.
+  // That a certificate has expired since the handshake does not count.
+  void check_certificates();
   // No dial and no handshake any more; what waits is answered UNAVAILABLE SHUTDOWN. Links stay.
   void stop();
 
@@ -128,11 +134,10 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
                   std::function<void(Result<rpc::ArenasOffer>)> done) override;
 
   // rpc::PeerBackend.
-  void challenge(const rpc::PeerAddress& from,
-                 std::function<void(Result<rpc::Random32>)> done) override;
-  void handshake(const rpc::PeerAddress& from, rpc::SignedHello hello,
+  void challenge(const rpc::Caller& from, std::function<void(Result<rpc::Random32>)> done) override;
+  void handshake(const rpc::Caller& from, rpc::SignedHello hello,
                  std::function<void(Result<rpc::SignedHello>)> done) override;
-  void call(const rpc::PeerAddress& from, rpc::LinkMethod method, rpc::LinkCall call,
+  void call(const rpc::Caller& from, rpc::LinkMethod method, rpc::LinkCall call,
             std::function<void(Result<rpc::LinkReply>)> done) override;
 
  private:

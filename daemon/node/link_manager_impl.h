@@ -13,6 +13,7 @@
 #include "daemon/node/handshake.h"
 #include "daemon/node/link_manager.h"
 #include "daemon/node/peer_rules.h"
+#include "daemon/ops/log.h"
 
 namespace kvferry::node {
 
@@ -31,6 +32,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     std::string address;  // where it takes handshakes
     std::string ucx_version;
     bool initiator = false;
+    // Mode mtls: what the peer showed for the handshake; absent: mode plain.
+    std::optional<rpc::PeerCertificate> certificate;
     link::LinkKeys keys;
     std::vector<Lane> lanes;
     std::shared_ptr<rpc::PeerStub> stub;  // null where the peer cannot be called
@@ -50,7 +53,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   struct Attempt {
     std::string key;  // of its Dial
     uint64_t number = 0;
-    Endpoint endpoint;
+    Route route;
+    uint64_t rules = 0;  // by which it was allowed
     Time deadline;
     std::shared_ptr<rpc::PeerStub> stub;
     rpc::PeerHello hello;
@@ -61,7 +65,6 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
        EventSink sink_in);
 
   const LinkManagerConfig config;
-  const Sha256 secret_key;  // handshake_key()
   rpc::PeerDialer& dialer;
   TaskPool& pool;
   const EventSink sink;
@@ -72,6 +75,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   std::vector<LinkWatch*> watches KVFERRY_GUARDED_BY(mutex);
   bool stopped KVFERRY_GUARDED_BY(mutex) = false;
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
+  // Counts changes of whom we link: a handshake that began under other rules makes no link.
+  uint64_t rules KVFERRY_GUARDED_BY(mutex) = 0;
+  ops::LogLimiter refusals KVFERRY_GUARDED_BY(mutex){8, std::chrono::minutes(1)};
   std::string ucx_version KVFERRY_GUARDED_BY(mutex);
   std::vector<rpc::PeerRail> rails KVFERRY_GUARDED_BY(mutex);
   uint64_t next_link KVFERRY_GUARDED_BY(mutex) = 1;
@@ -83,6 +89,10 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   std::list<std::pair<rpc::Random32, Time>> challenges KVFERRY_GUARDED_BY(mutex);
 
   bool has_secret() const { return !config.cluster_secret.empty(); }
+  // The cluster secret is mode plain's; with certificates none is needed, and one side may lack it.
+  std::vector<uint8_t> secret_of(ops::PeerMode mode) const {
+    return mode == ops::PeerMode::kPlain ? config.cluster_secret : std::vector<uint8_t>();
+  }
   static std::string dial_key(const PeerTarget& target) {
     return target.node.empty() ? "@" + target.address : target.node;
   }
@@ -100,6 +110,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   PeerRef open_link(Link link, const Agreed& agreed, std::vector<EnsureDone>& waiters)
       KVFERRY_REQUIRES(mutex);
   void end_link(LinkId id, Reason reason) KVFERRY_REQUIRES(mutex);
+  // The same, and the peers are told.
+  void end_links(const std::vector<LinkId>& ids, Reason reason) KVFERRY_EXCLUDES(mutex);
   void forget_link(LinkId id) KVFERRY_REQUIRES(mutex);
   // A tagged call to the peer; `done` gets the body of a reply whose tag is right.
   void send_call(LinkId link, rpc::LinkMethod method, std::string body, Time deadline,
@@ -129,7 +141,11 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // --- link_answer.cc
   Result<rpc::Random32> new_challenge() KVFERRY_EXCLUDES(mutex);
   bool use_challenge(const rpc::Random32& challenge) KVFERRY_EXCLUDES(mutex);
-  Result<rpc::SignedHello> answer_hello(const rpc::PeerAddress& from, const rpc::SignedHello& hello)
+  // The caller's mode; PERMISSION_DENIED for a certificate that is no good any more.
+  Result<ops::PeerMode> check_caller(const rpc::Caller& from) const;
+  // Says so in the log, as the operator of this node may be the one at fault.
+  void note_refusal(const rpc::Caller& from, const Error& error) KVFERRY_EXCLUDES(mutex);
+  Result<rpc::SignedHello> answer_hello(const rpc::Caller& from, const rpc::SignedHello& hello)
       KVFERRY_EXCLUDES(mutex);
   Status may_link_now(const rpc::PeerHello& theirs) KVFERRY_REQUIRES(mutex);
   Status check_boot(const rpc::PeerHello& theirs) const KVFERRY_REQUIRES(mutex);

@@ -11,6 +11,8 @@
 #include "daemon/ops/config.h"
 #include "daemon/ops/log.h"
 #include "daemon/ops/options.h"
+#include "daemon/ops/peer_files.h"
+#include "daemon/ops/reload.h"
 #include "daemon/ops/service_manager.h"
 
 namespace kvferry {
@@ -42,7 +44,30 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, 32 << 20);
 }
 
-int serve(const ops::Config& config, const sigset_t& signals) {
+// Reads the configuration again and takes over what a running daemon can: [[peers]]. A bad one
+// changes nothing.
+void reload(const ops::ConfigSources& sources, const ops::Config& running, node::Daemon& daemon) {
+  const ops::LoadedConfig loaded = ops::load_config(sources);
+  for (const ops::ConfigProblem& problem : loaded.problems)
+    ops::log_error("not reloaded", {ops::field("error", problem.to_string())});
+  if (!loaded.ok()) return;
+  if (ops::wants_mtls(loaded.config) && !ops::wants_mtls(running)) {
+    ops::log_error("not reloaded",
+                   {ops::field("error", "mode mtls counts from the next start on")});
+    return;
+  }
+  for (const ops::ConfigProblem& warning : loaded.warnings)
+    ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
+  std::string later;
+  for (const std::string& key : ops::changed_keys(running, loaded.config))
+    later += (later.empty() ? "" : ", ") + key;
+  if (!later.empty())
+    ops::log_warning("changed, but counts from the next start on", {ops::field("keys", later)});
+  daemon.reload(loaded.config);
+  ops::log_info("reloaded", {ops::field("peers", loaded.config.peers.size())});
+}
+
+int serve(const ops::ConfigSources& sources, const ops::Config& config, const sigset_t& signals) {
   ops::ServiceManager manager;
   auto started = node::Daemon::start(config);
   if (!started) {
@@ -57,8 +82,8 @@ int serve(const ops::Config& config, const sigset_t& signals) {
   while (true) {
     const int signal = next_signal(signals, turn);
     if (signal == SIGTERM || signal == SIGINT) break;
-    if (signal == SIGHUP)
-      ops::log_warning("reload is not served by this build: restart to read the configuration");
+    if (signal == SIGHUP) reload(sources, config, daemon);
+    daemon.turn();
     const node::Daemon::Phase phase = daemon.phase();
     if (phase == node::Daemon::Phase::kRefused) {
       ops::log_error("the rails refuse this configuration", {ops::field("why", daemon.refusal())});
@@ -90,8 +115,8 @@ int run(int argc, const char* const* argv) {
     std::fputs(ops::default_config_text().c_str(), stdout);
     return ops::kExitOk;
   }
-  const ops::LoadedConfig loaded =
-      ops::load_config({options.config_file, options.sets, ops::current_environment()});
+  const ops::ConfigSources sources{options.config_file, options.sets, ops::current_environment()};
+  const ops::LoadedConfig loaded = ops::load_config(sources);
   for (const ops::ConfigProblem& problem : loaded.problems)
     std::fprintf(stderr, "%s\n", problem.to_string().c_str());
   if (!loaded.ok()) return ops::kExitConfiguration;
@@ -104,7 +129,7 @@ int run(int argc, const char* const* argv) {
   ops::log_start(loaded.config.log.level, loaded.config.log.format);
   for (const ops::ConfigProblem& warning : loaded.warnings)
     ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
-  const int status = serve(loaded.config, signals);
+  const int status = serve(sources, loaded.config, signals);
   ops::log_stop();
   return status;
 }

@@ -34,8 +34,9 @@ class PeerLinks {
   virtual ~PeerLinks() = default;
 
   // A link to that node, dialled if there is none; its LinkUp has been posted when `done` is
-  // called. Errors that last: PEER_NOT_ALLOWED, UCX_MISMATCH, PROTOCOL_MISMATCH, CHECK_TOO_WEAK,
-  // IDENTITY_MISMATCH. Errors that may pass have code UNAVAILABLE or DEADLINE_EXCEEDED.
+  // called. Errors that last: PEER_NOT_ALLOWED, PEER_CERTIFICATE, PEER_MODE,
+  // IDENTITY_MISMATCH, UCX_MISMATCH, PROTOCOL_MISMATCH, CHECK_TOO_WEAK. Errors that may pass have
+  // code UNAVAILABLE or DEADLINE_EXCEEDED.
   virtual void ensure_link(PeerTarget target, Time deadline,
                            std::function<void(Result<PeerRef>)> done) = 0;
   // Whether ensure_link() to that node would find a link, or needs none.

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <utility>
 
 namespace kvferry::node {
 namespace {
@@ -40,11 +41,8 @@ tl::unexpected<Error> not_allowed(const std::string& what) {
 }
 
 // Without mutual TLS only a cluster secret or loopback stands for the peer's identity.
-Status check_mode(const ops::PeerConfig& peer, const std::string& host, bool has_cluster_secret) {
-  if (peer.mode == ops::PeerMode::kMtls)
-    return fail(Code::kUnimplemented, "PEER_MODE", "mutual TLS between daemons is not served yet",
-                "peers.mode");
-  if (!has_cluster_secret && !ops::is_loopback(host))
+Status check_plain(const ops::PeerConfig& peer, const std::string& host, bool has_cluster_secret) {
+  if (peer.mode == ops::PeerMode::kPlain && !has_cluster_secret && !ops::is_loopback(host))
     return fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
                 "a plain peer off loopback needs peer.cluster_secret_file");
   return {};
@@ -84,8 +82,8 @@ bool allows(const ops::PeerConfig& peer, const Endpoint& endpoint, bool inbound)
   return false;
 }
 
-Result<Endpoint> choose_endpoint(const std::vector<ops::PeerConfig>& peers, const std::string& node,
-                                 const std::string& address, bool has_cluster_secret) {
+Result<Route> choose_route(const std::vector<ops::PeerConfig>& peers, const std::string& node,
+                           const std::string& address, bool has_cluster_secret) {
   std::vector<const ops::PeerConfig*> entries;
   if (node.empty()) {
     for (const ops::PeerConfig& peer : peers) entries.push_back(&peer);
@@ -96,20 +94,29 @@ Result<Endpoint> choose_endpoint(const std::vector<ops::PeerConfig>& peers, cons
   const Result<std::vector<Endpoint>> endpoints = resolve_address(address);
   if (!endpoints) return tl::unexpected<Error>(endpoints.error());
   for (const Endpoint& endpoint : *endpoints) {
+    Route route{endpoint, {}, {}};
+    bool found = false;
     for (const ops::PeerConfig* entry : entries) {
       if (!allows(*entry, endpoint, false)) continue;
-      KVFERRY_RETURN_IF_ERROR(check_mode(*entry, endpoint.host, has_cluster_secret));
-      return endpoint;
+      KVFERRY_RETURN_IF_ERROR(check_plain(*entry, endpoint.host, has_cluster_secret));
+      // One mode is tried, the first entry's.
+      if (!std::exchange(found, true)) route.mode = entry->mode;
+      if (route.mode == ops::PeerMode::kMtls && entry->mode == ops::PeerMode::kMtls)
+        route.identities.push_back(entry->identity);
     }
+    if (found) return route;
   }
   return not_allowed(node.empty() ? address : node + " at " + address);
 }
 
 Status check_inbound(const std::vector<ops::PeerConfig>& peers, const std::string& node,
-                     const std::string& host, bool has_cluster_secret) {
+                     const std::string& host, ops::PeerMode mode, bool has_cluster_secret) {
   const ops::PeerConfig* entry = find_peer(peers, node);
   if (entry == nullptr || !allows(*entry, {host, 0}, true)) return not_allowed("this node");
-  return check_mode(*entry, host, has_cluster_secret);
+  if (entry->mode != mode)
+    return fail(Code::kPermissionDenied, "PEER_MODE",
+                "this node's mode in [peers] is not that of the listener it has called");
+  return check_plain(*entry, host, has_cluster_secret);
 }
 
 }  // namespace kvferry::node

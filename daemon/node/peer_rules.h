@@ -29,14 +29,22 @@ const ops::PeerConfig* find_peer(const std::vector<ops::PeerConfig>& peers, std:
 // if the entry has names.
 bool allows(const ops::PeerConfig& peer, const Endpoint& endpoint, bool inbound);
 
-// Where to dial `node` (empty: whoever is allowed there), checked before any packet leaves.
-// PERMISSION_DENIED PEER_NOT_ALLOWED; UNIMPLEMENTED PEER_MODE for entries with mutual TLS; those of
-// resolve_address. Without a cluster secret only loopback is taken.
-Result<Endpoint> choose_endpoint(const std::vector<ops::PeerConfig>& peers, const std::string& node,
-                                 const std::string& address, bool has_cluster_secret);
+// Where and how to dial a node.
+struct Route {
+  Endpoint endpoint;
+  ops::PeerMode mode = ops::PeerMode::kPlain;
+  std::vector<std::string> identities;  // mode mtls: whose certificate may answer
+};
 
-// PERMISSION_DENIED PEER_NOT_ALLOWED unless `node` may come from there.
+// Where to dial `node` (empty: whoever is allowed there), checked before any packet leaves.
+// PERMISSION_DENIED PEER_NOT_ALLOWED; those of resolve_address. In mode plain only loopback is
+// taken without a cluster secret.
+Result<Route> choose_route(const std::vector<ops::PeerConfig>& peers, const std::string& node,
+                           const std::string& address, bool has_cluster_secret);
+
+// PERMISSION_DENIED PEER_NOT_ALLOWED unless `node` may come from there, PEER_MODE unless in that
+// mode.
 Status check_inbound(const std::vector<ops::PeerConfig>& peers, const std::string& node,
-                     const std::string& host, bool has_cluster_secret);
+                     const std::string& host, ops::PeerMode mode, bool has_cluster_secret);
 
 }  // namespace kvferry::node

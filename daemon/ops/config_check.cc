@@ -10,6 +10,7 @@
 #include <set>
 
 #include "daemon/ops/config_values.h"
+#include "daemon/ops/peer_files.h"
 
 namespace kvferry::ops {
 namespace {
@@ -64,6 +65,11 @@ class Checker {
   static bool is_node_id(std::string_view text) { return is_word(text, "._:+-/", 253); }
 
   void check_node() {
+    const std::string identity = check_peer_files();
+    if (config_.node.id.empty()) config_.node.id = identity;
+    if (!identity.empty() && config_.node.id != identity)
+      problem("node.id", "is " + toml_quote(config_.node.id) + ", but peer.certificate_file is " +
+                             toml_quote(identity) + "'s: leave it empty");
     if (config_.node.id.empty()) {
       std::array<char, 256> name{};
       if (::gethostname(name.data(), name.size() - 1) == 0) config_.node.id = name.data();
@@ -109,18 +115,32 @@ class Checker {
       warning("http.address", "shows metrics to everybody who reaches it");
   }
 
+  // Who this node is by its certificate; empty without one.
+  std::string check_peer_files() {
+    const PeerListenConfig& peer = config_.peer;
+    if (!wants_mtls(config_)) {
+      if (!peer.certificate_file.empty() || !peer.key_file.empty() || !peer.ca_file.empty())
+        warning("peer.certificate_file",
+                "the files of mode mtls are not used: neither peer.mode nor the mode of one of "
+                "[[peers]] is mtls");
+      return {};
+    }
+    std::vector<Error> problems;
+    const PeerFiles files = read_peer_files(peer, problems);
+    for (const Error& error : problems) problem(error.field, error.message);
+    if (!problems.empty()) return files.node.identity;
+    if (const std::string doubt = doubt_of(files); !doubt.empty())
+      warning("peer.ca_file", "does not vouch for peer.certificate_file (" + doubt +
+                                  "): peers with the same file refuse this node");
+    return files.node.identity;
+  }
+
   void check_peer_listener() {
     const PeerListenConfig& peer = config_.peer;
     if (!peer.cluster_secret_file.empty()) {
       const auto secret = read_secret_file(peer.cluster_secret_file);
       if (!secret) problem("peer.cluster_secret_file", secret.error().message);
     }
-    const std::array<std::pair<const char*, const std::string*>, 3> tls{
-        {{"peer.certificate_file", &peer.certificate_file},
-         {"peer.key_file", &peer.key_file},
-         {"peer.ca_file", &peer.ca_file}}};
-    for (const auto& [key, file] : tls)
-      if (!file->empty()) problem(key, "mode mtls is not served by this release");
 
     const auto listen = parse_host_port(peer.listen);
     if (!listen) {
@@ -129,7 +149,8 @@ class Checker {
     }
     if (!is_numeric_address(listen->host) && listen->host != "localhost")
       problem("peer.listen", "must be a numeric address with a port");
-    if (!is_loopback(listen->host) && peer.cluster_secret_file.empty())
+    if (peer.mode == PeerMode::kPlain && !is_loopback(listen->host) &&
+        peer.cluster_secret_file.empty())
       problem("peer.listen", "mode plain off loopback needs peer.cluster_secret_file");
     check_advertise(*listen);
   }
@@ -171,7 +192,10 @@ class Checker {
           std::all_of(peer.addresses.begin(), peer.addresses.end(), [](const AddressRule& rule) {
             return is_loopback(rule.host) && (!rule.numeric || rule.prefix_bits >= 8);
           });
-      if (!local && config_.peer.cluster_secret_file.empty())
+      if (peer.mode != config_.peer.mode)
+        warning(at + "mode",
+                "is not peer.mode, so the peer can be dialled but cannot dial this node");
+      if (peer.mode == PeerMode::kPlain && !local && config_.peer.cluster_secret_file.empty())
         problem(at + "addresses", "mode plain off loopback needs peer.cluster_secret_file");
     }
   }

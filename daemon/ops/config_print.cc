@@ -37,7 +37,8 @@ std::string default_config_text() {
       "# wins over this file. [[socket]] and [[peers]] can be given here only. Unknown keys are\n"
       "# errors: \"kvferryd --config FILE --check-config\" tells all of them. Sizes take B, KiB, "
       "MiB,\n"
-      "# GiB, TiB; durations ns, us, ms, s, m, h. Changes count from the next start on.\n"
+      "# GiB, TiB; durations ns, us, ms, s, m, h. Changes count from the next start on,\n"
+      "# those of [[peers]] from SIGHUP on.\n"
       "\n"
       "config_version = 1\n";
   Config config;

@@ -7,8 +7,8 @@
 namespace kvferry::ops {
 namespace {
 
-const std::vector<Choice<PeerMode>> kPeerModes{{"plain", PeerMode::kPlain}};
-const std::vector<std::string_view> kPeerModesNotServed{"mtls"};
+const std::vector<Choice<PeerMode>> kPeerModes{{"plain", PeerMode::kPlain},
+                                               {"mtls", PeerMode::kMtls}};
 
 Section log_section(LogConfig& log) {
   return {"log",
@@ -43,24 +43,34 @@ Section http_section(HttpConfig& http) {
 }
 
 Section peer_section(PeerListenConfig& peer) {
-  return {
-      "peer",
-      "Where other daemons knock.",
-      {{"listen", "host:port; port 0 takes any free one.", text_binding(peer.listen)},
-       {"advertise",
-        "host:port that peers dial. Empty: the address listened on, which then must not be a\n"
-        "wildcard.",
-        text_binding(peer.advertise)},
-       {"mode", "plain: no encryption. On loopback freely; elsewhere only with a cluster secret.",
-        choice_binding<PeerMode>(peer.mode, kPeerModes, kPeerModesNotServed)},
-       {"cluster_secret_file",
-        "A file with 16 bytes to 4 KiB that all nodes share, readable by the daemon's user only;\n"
-        "link keys derive from it. \"head -c 32 /dev/urandom | base64\" makes a good one.",
-        text_binding(peer.cluster_secret_file)},
-       {"certificate_file", "For mode mtls: this node's certificate, its key, and who signs.",
-        text_binding(peer.certificate_file)},
-       {"key_file", "", text_binding(peer.key_file)},
-       {"ca_file", "", text_binding(peer.ca_file)}}};
+  return {"peer",
+          "Where other daemons knock.",
+          {{"listen", "host:port; port 0 takes any free one.", text_binding(peer.listen)},
+           {"advertise",
+            "host:port that peers dial. Empty: the address listened on, which then must not be a\n"
+            "wildcard.",
+            text_binding(peer.advertise)},
+           {"mode",
+            "How peers that dial this node must come. plain: no encryption; on loopback freely,\n"
+            "elsewhere only with a cluster secret. mtls: both sides show a certificate.",
+            choice_binding<PeerMode>(peer.mode, kPeerModes)},
+           {"cluster_secret_file",
+            "For mode plain: a file with 16 bytes to 4 KiB that all nodes share, readable by the "
+            "daemon's\n"
+            "user only; link keys derive from it. \"head -c 32 /dev/urandom | base64\" makes a "
+            "good one.",
+            text_binding(peer.cluster_secret_file)},
+           {"certificate_file",
+            "For mode mtls, PEM: this node's certificate, and behind it those that lead to a root. "
+            "Its\n"
+            "one URI name (spiffe://...), else its one DNS name, is this node's id. The three "
+            "files are\n"
+            "looked at every second, and new ones are in force for connections from then on.",
+            text_binding(peer.certificate_file)},
+           {"key_file", "Its key, without a password, readable by the daemon's user only.",
+            text_binding(peer.key_file)},
+           {"ca_file", "The certificates of the authorities that vouch for peers.",
+            text_binding(peer.ca_file)}}};
 }
 
 Section arena_section(ArenaConfig& arena) {
@@ -254,7 +264,10 @@ std::vector<Section> config_schema(Config& config) {
   std::vector<Section> out;
   out.push_back({"node",
                  "This machine.",
-                 {{"id", "The name that peers know this node by. Empty: the host name.",
+                 {{"id",
+                   "The name that peers know this node by. Empty: with mtls the certificate's "
+                   "identity, which is\n"
+                   "the only one then; else the host name.",
                    text_binding(config.node.id)}}});
   out.push_back(log_section(config.log));
   out.push_back(admin_section(config.admin));
@@ -332,13 +345,20 @@ Section peer_schema(PeerConfig& peer) {
       "peers",
       "A node that may be dialled and may dial this one; may stand several times. Without any,\n"
       "the daemon talks to nobody.",
-      {{"identity", "The node's id.", text_binding(peer.identity)},
+      {{"identity",
+        "The node's id. For mode mtls what its certificate says: its one URI name, else its one "
+        "DNS\n"
+        "name in small letters.",
+        text_binding(peer.identity)},
        {"addresses",
         "Where it may be: addresses, networks or host names, each with or without a port.",
         addresses_binding(peer.addresses)},
        {"tenants", "The tenants that it may speak for.", texts_binding(peer.tenants)},
-       {"mode", "As in [peer].",
-        choice_binding<PeerMode>(peer.mode, kPeerModes, kPeerModesNotServed)}}};
+       {"mode",
+        "How it is dialled, and how it must come, which is this node's [peer] mode or never. "
+        "plain\n"
+        "or mtls; nothing else is tried.",
+        choice_binding<PeerMode>(peer.mode, kPeerModes)}}};
 }
 
 std::string refuse_ucx(std::string_view key, std::string_view value) {

@@ -5,7 +5,10 @@
 #include <chrono>
 #include <utility>
 
+#include "daemon/base/check.h"
+#include "daemon/base/mutex.h"
 #include "daemon/rpc/peer_status.h"
+#include "daemon/rpc/tls_credentials.h"
 #include "kvferry/v1/peer.grpc.pb.h"
 
 namespace kvferry::rpc {
@@ -43,22 +46,108 @@ tl::unexpected<Error> bad_answer() {
   return fail(Code::kUnavailable, "BAD_MESSAGE", "the peer's answer is none of this protocol");
 }
 
+// Where the transport alone knows what is wrong, in gRPC's and OpenSSL's words. Only how well an
+// operator is told depends on them.
+Error explain(Error error, bool tls, const std::optional<Error>& refused) {
+  if (error.reason != "PEER_UNREACHABLE") return error;
+  if (refused) return *refused;
+  const auto says = [&](std::string_view words) {
+    return error.message.find(words) != std::string::npos;
+  };
+  if (tls && says("certificate verify failed"))
+    return {
+        Code::kPermissionDenied,
+        "PEER_CERTIFICATE",
+        "the peer's certificate does not lead to peer.ca_file or is out of date: " + error.message,
+        {}};
+  if (tls && says("wrong version number"))
+    return {Code::kFailedPrecondition,
+            "PEER_MODE",
+            "the peer speaks no TLS: its peer.mode is plain, and here it is to be mtls: " +
+                error.message,
+            {}};
+  if (says("losed") || says("reset by peer"))
+    error.message += tls ? " (perhaps the peer does not take this node's certificate: its log "
+                           "tells)"
+                         : " (perhaps the peer's peer.mode is mtls, and here it is to be plain)";
+  return error;
+}
+
+// Channels to a peer, one after another: with TLS a new one for what this node shows and believes
+// now.
+class Channels {
+ public:
+  using Stub = v1::PeerService::Stub;
+
+  Channels(const PeerEndpoint& endpoint, std::shared_ptr<const PeerTls> tls)
+      : target_(target_of(endpoint)),
+        tls_(std::move(tls)),
+        server_(std::make_shared<ServerIdentity>(endpoint.identities)) {}
+
+  std::shared_ptr<Stub> now() {
+    MutexLock lock(mutex_);
+    const auto material = tls_ == nullptr ? nullptr : tls_->material();
+    if (stub_ == nullptr || material != material_) {
+      stub_ = v1::PeerService::NewStub(make(material.get()));
+      material_ = material;
+    }
+    return stub_;
+  }
+  Error error_of(const grpc::Status& status) const {
+    return explain(peer_error(status), tls_ != nullptr, server_->refused());
+  }
+  std::optional<PeerCertificate> certificate() const { return server_->shown(); }
+
+ private:
+  static std::string target_of(const PeerEndpoint& endpoint) {
+    const bool v4 = endpoint.host.find(':') == std::string::npos;
+    return (v4 ? "ipv4:" + endpoint.host : "ipv6:[" + endpoint.host + "]") + ":" +
+           std::to_string(endpoint.port);
+  }
+  std::shared_ptr<grpc::Channel> make(const TlsMaterial* material) const {
+    grpc::ChannelArguments arguments;
+    arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+    arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+    arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
+    arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
+    // Each dial starts afresh instead of sitting out the back-off of the one before.
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    // A proxy of the environment is not where the peer was allowed to be.
+    arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
+    arguments.SetString(GRPC_ARG_SERVICE_CONFIG, "{}");
+    return grpc::CreateCustomChannel(target_,
+                                     material == nullptr
+                                         ? grpc::InsecureChannelCredentials()
+                                         : tls_channel_credentials(*material, server_),
+                                     arguments);
+  }
+
+  const std::string target_;
+  const std::shared_ptr<const PeerTls> tls_;  // null: without TLS
+  const std::shared_ptr<ServerIdentity> server_;
+  Mutex mutex_;
+  std::shared_ptr<const TlsMaterial> material_ KVFERRY_GUARDED_BY(mutex_);
+  std::shared_ptr<Stub> stub_ KVFERRY_GUARDED_BY(mutex_);
+};
+
 class GrpcPeerStub final : public PeerStub {
  public:
-  explicit GrpcPeerStub(const std::shared_ptr<grpc::Channel>& channel)
-      : stub_(v1::PeerService::NewStub(channel)) {}
+  GrpcPeerStub(const PeerEndpoint& endpoint, std::shared_ptr<const PeerTls> tls)
+      : channels_(std::make_shared<Channels>(endpoint, std::move(tls))) {}
+
+  std::optional<PeerCertificate> certificate() const override { return channels_->certificate(); }
 
   void challenge(Time deadline, std::function<void(Result<Random32>)> done) override {
     auto call = std::make_shared<Call<v1::ChallengeRequest, v1::ChallengeResponse>>(deadline);
-    stub_->async()->Challenge(&call->context, &call->request, &call->response,
-                              [call, done = std::move(done)](const grpc::Status& status) {
-                                Random32 random{};
-                                if (!status.ok())
-                                  return done(tl::unexpected<Error>(peer_error(status)));
-                                if (!take(call->response.challenge(), random))
-                                  return done(bad_answer());
-                                done(random);
-                              });
+    const auto stub = channels_->now();
+    stub->async()->Challenge(
+        &call->context, &call->request, &call->response,
+        [call, channels = channels_, stub, done = std::move(done)](const grpc::Status& status) {
+          Random32 random{};
+          if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
+          if (!take(call->response.challenge(), random)) return done(bad_answer());
+          done(random);
+        });
   }
 
   void handshake(SignedHello hello, Time deadline,
@@ -66,16 +155,16 @@ class GrpcPeerStub final : public PeerStub {
     auto call = std::make_shared<Call<v1::HandshakeRequest, v1::HandshakeResponse>>(deadline);
     call->request.set_hello(std::move(hello.bytes));
     call->request.set_tag(text_of(hello.tag));
-    stub_->async()->Handshake(&call->context, &call->request, &call->response,
-                              [call, done = std::move(done)](const grpc::Status& status) {
-                                SignedHello answer;
-                                if (!status.ok())
-                                  return done(tl::unexpected<Error>(peer_error(status)));
-                                if (!take(call->response.tag(), answer.tag))
-                                  return done(bad_answer());
-                                answer.bytes = std::move(*call->response.mutable_hello());
-                                done(std::move(answer));
-                              });
+    const auto stub = channels_->now();
+    stub->async()->Handshake(
+        &call->context, &call->request, &call->response,
+        [call, channels = channels_, stub, done = std::move(done)](const grpc::Status& status) {
+          SignedHello answer;
+          if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
+          if (!take(call->response.tag(), answer.tag)) return done(bad_answer());
+          answer.bytes = std::move(*call->response.mutable_hello());
+          done(std::move(answer));
+        });
   }
 
   void call(LinkMethod method, LinkCall link_call, Time deadline,
@@ -85,14 +174,16 @@ class GrpcPeerStub final : public PeerStub {
     call->request.set_number(link_call.number);
     call->request.set_body(std::move(link_call.body));
     call->request.set_tag(text_of(link_call.tag));
-    auto finish = [call, done = std::move(done)](const grpc::Status& status) {
+    const auto stub = channels_->now();
+    auto finish = [call, channels = channels_, stub,
+                   done = std::move(done)](const grpc::Status& status) {
       LinkReply reply;
-      if (!status.ok()) return done(tl::unexpected<Error>(peer_error(status)));
+      if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
       if (!take(call->response.tag(), reply.tag)) return done(bad_answer());
       reply.body = std::move(*call->response.mutable_body());
       done(std::move(reply));
     };
-    auto* async = stub_->async();
+    auto* async = stub->async();
     switch (method) {
       case LinkMethod::kGetCards:
         return async->GetCards(&call->context, &call->request, &call->response, std::move(finish));
@@ -113,34 +204,27 @@ class GrpcPeerStub final : public PeerStub {
   }
 
  private:
-  const std::unique_ptr<v1::PeerService::Stub> stub_;
+  const std::shared_ptr<Channels> channels_;
 };
 
 class GrpcPeerDialer final : public PeerDialer {
  public:
-  std::shared_ptr<PeerStub> dial(const std::string& host, uint16_t port) override {
-    const std::string literal = host.find(':') == std::string::npos ? host : "[" + host + "]";
-    grpc::ChannelArguments arguments;
-    arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
-    arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-    arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
-    arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2000);
-    // Each dial starts afresh instead of sitting out the back-off of the one before.
-    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-    // A proxy of the environment is not where the peer was allowed to be.
-    arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-    arguments.SetString(GRPC_ARG_SERVICE_CONFIG, "{}");
-    return std::make_shared<GrpcPeerStub>(
-        grpc::CreateCustomChannel((host.find(':') == std::string::npos ? "ipv4:" : "ipv6:") +
-                                      literal + ":" + std::to_string(port),
-                                  grpc::InsecureChannelCredentials(), arguments));
+  explicit GrpcPeerDialer(std::shared_ptr<const PeerTls> tls) : tls_(std::move(tls)) {}
+
+  std::shared_ptr<PeerStub> dial(const PeerEndpoint& endpoint) override {
+    const bool plain = endpoint.identities.empty();
+    KVFERRY_CHECK(plain || tls_ != nullptr, "peers of mode mtls need a certificate");
+    return std::make_shared<GrpcPeerStub>(endpoint, plain ? nullptr : tls_);
   }
+
+ private:
+  const std::shared_ptr<const PeerTls> tls_;
 };
 
 }  // namespace
 
-std::unique_ptr<PeerDialer> grpc_peer_dialer() {
-  return std::make_unique<GrpcPeerDialer>();
+std::unique_ptr<PeerDialer> grpc_peer_dialer(std::shared_ptr<const PeerTls> tls) {
+  return std::make_unique<GrpcPeerDialer>(std::move(tls));
 }
 
 }  // namespace kvferry::rpc

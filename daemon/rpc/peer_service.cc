@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "daemon/rpc/peer_status.h"
+#include "daemon/rpc/tls_credentials.h"
 #include "kvferry/v1/peer.grpc.pb.h"
 
 namespace kvferry::rpc {
@@ -19,8 +20,8 @@ constexpr std::size_t kQuotaBytes = std::size_t{64} << 20;
 constexpr int kQuotaThreads = 32;
 
 // "ipv4:127.0.0.1:5000", "ipv6:[::1]:5000", with the brackets perhaps as %5B and %5D.
-PeerAddress parse_peer(const std::string& text) {
-  PeerAddress out;
+Caller parse_peer(const std::string& text) {
+  Caller out;
   const std::size_t scheme = text.find(':');
   const std::size_t colon = text.rfind(':');
   if (scheme == std::string::npos || colon <= scheme) return out;
@@ -74,8 +75,8 @@ class Pending {
 
 class Service final : public v1::PeerService::CallbackService {
  public:
-  Service(PeerBackend& backend, uint32_t max_pending)
-      : backend_(backend), max_pending_(max_pending) {}
+  Service(PeerBackend& backend, bool tls, uint32_t max_pending)
+      : backend_(backend), tls_(tls), max_pending_(max_pending) {}
 
   grpc::ServerUnaryReactor* Challenge(grpc::CallbackServerContext* context,
                                       const v1::ChallengeRequest*,
@@ -83,7 +84,7 @@ class Service final : public v1::PeerService::CallbackService {
     auto* reactor = context->DefaultReactor();
     auto pending = begin(reactor);
     if (!pending) return reactor;
-    backend_.challenge(parse_peer(context->peer()), [pending, response](Result<Random32> random) {
+    backend_.challenge(caller_of(*context), [pending, response](Result<Random32> random) {
       if (!pending->claim()) return;
       if (random) response->set_challenge(text_of(*random));
       pending->finish(random ? grpc::Status::OK : peer_status(random.error()));
@@ -103,7 +104,7 @@ class Service final : public v1::PeerService::CallbackService {
       pending->finish(bad_shape());
       return reactor;
     }
-    backend_.handshake(parse_peer(context->peer()), std::move(hello),
+    backend_.handshake(caller_of(*context), std::move(hello),
                        [pending, response](Result<SignedHello> answer) {
                          if (!pending->claim()) return;
                          if (answer) {
@@ -158,6 +159,12 @@ class Service final : public v1::PeerService::CallbackService {
     return std::make_shared<Pending>(reactor, pending_);
   }
 
+  Caller caller_of(const grpc::CallbackServerContext& context) const {
+    Caller caller = parse_peer(context.peer());
+    if (tls_) caller.certificate = shown_certificate(*context.auth_context());
+    return caller;
+  }
+
   static grpc::Status bad_shape() {
     return peer_status(
         {Code::kInvalidArgument, "BAD_MESSAGE", "a message that no daemon sends", {}});
@@ -175,7 +182,7 @@ class Service final : public v1::PeerService::CallbackService {
       pending->finish(bad_shape());
       return reactor;
     }
-    backend_.call(parse_peer(context->peer()), method, std::move(call),
+    backend_.call(caller_of(*context), method, std::move(call),
                   [pending, response](Result<LinkReply> reply) {
                     if (!pending->claim()) return;
                     if (reply) {
@@ -188,6 +195,7 @@ class Service final : public v1::PeerService::CallbackService {
   }
 
   PeerBackend& backend_;
+  const bool tls_;
   const uint32_t max_pending_;
   std::atomic<uint32_t> pending_{0};
 };
@@ -196,9 +204,10 @@ class Service final : public v1::PeerService::CallbackService {
 
 class PeerServer::Impl {
  public:
-  Impl(PeerBackend& backend, uint32_t max_pending) : service(backend, max_pending) {}
+  Impl(PeerBackend& backend, bool tls, uint32_t max_pending) : service(backend, tls, max_pending) {}
 
   Service service;
+  std::shared_ptr<grpc::ServerCredentials> credentials;
   std::unique_ptr<grpc::Server> server;
   int port = 0;
   std::atomic<bool> stopped{false};
@@ -208,9 +217,11 @@ PeerServer::PeerServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Result<std::unique_ptr<PeerServer>> PeerServer::start(const PeerServerConfig& config,
                                                       PeerBackend& backend) {
-  auto impl = std::make_unique<Impl>(backend, config.max_pending);
+  auto impl = std::make_unique<Impl>(backend, config.tls != nullptr, config.max_pending);
   grpc::ServerBuilder builder;
-  builder.AddListeningPort(config.listen, grpc::InsecureServerCredentials(), &impl->port);
+  impl->credentials = config.tls == nullptr ? grpc::InsecureServerCredentials()
+                                            : tls_server_credentials(config.tls);
+  builder.AddListeningPort(config.listen, impl->credentials, &impl->port);
   builder.RegisterService(&impl->service);
   builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
   // Two daemons on one port would take turns in answering.

@@ -6,32 +6,37 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "daemon/base/result.h"
 #include "daemon/base/units.h"
 #include "daemon/rpc/peer_messages.h"
+#include "daemon/rpc/peer_tls.h"
 
 namespace kvferry::rpc {
 
 // Calls come on threads of gRPC and must not block; `done` is called exactly once, from any thread.
-// `from` is the caller's numeric address and port.
-struct PeerAddress {
+struct Caller {
   std::string host;  // numeric, without brackets
   uint16_t port = 0;
+  // What it showed on this connection, verified when that was made, or what is wrong with it;
+  // absent on a listener without TLS.
+  std::optional<Result<PeerCertificate>> certificate = {};
 };
 class PeerBackend {
  public:
   virtual ~PeerBackend() = default;
-  virtual void challenge(const PeerAddress& from, std::function<void(Result<Random32>)> done) = 0;
-  virtual void handshake(const PeerAddress& from, SignedHello hello,
+  virtual void challenge(const Caller& from, std::function<void(Result<Random32>)> done) = 0;
+  virtual void handshake(const Caller& from, SignedHello hello,
                          std::function<void(Result<SignedHello>)> done) = 0;
-  virtual void call(const PeerAddress& from, LinkMethod method, LinkCall call,
+  virtual void call(const Caller& from, LinkMethod method, LinkCall call,
                     std::function<void(Result<LinkReply>)> done) = 0;
 };
 
 struct PeerServerConfig {
-  std::string listen;          // host:port; port 0: any free one
+  std::string listen;                       // host:port; port 0: any free one
+  std::shared_ptr<const PeerTls> tls = {};  // null: plain
   uint32_t max_pending = 256;  // calls at the backend at a time; more are RESOURCE_EXHAUSTED
 };
 
