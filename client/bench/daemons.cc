@@ -139,21 +139,25 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   daemon->log_ = base + ".log";
   daemon->http_port_ = free_port();
   daemon->peer_port_ = identity.peer_port;
-  std::string more;
-  for (const auto& [name, port] : identity.more)
-    more += "[[peers]]\nidentity = \"" + name +
-            "\"\naddresses = [\"127.0.0.1:" + std::to_string(port) + "\"]\n";
-  std::ofstream(base + ".toml") << "config_version = 1\n[node]\nid = \"" << identity.name
-                                << "\"\n[[socket]]\npath = \"" << daemon->socket_
-                                << "\"\n[admin]\nsocket = \"" << daemon->admin_
-                                << "\"\n[mapped]\nsocket = \"" << base << ".arenas"
-                                << "\"\n[http]\nport = " << daemon->http_port_
-                                << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
-                                << "\"\n[[peers]]\nidentity = \"" << identity.other
-                                << "\"\naddresses = [\"127.0.0.1:" << identity.other_port << "\"]\n"
-                                << more << "[rails]\ntransports = [\"" << options.path << "\"]\n";
+  daemon->config_ = base + ".toml";
+  const auto peer = [](const std::string& name, uint16_t port) {
+    return "[[peers]]\nidentity = \"" + name +
+           "\"\naddresses = [\"127.0.0.1:" + std::to_string(port) + "\"]\n";
+  };
+  std::string rest = identity.toml;
+  if (rest.empty()) {
+    rest = "[node]\nid = \"" + identity.name + "\"\n" + peer(identity.other, identity.other_port);
+    for (const auto& [name, port] : identity.more) rest += peer(name, port);
+  }
+  std::ofstream(daemon->config_) << "config_version = 1\n[[socket]]\npath = \"" << daemon->socket_
+                                 << "\"\n[admin]\nsocket = \"" << daemon->admin_
+                                 << "\"\n[mapped]\nsocket = \"" << base << ".arenas"
+                                 << "\"\n[http]\nport = " << daemon->http_port_
+                                 << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
+                                 << "\"\n[rails]\ntransports = [\"" << options.path << "\"]\n"
+                                 << rest;
   std::vector<std::string> words = {options.binary_directory + "/kvferryd", "--config",
-                                    base + ".toml"};
+                                    daemon->config_};
   for (const std::string& setting : options.settings) {
     words.push_back("--set");
     words.push_back(setting);

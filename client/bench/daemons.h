@@ -36,6 +36,8 @@ class DaemonProcess {
     std::string other;  // the peer that it may talk to
     uint16_t other_port = 0;
     std::map<std::string, uint16_t> more = {};  // further peers: name -> port
+    // Instead of the node's id and all peers: the end of the configuration, as TOML. Empty: none.
+    std::string toml = {};
   };
   // A port for a daemon's peers that was free a moment ago; 0: none was found.
   static uint16_t find_port();
@@ -74,10 +76,13 @@ class DaemonProcess {
   // Body of a GET that was answered 200, else empty.
   std::string http(const std::string& path) const;
   std::string log_tail() const;
+  const std::string& log_file() const { return log_; }
+  const std::string& config_file() const { return config_; }
 
  private:
   DaemonProcess() = default;
   pid_t pid_ = -1;
+  std::string config_;
   std::string socket_;
   std::string admin_;
   std::string log_;

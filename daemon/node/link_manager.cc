@@ -120,6 +120,11 @@ void LinkManager::Impl::end_link(LinkId id, Reason reason) {
   forget_link(id);
 }
 
+void LinkManager::Impl::begin_new_rules() {
+  ++rules;
+  for (auto& [key, dial] : dials) dial.not_before = {};
+}
+
 void LinkManager::Impl::end_links(const std::vector<LinkId>& ids, Reason reason) {
   for (const LinkId id : ids) {
     // A peer that this does not reach learns it by silence.
@@ -209,7 +214,7 @@ void LinkManager::set_peers(std::vector<ops::PeerConfig> peers) {
   {
     MutexLock lock(impl_->mutex);
     impl_->peers = std::move(peers);
-    ++impl_->rules;
+    impl_->begin_new_rules();
     for (const auto& [id, link] : impl_->links) {
       const ops::PeerMode mode = link.certificate ? ops::PeerMode::kMtls : ops::PeerMode::kPlain;
       if (!still_allowed(impl_->peers, link.node, link.host, mode)) ended.push_back(id);
@@ -228,7 +233,7 @@ void LinkManager::check_certificates() {
   std::vector<Shown> shown;
   {
     MutexLock lock(impl_->mutex);
-    ++impl_->rules;
+    impl_->begin_new_rules();
     for (const auto& [id, link] : impl_->links)
       if (link.certificate)
         shown.push_back({id, *link.certificate,

@@ -77,6 +77,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   // Counts changes of whom we link: a handshake that began under other rules makes no link.
   uint64_t rules KVFERRY_GUARDED_BY(mutex) = 0;
+  // Of both directions, in the log.
   ops::LogLimiter refusals KVFERRY_GUARDED_BY(mutex){8, std::chrono::minutes(1)};
   std::string ucx_version KVFERRY_GUARDED_BY(mutex);
   std::vector<rpc::PeerRail> rails KVFERRY_GUARDED_BY(mutex);
@@ -103,6 +104,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   Link* find_target(const PeerTarget& target) KVFERRY_REQUIRES(mutex);
 
   // --- link_manager.cc
+  // Whom we link has changed: no handshake under way makes a link, and no failed dial sits out its
+  // back-off.
+  void begin_new_rules() KVFERRY_REQUIRES(mutex);
   // To the pool, unless stop() was called: callbacks of transports may come later than that.
   bool post_at(Time when, std::function<void()> task) KVFERRY_EXCLUDES(mutex);
   rpc::PeerHello make_hello(const rpc::Random32& challenge) KVFERRY_REQUIRES(mutex);

@@ -1,0 +1,506 @@
+// Hand-offs between real daemons over mutual TLS: with certificates as deploy/make-test-certs.sh
+// makes them, with bad ones, and with new ones while transfers run.
+#include <arpa/inet.h>
+#include <signal.h>
+#include <sys/stat.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "tests/proc/hand_off_daemons.h"
+#include "tests/unit/test_certificates.h"
+
+namespace kvferry::testing {
+namespace {
+
+using bench::DaemonProcess;
+using client::TransferState;
+
+std::string read_file(const std::string& path) {
+  std::ifstream in(path);
+  std::stringstream text;
+  text << in.rdbuf();
+  return text.str();
+}
+
+// Everything that a command prints on standard output.
+std::string output_of(const std::string& command) {
+  std::string out;
+  FILE* const pipe = ::popen(command.c_str(), "r");
+  REQUIRE(pipe != nullptr);
+  char buffer[4096];
+  for (std::size_t got = 0; (got = ::fread(buffer, 1, sizeof buffer, pipe)) > 0;)
+    out.append(buffer, got);
+  ::pclose(pipe);
+  return out;
+}
+
+// Daemons by name in a directory of their own. NAME's identity is spiffe://kvferry.test/NAME.
+struct Scene {
+  std::string directory;
+  std::map<std::string, uint16_t> ports;
+  std::map<std::string, std::unique_ptr<DaemonProcess>> daemons;
+  std::map<std::string, std::unique_ptr<Party>> parties;
+
+  Scene() {
+    char name[] = "/tmp/kvferry-mtls.XXXXXX";
+    REQUIRE(::mkdtemp(name) != nullptr);
+    directory = name;
+  }
+  ~Scene() {
+    parties.clear();
+    for (auto& [name, daemon] : daemons)
+      if (daemon && daemon->pid() > 0) ::kill(daemon->pid(), SIGTERM);
+    daemons.clear();
+    std::error_code error;
+    std::filesystem::remove_all(directory, error);
+  }
+  Scene(const Scene&) = delete;
+  Scene& operator=(const Scene&) = delete;
+
+  static std::string id(const std::string& name) { return "spiffe://kvferry.test/" + name; }
+  std::string path(const std::string& name) const { return directory + "/" + name; }
+  uint16_t port(const std::string& name) {
+    uint16_t& port = ports[name];
+    if (port == 0) port = DaemonProcess::find_port();
+    return port;
+  }
+  // Certificates of an authority in `in`, made by the script.
+  void certify(const std::string& names, const std::string& in = "certs") const {
+    const std::string command =
+        KVFERRY_SOURCE_DIR "/deploy/make-test-certs.sh " + path(in) + " " + names + " >/dev/null";
+    REQUIRE(std::system(command.c_str()) == 0);
+  }
+  void write(const std::string& file, const std::string& text) const {
+    // As careful writers do it: whole or not at all.
+    std::ofstream(path(file + ".new")) << text;
+    REQUIRE(::chmod(path(file + ".new").c_str(), 0600) == 0);
+    std::filesystem::rename(path(file + ".new"), path(file));
+  }
+  void write(const std::string& name, const KeyPair& pair) const {
+    write("certs/" + name + ".key", pair.key);
+    write("certs/" + name + ".pem", pair.certificate);
+  }
+
+  std::string peer(const std::string& identity, const std::string& at,
+                   const std::string& mode = "mtls") {
+    return "[[peers]]\nidentity = \"" + identity +
+           "\"\naddresses = [\"127.0.0.1:" + std::to_string(port(at)) + "\"]\nmode = \"" + mode +
+           "\"\n";
+  }
+  struct How {
+    std::string mode = "mtls";
+    std::string certificates = "certs";  // where its own are
+    std::vector<std::string> settings = {};
+  };
+  // Starts it and does not wait.
+  DaemonProcess& launch(const std::string& name, const std::string& peers, const How& how) {
+    bench::DaemonOptions options;
+    options.binary_directory = binary_directory();
+    const std::string mine = path(how.certificates + "/" + name);
+    options.settings = {"arena.bytes=32MiB", "arena.segment_bytes=16MiB",
+                        "engine.chunk_bytes=64KiB", "peer.mode=" + how.mode};
+    if (how.mode == "mtls" || peers.find("\"mtls\"") != std::string::npos)
+      for (const std::string& setting :
+           {"peer.certificate_file=" + mine + ".pem", "peer.key_file=" + mine + ".key",
+            "peer.ca_file=" + path(how.certificates + "/ca.pem")})
+        options.settings.push_back(setting);
+    options.settings.insert(options.settings.end(), how.settings.begin(), how.settings.end());
+    daemons[name].reset();
+    DaemonProcess::Identity identity;
+    identity.name = name;
+    identity.peer_port = port(name);
+    identity.toml = peers.empty() ? "# nobody\n" : peers;
+    auto daemon = DaemonProcess::start(directory, identity, options);
+    require_ok(daemon);
+    daemons[name] = std::move(*daemon);
+    return *daemons[name];
+  }
+  DaemonProcess& start(const std::string& name, const std::string& peers) {
+    return start(name, peers, How{});
+  }
+  DaemonProcess& start(const std::string& name, const std::string& peers, const How& how) {
+    DaemonProcess& daemon = launch(name, peers, how);
+    if (const auto serving = daemon.wait_until_serving(); !serving)
+      FAIL(serving.error().to_string());
+    return daemon;
+  }
+  // a and b, who know each other.
+  void start_both() {
+    start("a", peer(id("b"), "b"));
+    start("b", peer(id("a"), "a"));
+  }
+  // What a daemon that ends at once has said.
+  std::string refusal(const std::string& name, const How& how) {
+    const auto serving = launch(name, peer(id("b"), "b"), how).wait_until_serving();
+    REQUIRE_FALSE(serving);
+    CHECK(serving.error().reason == "DAEMON_ENDED");
+    return serving.error().message;
+  }
+
+  // A worker of one rank at `name`.
+  Party& attach(const std::string& name, bool sends) {
+    Party::Options options;
+    options.instance = sends ? "prefill" : "decode";
+    options.socket = daemons.at(name)->socket();
+    options.shape = small_shape();
+    const auto parsed = bench::parse_topology("tp1");
+    require_ok(parsed);
+    options.topology = *parsed;
+    options.sends = sends;
+    options.seed = sends ? 1 : 2;
+    auto party = Party::make(options);
+    require_ok(party);
+    parties[name] = std::move(*party);
+    return *parties[name];
+  }
+  std::string log(const std::string& name) const { return read_file(daemons.at(name)->log_file()); }
+  std::string logs() const {
+    std::string out;
+    for (const auto& [name, daemon] : daemons) out += daemon->log_tail();
+    return out;
+  }
+  std::string peers_of(const std::string& name) const {
+    return output_of(KVFERRY_CTL " --socket " + daemons.at(name)->admin_socket() + " peers --json");
+  }
+  double links(const std::string& name) const { return metric(*daemons.at(name), "kvferry_links"); }
+  std::size_t count(const std::string& name, const std::string& words) const {
+    const std::string text = log(name);
+    std::size_t times = 0;
+    for (std::size_t at = 0; (at = text.find(words, at)) != std::string::npos; ++at) ++times;
+    return times;
+  }
+};
+
+std::string name_of_end(const client::TransferStatus& status) {
+  return std::string(name_of(status.state)) + " " + std::string(status.reason);
+}
+
+// A sender at a, a receiver at b, and transfers between them.
+struct HandOff {
+  Scene& scene;
+  Party& sender;
+  Party& receiver;
+  std::string ticket;
+
+  explicit HandOff(Scene& in)
+      : scene(in), sender(in.attach("a", true)), receiver(in.attach("b", false)) {
+    const auto got = sender.ticket();
+    require_ok(got);
+    ticket = *got;
+  }
+  // A first slice has arrived; the rest stays out.
+  TransferKey half_way() {
+    receiver.clean();
+    const TransferKey key = new_key("prefill");
+    Party::Send slice;
+    slice.tokens = client::TokenRange{0, 256};
+    slice.last = false;
+    require_ok(sender.send(key, slice));
+    require_ok(receiver.receive(key, ticket, {}));
+    INFO(scene.logs());
+    REQUIRE(comes_true([&] {
+      const auto status = receiver.rank(0).status(receiver.handle(key.id, 0));
+      return status && (status->slices > 0 || is_terminal(status->state));
+    }));
+    return key;
+  }
+  void finish(const TransferKey& key) {
+    Party::Send slice;
+    slice.index = 1;
+    slice.tokens = client::TokenRange{256, 512};
+    require_ok(sender.send(key, slice));
+    CHECK(receiver_end(key) == "COMPLETED NONE");
+    const auto sent = sender.wait(key.id, kPatience);
+    require_ok(sent);
+    CHECK(name_of_end(sent->front()) == "DELIVERED NONE");
+    CHECK(receiver.verify() == "");
+  }
+  std::string receiver_end(const TransferKey& key) {
+    const auto ended = receiver.wait(key.id, kPatience);
+    require_ok(ended);
+    return name_of_end(ended->front());
+  }
+  void require_good() {
+    INFO(scene.logs());
+    finish(half_way());
+  }
+  // How a transfer ends for its receiver that may find no link.
+  std::string try_it() {
+    receiver.clean();
+    const TransferKey key = new_key("prefill");
+    require_ok(sender.send(key, {}));
+    Party::Receive receive;
+    receive.wait = milliseconds(3000);
+    require_ok(receiver.receive(key, ticket, receive));
+    const std::string end = receiver_end(key);
+    (void)sender.rank(0).cancel(sender.handle(key.id, 0));
+    CHECK((receiver.verify() == "") == (end == "COMPLETED NONE"));
+    return end;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("two daemons with certificates hand over, and nothing secret is logged") {
+  Scene s;
+  s.certify("a b");
+  for (const char* file : {"certs/a.key", "certs/b.key", "certs/ca.key"}) {
+    struct stat info {};
+    REQUIRE(::stat(s.path(file).c_str(), &info) == 0);
+    CHECK((info.st_mode & 0777U) == 0600);
+  }
+  s.start("a", s.peer(Scene::id("b"), "b"), {"mtls", "certs", {"log.level=debug"}});
+  s.start("b", s.peer(Scene::id("a"), "a"), {"mtls", "certs", {"log.level=debug"}});
+  HandOff hand_off(s);
+  hand_off.require_good();
+  hand_off.require_good();
+  const std::string peers = s.peers_of("b");
+  INFO(peers);
+  CHECK(peers.find(Scene::id("a")) != std::string::npos);
+  CHECK(peers.find("linked") != std::string::npos);
+  for (const std::string& name : {std::string("a"), std::string("b")}) {
+    const std::string key = read_file(s.path("certs/" + name + ".key"));
+    const std::string body = key.substr(key.find('\n') + 1, 40);
+    REQUIRE(body.size() == 40);
+    for (const char* of : {"a", "b"}) {
+      CHECK(s.log(of).find(body) == std::string::npos);
+      CHECK(s.log(of).find("PRIVATE KEY") == std::string::npos);
+    }
+  }
+  // gRPC would take TLS 1.2; what two daemons speak is 1.3.
+  const std::string told = output_of(
+      "openssl s_client -connect 127.0.0.1:" + std::to_string(s.port("a")) + " -cert " +
+      s.path("certs/b.pem") + " -key " + s.path("certs/b.key") + " -CAfile " +
+      s.path("certs/ca.pem") + " -alpn h2 </dev/null 2>/dev/null | head -c 8192 | strings");
+  CHECK(told.find("TLSv1.3") != std::string::npos);
+  CHECK(told.find("Verify return code: 0 (ok)") != std::string::npos);
+}
+
+TEST_CASE("a daemon does not start with files that are no good, and says which") {
+  Scene s;
+  s.certify("a");
+  const TestAuthority authority("authority");
+  s.write("certs/ca.pem", authority.certificate());
+  const auto refused_with = [&](const TestAuthority::Names& names) {
+    s.write("a", authority.issue(names));
+    return s.refusal("a", {});
+  };
+  const std::string a = Scene::id("a");
+  const auto says = [](const std::string& text, const std::string& words) {
+    INFO(text);
+    CHECK(text.find(words) != std::string::npos);
+  };
+  says(refused_with({.uris = {a, Scene::id("b")}}), "peer.certificate_file: ");
+  says(refused_with({.uris = {a, Scene::id("b")}}), "it has 2 URI names");
+  says(refused_with({.uris = {a}, .begins = -7200, .ends = -60}), "has expired, on ");
+  s.write("a", authority.node(a));
+  s.write("certs/a.key", authority.node(a).key);
+  says(s.refusal("a", {}), "peer.key_file: " + s.path("certs/a.key") + ": is not the certificate");
+  s.write("a", authority.node(a));
+  REQUIRE(::chmod(s.path("certs/a.key").c_str(), 0604) == 0);
+  says(s.refusal("a", {}), "peer.key_file: " + s.path("certs/a.key") + ": may be read");
+  s.write("a", authority.node(a));
+  says(s.refusal("a", {"mtls", "certs", {"node.id=" + Scene::id("b")}}), "node.id: is ");
+}
+
+TEST_CASE("a node whose certificate another authority has signed is refused, and both say so") {
+  Scene s;
+  s.certify("a");
+  s.certify("b", "others");
+  s.start("a", s.peer(Scene::id("b"), "b"));
+  SECTION("neither believes the other") {
+    s.start("b", s.peer(Scene::id("a"), "a"), {"mtls", "others"});
+    HandOff hand_off(s);
+    CHECK(hand_off.try_it() == "FAILED PEER_NOT_ALLOWED");
+    const std::string peers = s.peers_of("b");
+    INFO(peers);
+    CHECK(peers.find("PEER_CERTIFICATE") != std::string::npos);
+    CHECK(peers.find("peer.ca_file") != std::string::npos);
+  }
+  SECTION("b believes a, and a not b") {
+    s.write("others/ca.pem",
+            read_file(s.path("others/ca.pem")) + read_file(s.path("certs/ca.pem")));
+    s.start("b", s.peer(Scene::id("a"), "a"), {"mtls", "others"});
+    HandOff hand_off(s);
+    CHECK(hand_off.try_it() == "FAILED DEADLINE");  // it might have passed
+    const std::string peers = s.peers_of("b");
+    INFO(peers);
+    CHECK(peers.find("does not take this node's certificate") != std::string::npos);
+    CHECK(s.log("a").find("certificate verify failed") != std::string::npos);
+  }
+  CHECK(s.links("a") == 0);
+  CHECK(s.links("b") == 0);
+}
+
+TEST_CASE("another node at the address that a ticket names is not linked") {
+  Scene s;
+  s.certify("a b c");
+  s.start_both();
+  HandOff hand_off(s);  // with a's ticket
+  s.parties.erase("a");
+  s.daemons["a"].reset();
+  // c has a good certificate, and a's address.
+  s.ports["c"] = s.port("a");
+  s.start("c", s.peer(Scene::id("b"), "b"));
+  const TransferKey key = new_key("prefill");
+  require_ok(hand_off.receiver.receive(key, hand_off.ticket, {}));
+  CHECK(hand_off.receiver_end(key) == "FAILED PEER_NOT_ALLOWED");
+  const std::string peers = s.peers_of("b");
+  INFO(peers);
+  CHECK(peers.find("IDENTITY_MISMATCH") != std::string::npos);
+  CHECK(peers.find(Scene::id("c")) != std::string::npos);
+  CHECK(s.links("c") == 0);
+}
+
+TEST_CASE("modes that differ make no link, in either direction") {
+  Scene s;
+  s.certify("a b");
+  SECTION("a wants certificates, b comes without") {
+    s.start("a", s.peer(Scene::id("b"), "b"));
+    s.start("b", "[node]\nid = \"" + Scene::id("b") + "\"\n" + s.peer(Scene::id("a"), "a", "plain"),
+            {"plain"});
+    HandOff hand_off(s);
+    CHECK(hand_off.try_it() == "FAILED DEADLINE");  // it might have passed
+    const std::string peers = s.peers_of("b");
+    INFO(peers);
+    CHECK(peers.find("perhaps the peer's peer.mode is mtls") != std::string::npos);
+  }
+  SECTION("b wants certificates, a serves without") {
+    s.start("a", "[node]\nid = \"" + Scene::id("a") + "\"\n" + s.peer(Scene::id("b"), "b", "plain"),
+            {"plain"});
+    s.start("b", s.peer(Scene::id("a"), "a"));
+    HandOff hand_off(s);
+    CHECK(hand_off.try_it() == "FAILED PEER_NOT_ALLOWED");
+    const std::string peers = s.peers_of("b");
+    INFO(peers);
+    CHECK(peers.find("PEER_MODE") != std::string::npos);
+  }
+  CHECK(s.links("a") == 0);
+  CHECK(s.links("b") == 0);
+}
+
+TEST_CASE("certificates are replaced while transfers run, and a whole authority by and by") {
+  Scene s;
+  s.certify("a b");
+  s.certify("a b", "next");
+  s.start_both();
+  HandOff hand_off(s);
+  // Both daemons have taken what was written since `before` lines said so.
+  const auto reloaded = [&](std::size_t times) {
+    INFO(s.logs());
+    for (const char* name : {"a", "b"})
+      REQUIRE(comes_true([&] { return s.count(name, "certificate loaded") >= times; }));
+  };
+  const auto served = [&] {
+    const std::string in = s.path("certs/");
+    return output_of("openssl s_client -connect 127.0.0.1:" + std::to_string(s.port("a")) +
+                     " -cert " + in + "b.pem -key " + in +
+                     "b.key -alpn h2 </dev/null 2>/dev/null"
+                     " | openssl x509 -noout -serial");
+  };
+  const auto serial = [&](const std::string& file) {
+    return output_of("openssl x509 -noout -serial -in " + s.path(file));
+  };
+
+  const TransferKey first = hand_off.half_way();
+  CHECK(served() == serial("certs/a.pem"));
+  const std::string before = serial("certs/a.pem");
+  s.certify("a b");
+  reloaded(1);
+  CHECK(serial("certs/a.pem") != before);
+  CHECK(served() == serial("certs/a.pem"));
+  hand_off.finish(first);
+
+  // The next authority: believed by all, then used by all, then the only one.
+  const std::string old_root = read_file(s.path("certs/ca.pem"));
+  const std::string next_root = read_file(s.path("next/ca.pem"));
+  const TransferKey second = hand_off.half_way();
+  s.write("certs/ca.pem", old_root + next_root);
+  reloaded(2);
+  for (const char* name : {"a", "b"}) {
+    const std::string file = name;
+    s.write(file, KeyPair{read_file(s.path("next/" + file + ".pem")),
+                          read_file(s.path("next/" + file + ".key"))});
+  }
+  reloaded(3);
+  hand_off.finish(second);
+  for (const char* name : {"a", "b"}) CHECK(s.count(name, "link closed") == 0);
+  // Nobody believes what the link was made with; a new one is made with the new certificates.
+  s.write("certs/ca.pem", next_root);
+  reloaded(4);
+  for (const char* name : {"a", "b"}) CHECK(comes_true([&] { return s.links(name) == 0; }));
+  CHECK(s.count("a", "link closed") + s.count("b", "link closed") >= 1);
+  hand_off.require_good();
+  CHECK(served() == serial("next/a.pem"));
+}
+
+TEST_CASE("new files that are no good are told of, and change nothing") {
+  Scene s;
+  s.certify("a b c");
+  s.certify("b", "next");
+  const std::string roots = read_file(s.path("certs/ca.pem"));
+  s.start_both();
+  HandOff hand_off(s);
+  hand_off.require_good();
+  const auto told = [&](const std::string& words) {
+    const bool seen = comes_true([&] { return s.log("b").find(words) != std::string::npos; });
+    if (!seen) FAIL(s.logs());
+  };
+  const KeyPair fresh{read_file(s.path("next/b.pem")), read_file(s.path("next/b.key"))};
+  s.write("certs/b.key", "no key\n");
+  told("peer.key_file: " + s.path("certs/b.key") + ": holds no private key");
+  // Another node's is no better.
+  s.write("b", KeyPair{read_file(s.path("certs/c.pem")), read_file(s.path("certs/c.key"))});
+  told("until it is restarted");
+  std::filesystem::remove(s.path("certs/ca.pem"));
+  told("ca.pem: No such file");
+  CHECK(s.count("b", "certificate loaded") == 0);
+  CHECK(s.count("b", "link closed") == 0);
+  hand_off.require_good();
+  // What goes together again is taken.
+  s.write("certs/ca.pem", roots + read_file(s.path("next/ca.pem")));
+  s.write("b", fresh);
+  told("certificate loaded");
+  hand_off.require_good();
+}
+
+TEST_CASE(
+    "a peer that a reload takes off the list loses its link, and has it again after the next") {
+  Scene s;
+  s.certify("a b");
+  s.start_both();
+  HandOff hand_off(s);
+  hand_off.require_good();
+  REQUIRE(s.links("a") == 1);
+  const std::string with_b = read_file(s.daemons["a"]->config_file());
+  const std::string without_b = with_b.substr(0, with_b.find("[[peers]]"));
+  const auto reload = [&](const std::string& text, const std::string& words) {
+    const std::size_t times = s.count("a", words);
+    std::ofstream(s.daemons["a"]->config_file()) << text;
+    ::kill(s.daemons["a"]->pid(), SIGHUP);
+    const bool seen = comes_true([&] { return s.count("a", words) > times; });
+    if (!seen) FAIL(s.logs());
+  };
+  // What is wrong changes nothing; what only a start takes over is named.
+  reload(without_b + "[engine]\nlease = 3\n", "not reloaded");
+  CHECK(s.links("a") == 1);
+  reload(with_b + "[engine]\nlease = \"7s\"\n", "keys=engine.lease");
+  CHECK(s.links("a") == 1);
+
+  const TransferKey open = hand_off.half_way();
+  reload(without_b, "reloaded peers=0");
+  for (const char* name : {"a", "b"})
+    CHECK(comes_true([&] { return s.links(name) == 0; }, seconds(10)));
+  CHECK(s.log("a").find("link closed") != std::string::npos);
+  CHECK(hand_off.receiver_end(open).substr(0, 6) == "FAILED");
+  CHECK(hand_off.try_it() == "FAILED PEER_NOT_ALLOWED");
+  reload(with_b, "reloaded peers=1");
+  // b is told what it last heard until it dials again.
+  CHECK(comes_true([&] { return hand_off.try_it() != "FAILED PEER_NOT_ALLOWED"; }));
+  hand_off.require_good();
+}
+
+}  // namespace kvferry::testing
