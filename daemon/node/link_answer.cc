@@ -86,9 +86,10 @@ Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
 Result<ops::PeerMode> LinkManager::Impl::check_caller(const rpc::Caller& from) const {
   if (!from.certificate) return ops::PeerMode::kPlain;
   KVFERRY_RETURN_IF_ERROR(*from.certificate);
+  if (config.tls == nullptr)
+    return fail(Code::kPermissionDenied, "PEER_MODE", "this daemon believes no certificates");
   // The connection may be older than the roots, or than the certificate's end.
-  if (config.tls != nullptr)
-    KVFERRY_RETURN_IF_ERROR(config.tls->check(**from.certificate, CertificateUse::kClient, false));
+  KVFERRY_RETURN_IF_ERROR(config.tls->check(**from.certificate, CertificateUse::kClient, false));
   return ops::PeerMode::kMtls;
 }
 
@@ -103,34 +104,43 @@ void LinkManager::Impl::note_refusal(const rpc::Caller& from, const Error& error
                     ops::field("error", error), ops::field("suppressed", refusals.suppressed())});
 }
 
-Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::Caller& from,
-                                                         const rpc::SignedHello& request) {
-  const Result<ops::PeerMode> mode = check_caller(from);
-  if (!mode) return tl::unexpected<Error>(mode.error());
-  const std::vector<uint8_t> secret = secret_of(*mode);
-  const Sha256 secret_key = handshake_key(secret);
+Result<rpc::PeerHello> LinkManager::Impl::check_hello(const rpc::Caller& from,
+                                                      const rpc::SignedHello& request,
+                                                      const Sha256& secret_key, ops::PeerMode mode,
+                                                      const std::vector<ops::PeerConfig>& allowed) {
   if (!equal_constant_time(request_tag(secret_key, request.bytes), request.tag))
     return fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
                 "the cluster secret is not the same on both nodes");
   Result<rpc::PeerHello> theirs = rpc::decode_hello(request.bytes);
-  if (!theirs) return tl::unexpected<Error>(std::move(theirs).error());
+  if (!theirs) return theirs;
   if (!use_challenge(theirs->challenge))
     return fail(Code::kUnavailable, "CHALLENGE_UNKNOWN", "the challenge is too old: try again");
   // The certificate says who it is; the hello may only repeat it.
   if (from.certificate && (*from.certificate)->identity != theirs->node)
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
                 "this node says that it is another than its certificate says");
+  KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, mode, has_secret()));
+  if (theirs->node == config.node || theirs->boot == config.boot)
+    return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
+                "two daemons have the same node id: set node.id");
+  return theirs;
+}
+
+Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::Caller& from,
+                                                         const rpc::SignedHello& request) {
   std::vector<ops::PeerConfig> allowed;
-  uint64_t allowed_by = 0;
+  uint64_t allowed_by = 0;  // before anything is checked
   {
     MutexLock lock(mutex);
     allowed = peers;
     allowed_by = rules;
   }
-  KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, *mode, has_secret()));
-  if (theirs->node == config.node || theirs->boot == config.boot)
-    return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
-                "two daemons have the same node id: set node.id");
+  const Result<ops::PeerMode> mode = check_caller(from);
+  if (!mode) return tl::unexpected<Error>(mode.error());
+  const std::vector<uint8_t> secret = secret_of(*mode);
+  const Sha256 secret_key = handshake_key(secret);
+  const Result<rpc::PeerHello> theirs = check_hello(from, request, secret_key, *mode, allowed);
+  if (!theirs) return tl::unexpected<Error>(theirs.error());
   // May resolve a name, so before the lock.
   std::shared_ptr<rpc::PeerStub> stub =
       stub_back(allowed, theirs->node, from.host, theirs->address);

@@ -149,6 +149,12 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   Result<ops::PeerMode> check_caller(const rpc::Caller& from) const;
   // Says so in the log, as the operator of this node may be the one at fault.
   void note_refusal(const rpc::Caller& from, const Error& error) KVFERRY_EXCLUDES(mutex);
+  // Who says hello, if that is to be believed and is allowed; uses its challenge up. Blocks if
+  // [peers] has names.
+  Result<rpc::PeerHello> check_hello(const rpc::Caller& from, const rpc::SignedHello& request,
+                                     const Sha256& secret_key, ops::PeerMode mode,
+                                     const std::vector<ops::PeerConfig>& allowed)
+      KVFERRY_EXCLUDES(mutex);
   Result<rpc::SignedHello> answer_hello(const rpc::Caller& from, const rpc::SignedHello& hello)
       KVFERRY_EXCLUDES(mutex);
   Status may_link_now(const rpc::PeerHello& theirs) KVFERRY_REQUIRES(mutex);
