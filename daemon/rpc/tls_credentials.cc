@@ -28,7 +28,12 @@ class TlsServerCredentials final : public grpc::ServerCredentials {
         credentials_(grpc_ssl_server_credentials_create_with_options(
             grpc_ssl_server_credentials_create_options_using_config_fetcher(
                 GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY, fetch, this))) {}
-  ~TlsServerCredentials() override { grpc_server_credentials_release(credentials_); }
+  ~TlsServerCredentials() override {
+    grpc_server_credentials_release(credentials_);
+    // The server's end has waited for handshakes; this orders what they wrote before it goes.
+    MutexLock lock(mutex_);
+    served_.reset();
+  }
   TlsServerCredentials(const TlsServerCredentials&) = delete;
   TlsServerCredentials& operator=(const TlsServerCredentials&) = delete;
 

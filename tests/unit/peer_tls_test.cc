@@ -1,7 +1,11 @@
 // Link managers over gRPC with mutual TLS, on loopback: what gets through, what does not, and what
 // both sides then say.
+#include <arpa/inet.h>
 #include <grpcpp/grpcpp.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 
+#include "daemon/base/unique_fd.h"
 #include "daemon/rpc/peer_client.h"
 #include "daemon/rpc/peer_service.h"
 #include "tests/unit/link_support.h"
@@ -206,6 +210,29 @@ TEST_CASE("a client without a certificate gets no answer") {
                                                  grpc::SslCredentials(options), arguments);
   CHECK_FALSE(
       channel->WaitForConnected(std::chrono::system_clock::now() + std::chrono::milliseconds(500)));
+}
+
+TEST_CASE("a slow handshake has as long as its caller gives it") {
+  const Authorities by;
+  // The kernel takes connections, and nobody ever answers.
+  const UniqueFd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  auto* const name = reinterpret_cast<sockaddr*>(&address);
+  REQUIRE(::bind(listener.get(), name, size) == 0);
+  REQUIRE(::listen(listener.get(), 8) == 0);
+  REQUIRE(::getsockname(listener.get(), name, &size) == 0);
+  const auto dialer = rpc::grpc_peer_dialer(by.tls(kA));
+  const auto stub = dialer->dial({"127.0.0.1", ntohs(address.sin_port), {kB}});
+  Box<Result<rpc::Random32>> answers;
+  stub->challenge(monotonic_now() + std::chrono::milliseconds(600),
+                  [&](Result<rpc::Random32> answer) { answers.put(std::move(answer)); });
+  const auto answer = answers.take();
+  REQUIRE(answer);
+  REQUIRE_FALSE(*answer);
+  CHECK(answer->error().reason == "PEER_TIMEOUT");
 }
 
 TEST_CASE("a peer of the other mode is refused, and no other mode is tried") {
