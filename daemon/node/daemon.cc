@@ -609,6 +609,7 @@ void Daemon::stop() {
   if (d.borrower) d.borrower->stop();
   if (d.lender) d.lender->stop();
   if (d.lifeline) d.lifeline->stop();
+  if (d.dialer) d.dialer->stop(soon);
   if (d.worker_server) d.worker_server->shutdown(soon);
   if (d.admin_server) d.admin_server->shutdown(soon);
   if (d.peer_server) d.peer_server->shutdown(soon);

@@ -3,6 +3,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <chrono>
+#include <set>
 #include <utility>
 
 #include "daemon/base/check.h"
@@ -15,21 +16,6 @@ namespace kvferry::rpc {
 namespace {
 
 constexpr int kMaxMessageBytes = 4 << 20;
-
-// A call under way; kept alive by its callback.
-template <typename Request, typename Response>
-struct Call {
-  grpc::ClientContext context;
-  Request request;
-  Response response;
-
-  explicit Call(Time deadline) {
-    const Duration left = deadline - monotonic_now();
-    context.set_deadline(
-        gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
-                     gpr_time_from_nanos(left.count() > 0 ? left.count() : 0, GPR_TIMESPAN)));
-  }
-};
 
 template <std::size_t N>
 bool take(const std::string& from, std::array<uint8_t, N>& out) {
@@ -131,21 +117,85 @@ class Channels {
   std::shared_ptr<Stub> stub_ KVFERRY_GUARDED_BY(mutex_);
 };
 
+// The calls of a dialer that are under way. A call is over when all that it held is gone, channel
+// included.
+class CallsUnderWay {
+ public:
+  void begin(grpc::ClientContext* context) {
+    MutexLock lock(mutex_);
+    ++count_;
+    contexts_.insert(context);
+    if (stopped_) context->TryCancel();
+  }
+  // Before the context goes.
+  void leave(grpc::ClientContext* context) {
+    MutexLock lock(mutex_);
+    contexts_.erase(context);
+  }
+  void end() {
+    MutexLock lock(mutex_);
+    if (--count_ == 0) none_left_.notify_all();
+  }
+  void stop(Time deadline) {
+    MutexLock lock(mutex_);
+    while (count_ != 0 && none_left_.wait_until(mutex_, deadline)) {
+    }
+    stopped_ = true;
+    for (grpc::ClientContext* context : contexts_) context->TryCancel();
+    while (count_ != 0) none_left_.wait(mutex_);
+  }
+
+ private:
+  Mutex mutex_;
+  CondVar none_left_;
+  bool stopped_ KVFERRY_GUARDED_BY(mutex_) = false;
+  std::size_t count_ KVFERRY_GUARDED_BY(mutex_) = 0;
+  std::set<grpc::ClientContext*> contexts_ KVFERRY_GUARDED_BY(mutex_);
+};
+
+// A call under way; kept alive by its callback, which must let it go last.
+template <typename Request, typename Response>
+struct Call {
+  // The last member to go tells that the others have.
+  struct End {
+    std::shared_ptr<CallsUnderWay> calls;
+    ~End() { calls->end(); }
+  };
+  const End end;
+  const std::shared_ptr<Channels> channels;
+  const std::shared_ptr<Channels::Stub> stub;
+  grpc::ClientContext context;
+  Request request;
+  Response response;
+
+  Call(Time deadline, std::shared_ptr<CallsUnderWay> calls, std::shared_ptr<Channels> channels_in)
+      : end{std::move(calls)}, channels(std::move(channels_in)), stub(channels->now()) {
+    const Duration left = deadline - monotonic_now();
+    context.set_deadline(
+        gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                     gpr_time_from_nanos(left.count() > 0 ? left.count() : 0, GPR_TIMESPAN)));
+    end.calls->begin(&context);
+  }
+  ~Call() { end.calls->leave(&context); }
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+};
+
 class GrpcPeerStub final : public PeerStub {
  public:
-  GrpcPeerStub(const PeerEndpoint& endpoint, std::shared_ptr<const PeerTls> tls)
-      : channels_(std::make_shared<Channels>(endpoint, std::move(tls))) {}
+  GrpcPeerStub(const PeerEndpoint& endpoint, std::shared_ptr<const PeerTls> tls,
+               std::shared_ptr<CallsUnderWay> calls)
+      : calls_(std::move(calls)), channels_(std::make_shared<Channels>(endpoint, std::move(tls))) {}
 
   std::optional<PeerCertificate> certificate() const override { return channels_->certificate(); }
 
   void challenge(Time deadline, std::function<void(Result<Random32>)> done) override {
-    auto call = std::make_shared<Call<v1::ChallengeRequest, v1::ChallengeResponse>>(deadline);
-    const auto stub = channels_->now();
-    stub->async()->Challenge(
+    auto call = begin<v1::ChallengeRequest, v1::ChallengeResponse>(deadline);
+    call->stub->async()->Challenge(
         &call->context, &call->request, &call->response,
-        [call, channels = channels_, stub, done = std::move(done)](const grpc::Status& status) {
+        [call, done = std::move(done)](const grpc::Status& status) {
           Random32 random{};
-          if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
+          if (!status.ok()) return done(tl::unexpected<Error>(call->channels->error_of(status)));
           if (!take(call->response.challenge(), random)) return done(bad_answer());
           done(random);
         });
@@ -153,15 +203,14 @@ class GrpcPeerStub final : public PeerStub {
 
   void handshake(SignedHello hello, Time deadline,
                  std::function<void(Result<SignedHello>)> done) override {
-    auto call = std::make_shared<Call<v1::HandshakeRequest, v1::HandshakeResponse>>(deadline);
+    auto call = begin<v1::HandshakeRequest, v1::HandshakeResponse>(deadline);
     call->request.set_hello(std::move(hello.bytes));
     call->request.set_tag(text_of(hello.tag));
-    const auto stub = channels_->now();
-    stub->async()->Handshake(
+    call->stub->async()->Handshake(
         &call->context, &call->request, &call->response,
-        [call, channels = channels_, stub, done = std::move(done)](const grpc::Status& status) {
+        [call, done = std::move(done)](const grpc::Status& status) {
           SignedHello answer;
-          if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
+          if (!status.ok()) return done(tl::unexpected<Error>(call->channels->error_of(status)));
           if (!take(call->response.tag(), answer.tag)) return done(bad_answer());
           answer.bytes = std::move(*call->response.mutable_hello());
           done(std::move(answer));
@@ -170,21 +219,19 @@ class GrpcPeerStub final : public PeerStub {
 
   void call(LinkMethod method, LinkCall link_call, Time deadline,
             std::function<void(Result<LinkReply>)> done) override {
-    auto call = std::make_shared<Call<v1::LinkRequest, v1::LinkResponse>>(deadline);
+    auto call = begin<v1::LinkRequest, v1::LinkResponse>(deadline);
     call->request.set_link(text_of(link_call.link));
     call->request.set_number(link_call.number);
     call->request.set_body(std::move(link_call.body));
     call->request.set_tag(text_of(link_call.tag));
-    const auto stub = channels_->now();
-    auto finish = [call, channels = channels_, stub,
-                   done = std::move(done)](const grpc::Status& status) {
+    auto finish = [call, done = std::move(done)](const grpc::Status& status) {
       LinkReply reply;
-      if (!status.ok()) return done(tl::unexpected<Error>(channels->error_of(status)));
+      if (!status.ok()) return done(tl::unexpected<Error>(call->channels->error_of(status)));
       if (!take(call->response.tag(), reply.tag)) return done(bad_answer());
       reply.body = std::move(*call->response.mutable_body());
       done(std::move(reply));
     };
-    auto* async = stub->async();
+    auto* async = call->stub->async();
     switch (method) {
       case LinkMethod::kGetCards:
         return async->GetCards(&call->context, &call->request, &call->response, std::move(finish));
@@ -205,6 +252,12 @@ class GrpcPeerStub final : public PeerStub {
   }
 
  private:
+  template <typename Request, typename Response>
+  std::shared_ptr<Call<Request, Response>> begin(Time deadline) {
+    return std::make_shared<Call<Request, Response>>(deadline, calls_, channels_);
+  }
+
+  const std::shared_ptr<CallsUnderWay> calls_;
   const std::shared_ptr<Channels> channels_;
 };
 
@@ -215,11 +268,13 @@ class GrpcPeerDialer final : public PeerDialer {
   std::shared_ptr<PeerStub> dial(const PeerEndpoint& endpoint) override {
     const bool plain = endpoint.identities.empty();
     KVFERRY_CHECK(plain || tls_ != nullptr, "peers of mode mtls need a certificate");
-    return std::make_shared<GrpcPeerStub>(endpoint, plain ? nullptr : tls_);
+    return std::make_shared<GrpcPeerStub>(endpoint, plain ? nullptr : tls_, calls_);
   }
+  void stop(Time deadline) override { calls_->stop(deadline); }
 
  private:
   const std::shared_ptr<const PeerTls> tls_;
+  const std::shared_ptr<CallsUnderWay> calls_ = std::make_shared<CallsUnderWay>();
 };
 
 }  // namespace

@@ -45,6 +45,11 @@ class PeerDialer {
   virtual ~PeerDialer() = default;
   // Connects lazily: no packet leaves before the first call.
   virtual std::shared_ptr<PeerStub> dial(const PeerEndpoint& endpoint) = 0;
+  // Calls under way have until the deadline, are then cancelled, and have ended when it returns;
+  // later ones end at once. Not from a callback. With gRPC before the process's servers are shut
+  // down: 1.51 ends its threads for callbacks with the last server or channel, and a callback that
+  // lets go of that one would have its thread wait for itself.
+  virtual void stop(Time deadline) = 0;
 };
 
 // Over gRPC. `tls` is for endpoints with identities, of which there must be none without it; its

@@ -423,5 +423,6 @@ TEST_CASE("all of it works over gRPC") {
 
     (*server)->shutdown(monotonic_now());
     CHECK(ask("default/x").error().code == Code::kUnavailable);
+    dialer->stop(monotonic_now());
   }
 }

@@ -65,6 +65,7 @@ class PlainDialer : public rpc::PeerDialer {
                                       std::optional<Result<rpc::PeerCertificate>> client) {
     return std::make_shared<Stub>(*this, endpoint.port, std::move(client));
   }
+  void stop(Time) override {}
   // `certificate`: what the server there shows.
   void serve(uint16_t port, rpc::PeerBackend* backend,
              std::optional<rpc::PeerCertificate> certificate = {}) {
@@ -152,6 +153,7 @@ class CertificateDialer : public rpc::PeerDialer {
     if (endpoint.identities.empty()) return dialer_.dial(endpoint);
     return dialer_.dial(endpoint, client_);
   }
+  void stop(Time) override {}
 
  private:
   PlainDialer& dialer_;

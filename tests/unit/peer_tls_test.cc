@@ -36,7 +36,11 @@ struct Node {
     daemon.emplace(std::move(id), server->port(), *dialer, std::move(peers), "", "1.13.1", 1, tls);
     late.to = daemon->manager.get();
   }
-  ~Node() { server->shutdown(monotonic_now()); }
+  ~Node() {
+    daemon->manager->stop();
+    dialer->stop(monotonic_now());
+    server->shutdown(monotonic_now());
+  }
   uint16_t port() const { return server->port(); }
   std::string link_error(const std::string& id, const Node& node) {
     const Result<PeerRef> ref = daemon->link(id, node.port());
@@ -214,6 +218,7 @@ TEST_CASE("a client without a certificate gets no answer") {
 
 TEST_CASE("a slow handshake has as long as its caller gives it") {
   const Authorities by;
+  Node a(kA, by.tls(kA), {});  // a server, which outlives the calls
   // The kernel takes connections, and nobody ever answers.
   const UniqueFd listener(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
   sockaddr_in address{};
@@ -228,11 +233,16 @@ TEST_CASE("a slow handshake has as long as its caller gives it") {
   const auto stub = dialer->dial({"127.0.0.1", ntohs(address.sin_port), {kB}});
   Box<Result<rpc::Random32>> answers;
   stub->challenge(monotonic_now() + std::chrono::milliseconds(600),
-                  [&](Result<rpc::Random32> answer) { answers.put(std::move(answer)); });
+                  [&](Result<rpc::Random32> given) { answers.put(std::move(given)); });
   const auto answer = answers.take();
   REQUIRE(answer);
   REQUIRE_FALSE(*answer);
   CHECK(answer->error().reason == "PEER_TIMEOUT");
+  // Calls that hang end with the dialer.
+  stub->challenge(monotonic_now() + std::chrono::hours(1),
+                  [&](Result<rpc::Random32> given) { answers.put(std::move(given)); });
+  dialer->stop(monotonic_now());
+  CHECK(answers.take()->error().code == Code::kUnavailable);
 }
 
 TEST_CASE("a peer of the other mode is refused, and no other mode is tried") {
