@@ -8,10 +8,13 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <chrono>
+#include <cstddef>
+#include <cstdio>
 #include <ctime>
 #include <filesystem>
 #include <fstream>
@@ -42,22 +45,35 @@ int local_socket(uint16_t port, sockaddr_in& address) {
   return ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
 }
 
-// A port that was free a moment ago; a daemon that finds it taken says so and the bench fails.
-// Below the ports that the kernel gives to outgoing connections (from 32768 unless configured), so
-// that none of those takes it before the daemon does, or while the daemon is being restarted. 0:
-// none was found.
-uint16_t free_port() {
+// A free port, kept from other programs of this kind for as long as `hold` is open: whoever takes
+// one binds an abstract socket of its name, which like the port is the network namespace's. Below
+// the ports that the kernel gives to outgoing connections (from 32768 unless configured), so that
+// none of those takes it before the daemon does, or while the daemon is being restarted. 0: none
+// was found.
+struct Port {
+  uint16_t number = 0;
+  UniqueFd hold;
+};
+Port free_port() {
   constexpr int kLowest = 12000, kHighest = 31999, kTries = 100;
   static std::minstd_rand random(std::random_device{}());  // processes side by side differ
   for (int tries = 0; tries < kTries; ++tries) {
-    const int port = std::uniform_int_distribution<int>(kLowest, kHighest)(random);
+    const int number = std::uniform_int_distribution<int>(kLowest, kHighest)(random);
+    Port port{static_cast<uint16_t>(number),
+              UniqueFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0))};
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;  // sun_path[0] stays 0: abstract
+    const int length =
+        std::snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "kvferry-bench-port-%d", number);
+    if (::bind(port.hold.get(), reinterpret_cast<sockaddr*>(&name),
+               static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + length)) != 0)
+      continue;
     sockaddr_in address{};
-    const int fd = local_socket(static_cast<uint16_t>(port), address);
-    const bool bound = ::bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address) == 0;
-    ::close(fd);
-    if (bound) return static_cast<uint16_t>(port);
+    const UniqueFd probe(local_socket(port.number, address));
+    if (::bind(probe.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0)
+      return port;
   }
-  return 0;
+  return {};
 }
 
 // One HTTP/1.0 request to a local port; the body, or nothing unless the answer is 200.
@@ -137,7 +153,9 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   daemon->socket_ = base + ".sock";
   daemon->admin_ = base + ".admin";
   daemon->log_ = base + ".log";
-  daemon->http_port_ = free_port();
+  Port http = free_port();
+  daemon->http_port_ = http.number;
+  daemon->http_hold_ = std::move(http.hold);
   daemon->peer_port_ = identity.peer_port;
   daemon->config_ = base + ".toml";
   const auto peer = [](const std::string& name, uint16_t port) {
@@ -188,7 +206,10 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
 }
 
 uint16_t DaemonProcess::find_port() {
-  return free_port();
+  static std::vector<UniqueFd> held;
+  Port port = free_port();
+  held.push_back(std::move(port.hold));
+  return port.number;
 }
 
 DaemonProcess::~DaemonProcess() {
@@ -281,7 +302,7 @@ Result<std::unique_ptr<DaemonPair>> DaemonPair::start(const DaemonOptions& optio
   pair->directory_ = directory;
   pair->options_ = options;
   const std::string names[2] = {"sender", "receiver"};
-  const uint16_t ports[2] = {free_port(), free_port()};
+  const uint16_t ports[2] = {DaemonProcess::find_port(), DaemonProcess::find_port()};
   for (int side = 0; side < 2; ++side)
     pair->identities_[side] = {names[side], ports[side], names[1 - side], ports[1 - side]};
   for (int side = 0; side < 2; ++side) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "daemon/base/unique_fd.h"
 #include "kvferry/result.h"
 
 namespace kvferry::bench {
@@ -39,7 +40,8 @@ class DaemonProcess {
     // Instead of the node's id and all peers: the end of the configuration, as TOML. Empty: none.
     std::string toml = {};
   };
-  // A port for a daemon's peers that was free a moment ago; 0: none was found.
+  // A port for a daemon's peers, free and this program's until it ends; 0: none was found. From one
+  // thread at a time.
   static uint16_t find_port();
   // Writes the configuration into `directory` and starts the daemon; does not wait for it.
   static Result<std::unique_ptr<DaemonProcess>> start(const std::string& directory,
@@ -87,6 +89,7 @@ class DaemonProcess {
   std::string admin_;
   std::string log_;
   uint16_t http_port_ = 0;
+  UniqueFd http_hold_;  // keeps others from taking it
   uint16_t peer_port_ = 0;
 };
 
