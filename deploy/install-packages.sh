@@ -11,7 +11,7 @@ packages=(
   libtomlplusplus-dev libxxhash-dev libhwloc-dev libseccomp-dev libsystemd-dev libssl-dev libexpected-dev
   nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev
 )
-tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-format-14 spin procps python3 python3-venv python3-pip)
+tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-14 libclang-rt-14-dev clang-format-14 llvm-14 spin procps python3 python3-venv python3-pip)
 
 [ -z "${1:-}" ] || packages+=("${tests[@]}")
 [ "${1:-}" != --tarball ] || packages+=(binutils patchelf)

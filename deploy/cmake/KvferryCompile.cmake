@@ -28,6 +28,15 @@ if(KVFERRY_SANITIZE)
   add_link_options(-fsanitize=${KVFERRY_SANITIZE})
 endif()
 
+# Edges and comparisons of all that is compiled are what libFuzzer goes by; its main() comes with each
+# fuzzer's own link (tests/fuzz).
+if(KVFERRY_FUZZERS)
+  if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+    message(FATAL_ERROR "KVFERRY_FUZZERS needs clang: cmake --preset fuzz")
+  endif()
+  add_compile_options(-fsanitize=fuzzer-no-link -fno-sanitize-recover=undefined)
+endif()
+
 # kvferry_library(NAME SOURCES... LIBS...): a static library inside the project.
 function(kvferry_library name)
   cmake_parse_arguments(ARG "" "" "SOURCES;LIBS" ${ARGN})
