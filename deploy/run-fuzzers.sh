@@ -70,7 +70,7 @@ status=0
 for name in "${names[@]}"; do
   mkdir -p "$found/$name"
   log=$found/$name.log
-  options=(-max_total_time="$what" -timeout=20 -rss_limit_mb=2048 -max_len=4096
+  options=(-max_total_time="$what" -timeout=20 -rss_limit_mb=2048 -max_len=4096 -len_control=20
     -print_final_stats=1 -artifact_prefix="$found/$name/")
   [ ! -f "tests/fuzz/$name.dict" ] || options+=(-dict="tests/fuzz/$name.dict")
   result=ok

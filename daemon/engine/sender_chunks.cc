@@ -525,9 +525,10 @@ void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
   for (auto& [id, leg] : legs_) {
     if (leg.link != link.id || leg.stray_offers.empty()) continue;
     touched.insert(id);
+    auto& returned = leg.returned;  // clang before 16 captures no structured bindings
     std::erase_if(leg.stray_offers, [&](const StrayOffer& offer) {
       if (offer.lane != lane || offer.epoch != epoch) return false;
-      leg.returned.push_back(offer.credit);
+      returned.push_back(offer.credit);
       return true;
     });
   }

@@ -14,6 +14,7 @@
 #include "daemon/ops/peer_files.h"
 #include "daemon/ops/reload.h"
 #include "daemon/ops/service_manager.h"
+#include "daemon/rpc/quiet_parser.h"
 
 namespace kvferry {
 namespace {
@@ -122,6 +123,7 @@ int run(int argc, const char* const* argv) {
   if (!loaded.ok()) return ops::kExitConfiguration;
 
   keep_freed_memory();
+  rpc::quiet_parser();
   // Before any thread exists, so that all of them leave these signals to this one.
   const sigset_t signals = handled_signals();
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);

@@ -1,6 +1,5 @@
 // What `kvferry-rails --capabilities` answers.
 #include "daemon/rails/rails_capabilities.h"
-
 #include "tests/fuzz/input.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {

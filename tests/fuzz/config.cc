@@ -1,6 +1,6 @@
-// The configuration: a TOML file, then a zero byte, then environment and --set texts with a zero byte
-// after each. Whatever is written, every problem has a place and a message, and what is accepted holds
-// together.
+// The configuration: a TOML file, then a zero byte, then environment and --set texts with a zero
+// byte after each. Whatever is written, every problem has a place and a message, and what is
+// accepted holds together.
 #include "daemon/ops/config.h"
 
 #include <sys/mman.h>
@@ -42,8 +42,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
   fuzz::Input in(data, size);
   const auto text = in.until_zero();
   FUZZ_CHECK(::ftruncate(file.get(), 0) == 0, "a file");
-  FUZZ_CHECK(::pwrite(file.get(), text.data(), text.size(), 0) ==
-                 static_cast<ssize_t>(text.size()),
+  FUZZ_CHECK(::pwrite(file.get(), text.data(), text.size(), 0) == static_cast<ssize_t>(text.size()),
              "its text");
   ops::ConfigSources sources;
   sources.file = path;

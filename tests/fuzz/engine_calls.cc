@@ -1,5 +1,5 @@
-// What workers call: of the form that the conversions of daemon/rpc let through (worker_ops.cc looks
-// at those), in any order.
+// What workers call: of the form that the conversions of daemon/rpc let through (worker_ops.cc
+// looks at those), in any order.
 #include "tests/fuzz/engine_world.h"
 
 namespace kvferry::fuzz {
@@ -84,10 +84,13 @@ void EngineWorld::call_reuse(OpRef op) {
     case 0:
       return post(CommitReuseOp{op, handle, {{0, 64, {"h1", "h2", "h3", "h4"}}}});
     case 1:
-      return post(LookupReuseOp{op, some_layout(), {{0, {"h1", "h2", "h3", "h4"}}},
+      return post(LookupReuseOp{op,
+                                some_layout(),
+                                {{0, {"h1", "h2", "h3", "h4"}}},
                                 milliseconds(in_.chance() ? 0 : 500)});
     default:
-      return post(WithdrawReuseOp{op, some_layout(), {{0, 0, {1, static_cast<int>(in_.below(4))}}}});
+      return post(
+          WithdrawReuseOp{op, some_layout(), {{0, 0, {1, static_cast<int>(in_.below(4))}}}});
   }
 }
 

@@ -1,5 +1,5 @@
-// What two peers say. Half of it fits what the engine has said to them, so that transfers get on; the
-// rest is wrong in some number, out of order, or of nothing that there is.
+// What two peers say. Half of it fits what the engine has said to them, so that transfers get on;
+// the rest is wrong in some number, out of order, or of nothing that there is.
 #include "tests/fuzz/engine_world.h"
 
 namespace kvferry::fuzz {
@@ -173,8 +173,8 @@ ControlMessage EngineWorld::some_message(Peer& peer) {
       const Proof proof = receiver_proof(key.secret, fields);
       const TransferName name = wire_name(key, incarnation_of(1));
       if (in_.chance())
-        return MsgClaim{name, proof, "default/decode", incarnation_of(2), 0, 0,
-                        in_.number<uint16_t>()};
+        return MsgClaim{name, proof, "default/decode",      incarnation_of(2),
+                        0,    0,     in_.number<uint16_t>()};
       return MsgDecline{name, proof, "default/decode", incarnation_of(2), 0, 0};
     }
     case 17:
@@ -193,7 +193,8 @@ ControlMessage EngineWorld::some_message(Peer& peer) {
   }
 }
 
-// A chunk's data comes: what is announced, what the header says and what was granted may all differ.
+// A chunk's data comes: what is announced, what the header says and what was granted may all
+// differ.
 void EngineWorld::offer(Peer& peer) {
   if (!rails_up_) return;
   MsgOffer offer;

@@ -195,7 +195,8 @@ void EngineWorld::look_at(const Command& command) {
     if (peer == nullptr) return;
     if (const auto* pull = std::get_if<MsgPull>(&of->message)) {
       peer->pulls.push_back(*pull);
-      for (const CreditGrant& credit : pull->credits) peer->credits.emplace_back(pull->pull, credit);
+      for (const CreditGrant& credit : pull->credits)
+        peer->credits.emplace_back(pull->pull, credit);
     } else if (const auto* update = std::get_if<MsgUpdate>(&of->message)) {
       for (const CreditGrant& credit : update->credits)
         peer->credits.emplace_back(update->pull, credit);
@@ -220,8 +221,7 @@ void EngineWorld::look_at(const Command& command) {
     begin_use(Use::kSend, offered->offer.offer.value, offered->region, offered->offer.bytes);
     if (Peer* peer = peer_of(offered->lane.link)) peer->offers.push_back(*offered);
   } else if (const auto* gather = std::get_if<Gather>(&command)) {
-    if (!gather->mapped)
-      begin_use(Use::kGather, gather->copy.value, gather->region, gather->bytes);
+    if (!gather->mapped) begin_use(Use::kGather, gather->copy.value, gather->region, gather->bytes);
   } else if (const auto* scatter = std::get_if<Scatter>(&command)) {
     begin_use(Use::kScatter, scatter->copy.value, scatter->region, scatter->bytes);
   } else if (const auto* close = std::get_if<CloseLink>(&command)) {
@@ -273,8 +273,8 @@ struct EngineWorld::Answers {
         continue;
       const uint32_t dp = (shape & 32) != 0 ? rank : 0;
       const bool empty = (shape & 64) != 0 && rank == 1;
-      out.legs.push_back({rank, dp, node, empty, rank == 0 || dp != 0,
-                          empty ? 0 : 64 * kTokenBytes, std::make_shared<LegContext>()});
+      out.legs.push_back({rank, dp, node, empty, rank == 0 || dp != 0, empty ? 0 : 64 * kTokenBytes,
+                          std::make_shared<LegContext>()});
     }
     if (well && out.legs.empty()) out.reason = Reason::kPeerUnreachable;
     world.post(std::move(out));
@@ -335,7 +335,8 @@ struct EngineWorld::Answers {
   template <typename Copy>
   void copied(const Copy& of) {
     CopyEnded out{of.copy, CopyOutcome::kOk, {}};
-    if (!well) out.outcome = world.in_.chance() ? CopyOutcome::kFailed : CopyOutcome::kCheckMismatch;
+    if (!well)
+      out.outcome = world.in_.chance() ? CopyOutcome::kFailed : CopyOutcome::kCheckMismatch;
     world.post(out);
   }
   void operator()(const Gather& of) {

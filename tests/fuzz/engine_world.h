@@ -1,7 +1,8 @@
-// One engine between a worker that calls anything, two peers that say anything, and an executor that
-// answers in any order, well or badly. The executor is honest (the engine may count on that): each
-// command is answered once, and never after the rails process has died. Every command is looked at:
-// which bytes of the arena are being read or written is kept here, and what collides ends the run.
+// One engine between a worker that calls anything, two peers that say anything, and an executor
+// that answers in any order, well or badly. The executor is honest (the engine may count on that):
+// each command is answered once, and never after the rails process has died. Every command is
+// looked at: which bytes of the arena are being read or written is kept here, and what collides
+// ends the run.
 #pragma once
 
 #include <array>

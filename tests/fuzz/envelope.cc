@@ -32,8 +32,8 @@ void put(std::vector<uint8_t>& out, U value) {
 
 // As the peer would seal it: envelope.h has the form.
 std::vector<uint8_t> sealed_by_hand(const link::LinkKeys& peer, fuzz::Input& in) {
-  std::vector<uint8_t> out = {'K', 'V', link::kWireVersion, peer.out.control_id, in.byte(), 0, 0,
-                              0};
+  std::vector<uint8_t> out = {'K', 'V', link::kWireVersion, peer.out.control_id, in.byte(), 0,
+                              0,   0};
   put(out, peer.out.selector);
   put(out, in.number<uint32_t>());
   put(out, in.number<uint32_t>());

@@ -1,5 +1,6 @@
 // A child process that is none: it takes the set-up out of its channel and shows the shared memory
-// to the fuzz target, which plays the rails process. Linked in place of daemon/rails/child_process.cc.
+// to the fuzz target, which plays the rails process. Linked in place of
+// daemon/rails/child_process.cc.
 #include "tests/fuzz/fake_child.h"
 
 #include <sys/eventfd.h>

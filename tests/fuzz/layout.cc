@@ -1,6 +1,6 @@
 // RegisterLayout: the bytes of a RankLayout as a worker writes them, checked, made a holding, and
-// used as an instance of one rank that sends to itself. What the checks have let through must compile
-// to plans that lie in the pools, in bounded time.
+// used as an instance of one rank that sends to itself. What the checks have let through must
+// compile to plans that lie in the pools, in bounded time.
 #include "daemon/mapping/legs.h"
 #include "daemon/mapping/needs.h"
 #include "daemon/mapping/plan.h"
@@ -8,6 +8,7 @@
 #include "daemon/mapping/tokens.h"
 #include "daemon/mapping/validate.h"
 #include "daemon/rpc/layout_proto.h"
+#include "daemon/rpc/quiet_parser.h"
 #include "tests/fuzz/input.h"
 
 namespace {
@@ -72,7 +73,8 @@ void compile(const mapping::RankLayout& layout, mapping::Holding holding, fuzz::
   const auto needs = mapping::compute_needs(layout, receives);
   const auto offer = mapping::round_offer(layout, offers);
   if (!needs || !offer) return;
-  FUZZ_CHECK(mapping::validate_needs(instance->ranks[0], *needs).has_value(), "own needs are valid");
+  FUZZ_CHECK(mapping::validate_needs(instance->ranks[0], *needs).has_value(),
+             "own needs are valid");
   FUZZ_CHECK(mapping::validate_offer(instance->ranks[0], *offer).has_value(), "as is an own offer");
   (void)mapping::needs_by_sender_group(**table, 0, 0, *needs);
   const auto stream = mapping::compile_stream(**table, 0, 0, *needs, *offer);
@@ -96,6 +98,7 @@ void compile(const mapping::RankLayout& layout, mapping::Holding holding, fuzz::
 
 // Two bytes say how long the message is; what follows it chooses blocks and prompts.
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
+  [[maybe_unused]] static const bool quiet = (kvferry::rpc::quiet_parser(), true);
   fuzz::Input in(data, size);
   const auto bytes = in.bytes(in.number<uint16_t>());
   v1::RankLayout message;

@@ -1,8 +1,6 @@
 // The lender's socket with clients that say anything, while links come and go. What counts as
 // evidence is told to the engine only as it was earned: PeerUnmapped once, of a link that has ended
 // and whose token was shown by somebody who said UNMAPPED afterwards.
-#include "daemon/node/arena_lender.h"
-
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -10,6 +8,7 @@
 
 #include "daemon/memory/host_pool.h"
 #include "daemon/memory/shared_memory.h"
+#include "daemon/node/arena_lender.h"
 #include "daemon/node/arena_wire.h"
 #include "tests/fuzz/socket_client.h"
 

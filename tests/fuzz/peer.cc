@@ -1,10 +1,10 @@
 // What peers say by gRPC: hellos, cards, queries, offers of arenas. The first byte chooses the
 // message; cards of a whole instance are joined, checked and matched with each other.
-#include "daemon/rpc/peer_messages.h"
-
 #include "daemon/mapping/legs.h"
 #include "daemon/node/cards.h"
 #include "daemon/node/handshake.h"
+#include "daemon/rpc/peer_messages.h"
+#include "daemon/rpc/quiet_parser.h"
 #include "tests/fuzz/input.h"
 
 namespace {
@@ -99,6 +99,7 @@ void card_set(fuzz::Input& in) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
+  [[maybe_unused]] static const bool quiet = (kvferry::rpc::quiet_parser(), true);
   fuzz::Input in(data, size);
   const uint8_t kind = in.byte();
   if (kind == 0) {

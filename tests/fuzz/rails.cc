@@ -1,7 +1,7 @@
-// The main process's side of the rails against a rails process that lies: any record, any index, any
-// slot, in any order between the main process's own commands, also ends and restarts of the process.
-// Whatever it says, what is told of a send, a receive, an offer or a lane is told once, and only if
-// it exists.
+// The main process's side of the rails against a rails process that lies: any record, any index,
+// any slot, in any order between the main process's own commands, also ends and restarts of the
+// process. Whatever it says, what is told of a send, a receive, an offer or a lane is told once,
+// and only if it exists.
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -243,7 +243,7 @@ class World {
     const auto words = in.bytes(in.byte());
     if (!words.empty())
       (void)!::send(child().channel.get(), words.data(), words.size(), MSG_DONTWAIT | MSG_NOSIGNAL);
-    if (in.chance()) return;
+    if (in.chance() || client_->pid() < 0) return;
     child().exited = true;
     now_ = now_ + std::chrono::milliseconds(10);
     client_->poll(now_, believer_);
@@ -308,7 +308,8 @@ class World {
 
   void check() {
     FUZZ_CHECK(believer_.ready_ == (client_->phase() == RailsClient::Phase::kReady), "its phase");
-    FUZZ_CHECK(believer_.offers_.size() <= uint64_t{kRails} * small_limits().held_offers, "bounded");
+    FUZZ_CHECK(believer_.offers_.size() <= uint64_t{kRails} * small_limits().held_offers,
+               "bounded");
     for (uint32_t rail = 0; rail < kRails; ++rail) (void)client_->stats(rail);
   }
 

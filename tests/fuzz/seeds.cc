@@ -31,7 +31,8 @@ std::string two_bytes(std::size_t size) {
   return {static_cast<char>(size & 0xFF), static_cast<char>(size >> 8)};
 }
 
-// Both of the body alone and sealed (envelope.cc: a mode, a type, lane, epoch and sequence before it).
+// Both of the body alone and sealed (envelope.cc: a mode, a type, lane, epoch and sequence before
+// it).
 void message(const std::string& name, const link::Message& of) {
   std::vector<uint8_t> body;
   if (const Status made = link::encode_body(of, body); !made)
@@ -136,12 +137,14 @@ void peers() {
   page.more = true;
   page.next_rank = 1;
   write("peer", "page", kind(5, rpc::encode(page)));
-  write("peer", "reopen", kind(6, rpc::encode(rpc::ReopenLaneRequest{1, 2, "1.13.1", hello.rails[0]})));
+  write("peer", "reopen",
+        kind(6, rpc::encode(rpc::ReopenLaneRequest{1, 2, "1.13.1", hello.rails[0]})));
   write("peer", "reopened", kind(7, rpc::encode(rpc::ReopenLaneReply{hello.rails[0]})));
   write("peer", "lane_down", kind(8, rpc::encode(rpc::LaneDownNotice{1, 2})));
   write("peer", "close", kind(9, rpc::encode(rpc::CloseLinkNotice{Reason::kShutdown})));
-  write("peer", "join", kind(10, rpc::encode(rpc::JoinForward{card.instance, card.incarnation,
-                                                              {{"node2", hello.address}}})));
+  write("peer", "join",
+        kind(10, rpc::encode(rpc::JoinForward{
+                     card.instance, card.incarnation, {{"node2", hello.address}}})));
   rpc::ArenasQuery arenas;
   arenas.host.bytes.fill(1);
   write("peer", "arenas", kind(11, rpc::encode(arenas)));
@@ -163,15 +166,12 @@ void peers() {
 void requests() {
   using namespace bad_input;
   const std::string ticket = "kvferry:node2:7400/default/decode";
-  const std::string all[] = {good_open_send().SerializeAsString(),
-                             good_send().SerializeAsString(),
-                             good_receive(ticket).SerializeAsString(),
-                             good_claim(ticket).SerializeAsString(),
-                             good_decline(ticket).SerializeAsString(),
-                             good_reserve(ticket).SerializeAsString(),
-                             good_commit().SerializeAsString(),
-                             good_lookup().SerializeAsString(),
-                             good_withdraw().SerializeAsString()};
+  const std::string all[] = {
+      good_open_send().SerializeAsString(),     good_send().SerializeAsString(),
+      good_receive(ticket).SerializeAsString(), good_claim(ticket).SerializeAsString(),
+      good_decline(ticket).SerializeAsString(), good_reserve(ticket).SerializeAsString(),
+      good_commit().SerializeAsString(),        good_lookup().SerializeAsString(),
+      good_withdraw().SerializeAsString()};
   char kind = 0;
   for (const std::string& bytes : all) {
     write("worker_ops", std::to_string(kind), kind + bytes);

@@ -40,9 +40,9 @@ class SocketClient {
     address.sun_family = AF_UNIX;
     path.copy(address.sun_path, sizeof address.sun_path - 1);
     fd_.reset(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
-    FUZZ_CHECK(::connect(fd_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) ==
-                   0,
-               "somebody listens");
+    FUZZ_CHECK(
+        ::connect(fd_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0,
+        "somebody listens");
   }
 
   bool send(std::span<const uint8_t> bytes, std::span<const int> fds = {}) {

@@ -1,6 +1,5 @@
 // Tickets as workers bring them.
 #include "daemon/node/tickets.h"
-
 #include "tests/fuzz/input.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {

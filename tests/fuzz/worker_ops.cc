@@ -1,11 +1,13 @@
 // Workers' messages on the way to the engine: the first byte chooses the message, the rest is its
-// protobuf. What is taken is what the engine counts on: ranges in order, bounded, of groups there are.
+// protobuf. What is taken is what the engine counts on: ranges in order, bounded, of groups there
+// are.
 #include "daemon/rpc/worker_ops.h"
 
 #include "daemon/mapping/tokens.h"
 #include "daemon/mapping/validate.h"
 #include "daemon/rpc/layout_proto.h"
 #include "daemon/rpc/pool_messages.h"
+#include "daemon/rpc/quiet_parser.h"
 #include "tests/fuzz/input.h"
 #include "tests/proc/bad_input_rows.h"
 
@@ -34,8 +36,7 @@ struct Registered {
 void check_ranges(const std::vector<Range>& ranges) {
   FUZZ_CHECK(ranges.size() <= 4096, "ranges are bounded");
   for (std::size_t i = 0; i < ranges.size(); ++i)
-    FUZZ_CHECK(ranges[i].begin < ranges[i].end &&
-                   (i == 0 || ranges[i - 1].end < ranges[i].begin),
+    FUZZ_CHECK(ranges[i].begin < ranges[i].end && (i == 0 || ranges[i - 1].end < ranges[i].begin),
                "ranges ascend and do not touch");
 }
 
@@ -62,15 +63,17 @@ void check(const engine::SendOp& op) {
     FUZZ_CHECK(group.group < registered().layout.groups.size(), "a group there is");
     check_ranges(group.ranges);
   }
-  FUZZ_CHECK(mapping::validate_offer(mapping::holding_of(registered().layout), op.offer).has_value(),
-             "a peer takes the offer");
+  FUZZ_CHECK(
+      mapping::validate_offer(mapping::holding_of(registered().layout), op.offer).has_value(),
+      "a peer takes the offer");
 }
 void check(const engine::ReceiveOp& op) {
   check_key(op.key);
   FUZZ_CHECK(op.wait > Duration::zero() && op.deadline > Duration::zero(), "every wait is finite");
   for (const auto& need : op.needs) check_ranges(need.ranges);
-  FUZZ_CHECK(mapping::validate_needs(mapping::holding_of(registered().layout), op.needs).has_value(),
-             "a peer takes the needs");
+  FUZZ_CHECK(
+      mapping::validate_needs(mapping::holding_of(registered().layout), op.needs).has_value(),
+      "a peer takes the needs");
 }
 void check(const engine::ClaimOp& op) {
   check_key(op.key);
@@ -123,6 +126,7 @@ void pools(std::span<const uint8_t> bytes) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
+  [[maybe_unused]] static const bool quiet = (kvferry::rpc::quiet_parser(), true);
   const Registered& of = registered();
   const rpc::OpLimits limits;
   fuzz::Input in(data, size);
@@ -138,9 +142,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
                                [&](const auto& r) { return rpc::to_send(r, of.view(), limits); });
       break;
     case 2:
-      convert<v1::ReceiveRequest>(bytes, [&](const auto& r) {
-        return rpc::to_receive(r, of.view(), of.ticket(), limits);
-      });
+      convert<v1::ReceiveRequest>(
+          bytes, [&](const auto& r) { return rpc::to_receive(r, of.view(), of.ticket(), limits); });
       break;
     case 3:
       convert<v1::ClaimRequest>(

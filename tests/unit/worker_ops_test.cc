@@ -1,5 +1,9 @@
 #include "daemon/rpc/worker_ops.h"
 
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <catch2/catch.hpp>
 #include <string>
 #include <vector>
@@ -7,6 +11,7 @@
 #include "daemon/mapping/validate.h"
 #include "daemon/rpc/layout_proto.h"
 #include "daemon/rpc/pool_messages.h"
+#include "daemon/rpc/quiet_parser.h"
 #include "tests/proc/bad_input_fields.h"
 #include "tests/proc/bad_input_rows.h"
 
@@ -379,4 +384,18 @@ TEST_CASE("a worker may say where in a pool its proof is to be") {
   spec.set_kind(v1::POOL_KIND_CUDA_VMM_FD);
   spec.clear_handle();
   CHECK(convert().error().reason == "UNEXPECTED");
+}
+
+TEST_CASE("Messages that cannot be read write no lines, however many somebody sends") {
+  quiet_parser();
+  const UniqueFd file(::memfd_create("kvferry-test", MFD_CLOEXEC));
+  const UniqueFd before(::dup(STDERR_FILENO));
+  REQUIRE(::dup2(file.get(), STDERR_FILENO) >= 0);
+  v1::LayoutRef unreadable;
+  const bool read = unreadable.ParseFromString("\x0a\x02\xff\xff");
+  REQUIRE(::dup2(before.get(), STDERR_FILENO) >= 0);
+  CHECK_FALSE(read);
+  struct stat written {};
+  REQUIRE(::fstat(file.get(), &written) == 0);
+  CHECK(written.st_size == 0);
 }
