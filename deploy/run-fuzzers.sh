@@ -72,7 +72,6 @@ for name in "${names[@]}"; do
   log=$found/$name.log
   options=(-max_total_time="$what" -timeout=20 -rss_limit_mb=2048 -max_len=4096 -len_control=20
     -print_final_stats=1 -artifact_prefix="$found/$name/")
-  [ ! -f "tests/fuzz/$name.dict" ] || options+=(-dict="tests/fuzz/$name.dict")
   result=ok
   "build/fuzz/bin/fuzz_$name" "${options[@]}" "$found/$name" "$corpus/$name" >"$log" 2>&1 || {
     result=BROKEN

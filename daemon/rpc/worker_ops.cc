@@ -155,7 +155,8 @@ Result<engine::GroupBlocks> blocks_of(const v1::GroupBlocks& from, int index) {
   out.group = from.group();
   out.first_block = from.first_block();
   out.ids.resize(bytes.size() / 4);
-  std::memcpy(out.ids.data(), bytes.data(), bytes.size());
+  // An empty vector has no address that memcpy may be given.
+  if (!out.ids.empty()) std::memcpy(out.ids.data(), bytes.data(), bytes.size());
   return out;
 }
 

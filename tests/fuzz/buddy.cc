@@ -71,7 +71,7 @@ class Model {
   }
   void collect(const Block& block, std::vector<Block>& out) const {
     uint64_t used = 0;
-    for (uint64_t i = 0; i < block.size; ++i) used += taken_[block.segment][block.at + i] ? 1 : 0;
+    for (uint64_t i = 0; i < block.size; ++i) used += taken_[block.segment][block.at + i] ? 1U : 0U;
     if (used == 0) return out.push_back(block);
     if (used == block.size) return;
     collect({block.segment, block.at, block.size / 2}, out);

@@ -210,7 +210,8 @@ void EngineWorld::look_at(const Command& command) {
     return;
   }
   if (const auto* of = std::get_if<DropOffer>(&command)) {
-    FUZZ_CHECK(held_.erase(of->descriptor) == 1, "only what is held is dropped");
+    FUZZ_CHECK(held_.erase(of->descriptor) + lost_.erase(of->descriptor) == 1,
+               "only what is held, or was when the rails died, is dropped, and once");
     return;
   }
   if (const auto* of = std::get_if<AcceptOffer>(&command)) {
@@ -239,6 +240,7 @@ void EngineWorld::look_at(const Command& command) {
 
 void EngineWorld::rails_die() {
   rails_up_ = false;
+  lost_.merge(held_);
   held_.clear();
   std::erase_if(uses_, [](const auto& use) {
     return use.first.first == Use::kSend || use.first.first == Use::kReceive;

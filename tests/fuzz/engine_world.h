@@ -133,6 +133,7 @@ class EngineWorld {
   bool drained_ = false;
   std::set<std::pair<uint64_t, uint64_t>> waiting_;  // calls without an answer: worker, op
   std::set<DescriptorId> held_;
+  std::set<DescriptorId> lost_;  // were held when the rails process died
   std::map<std::pair<Use, uint64_t>, std::pair<memory::Region, uint64_t>> uses_;
   std::deque<engine::Command> open_;  // commands that want an answer
   engine::Commands commands_;

@@ -6,6 +6,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <string>
@@ -53,7 +54,10 @@ class SocketClient {
   std::vector<std::byte> receive() {
     for (;;) {
       pollfd polled{fd_.get(), POLLIN, 0};
-      FUZZ_CHECK(::poll(&polled, 1, 10'000) == 1, "it is answered or closed");
+      const int ready = ::poll(&polled, 1, 10'000);
+      // The fuzzer's own timer.
+      if (ready < 0 && errno == EINTR) continue;
+      FUZZ_CHECK(ready == 1, "it is answered or closed");
       std::vector<std::byte> buffer(4096);
       std::size_t bytes = 0;
       std::vector<UniqueFd> fds;

@@ -399,3 +399,14 @@ TEST_CASE("Messages that cannot be read write no lines, however many somebody se
   REQUIRE(::fstat(file.get(), &written) == 0);
   CHECK(written.st_size == 0);
 }
+
+TEST_CASE("A group of which no block is named is withdrawn as nothing") {
+  const Registered registered;
+  v1::WithdrawReuseRequest request = good_withdraw();
+  request.clear_groups();
+  request.add_groups()->set_group(0);
+  const auto op = to_withdraw_reuse(request, registered.view());
+  REQUIRE(op);
+  REQUIRE(op->groups.size() == 1);
+  CHECK(op->groups[0].ids.empty());
+}
