@@ -66,7 +66,8 @@ Port free_port() {
     const int length =
         std::snprintf(name.sun_path + 1, sizeof name.sun_path - 1, "kvferry-bench-port-%d", number);
     if (::bind(port.hold.get(), reinterpret_cast<sockaddr*>(&name),
-               static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + length)) != 0)
+               static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 +
+                                      static_cast<std::size_t>(length))) != 0)
       continue;
     sockaddr_in address{};
     const UniqueFd probe(local_socket(port.number, address));
