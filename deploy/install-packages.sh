@@ -6,7 +6,7 @@ set -euo pipefail
 
 packages=(
   g++ cmake ninja-build pkg-config git ca-certificates
-  libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
+  libabsl-dev libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev
   libucx-dev libspdlog-dev libcli11-dev prometheus-cpp-dev libcivetweb-dev
   libtomlplusplus-dev libxxhash-dev libhwloc-dev libseccomp-dev libsystemd-dev libssl-dev libexpected-dev
   nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev

@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <iostream>
@@ -34,6 +35,7 @@ struct Arguments {
   std::string selector;
   std::string node;
   std::string boot;
+  std::optional<double> drain_seconds;
   PlanOptions plan;
   DoctorOptions doctor;
 };
@@ -116,6 +118,24 @@ class Session {
     return doctor_exit(findings) == 0 ? kOk : kRefused;
   }
 
+  // Waits as long as the daemon does, whatever --timeout says.
+  int drain(std::optional<double> limit_seconds) {
+    constexpr std::chrono::hours kLongest(25);
+    v1::DrainRequest request;
+    if (limit_seconds) {
+      const double whole = std::floor(*limit_seconds);
+      request.mutable_limit()->set_seconds(static_cast<int64_t>(whole));
+      request.mutable_limit()->set_nanos(static_cast<int32_t>((*limit_seconds - whole) * 1e9));
+    }
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + kLongest);
+    v1::DrainResponse response;
+    const grpc::Status status = stub_->Drain(&context, request, &response);
+    if (!status.ok()) return tell(status);
+    std::cout << (arguments_.json ? "{}\n" : "drained: no transfer is left\n");
+    return kOk;
+  }
+
   // For what only succeeds or fails.
   template <typename Request, typename Response>
   int order(Method<Request, Response> method, const Request& request) {
@@ -190,10 +210,10 @@ int run(int argc, const char* const* argv) {
       {"rails", "Network rails, the settings in force", shows(&Stub::ListRails, rails_text)},
       {"health", "Exits 0 if the daemon is healthy, else 1",
        [](Session& session) { return session.health(); }},
-      {"drain", "Stop taking work and wait for what runs",
-       [](Session& session) { return session.order(&Stub::Drain, v1::DrainRequest()); }},
-      {"reload", "Read the configuration again",
-       [](Session& session) { return session.order(&Stub::Reload, v1::ReloadRequest()); }},
+      {"reload", "Read the configuration again; what is not good as a whole changes nothing",
+       [](Session& session) {
+         return session.show(&Stub::Reload, v1::ReloadRequest(), reload_text);
+       }},
   };
   for (const Verb& verb : verbs)
     app.add_subcommand(verb.name, verb.help)->callback([&] { chosen = verb.run; });
@@ -223,6 +243,14 @@ int run(int argc, const char* const* argv) {
       return session.show(&Stub::ReleaseArenas, request, released_text);
     };
   });
+  auto* drain =
+      app.add_subcommand("drain", "Stop taking work for good, and wait until what runs has ended");
+  drain
+      ->add_option("--limit", arguments.drain_seconds,
+                   "Seconds until what still runs fails (default: the daemon's drain.limit)")
+      ->check(CLI::Range(0.0, 86400.0));
+  drain->callback(
+      [&] { chosen = [&](Session& session) { return session.drain(arguments.drain_seconds); }; });
   auto* cancel = app.add_subcommand("cancel", "End a transfer on behalf of its worker");
   cancel->add_option("transfer", arguments.selector, "A handle or hash from \"transfers\"")
       ->required();

@@ -282,6 +282,12 @@ Json to_json(const v1::CancelTransferResponse& r) {
   return {{"transfers", std::move(list)}};
 }
 
+Json to_json(const v1::ReloadResponse& r) {
+  Json keys = Json::array();
+  for (const std::string& key : r.restart_keys()) keys.push_back(key);
+  return {{"peers", r.peers()}, {"restart_keys", std::move(keys)}};
+}
+
 Json to_json(const v1::HealthResponse& r) {
   Json list = Json::array();
   for (const auto& check : r.checks())
@@ -510,6 +516,15 @@ std::string cancel_text(const Json& json) {
                 {"STATE", plain("state")},
                 {"MEMORY IN USE", plain("memory_in_use")}},
                "nothing to cancel");
+}
+
+std::string reload_text(const Json& json) {
+  std::string out = "reloaded; peers in force: " + std::to_string(json.at("peers").get<uint32_t>());
+  const Json& keys = json.at("restart_keys");
+  if (keys.empty()) return out + "\n";
+  out += "\nchanged, but in force from the next start on:";
+  for (const Json& key : keys) out += " " + printable(key.get<std::string>());
+  return out + "\n";
 }
 
 std::string health_text(const Json& json) {

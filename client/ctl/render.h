@@ -20,6 +20,7 @@ Json to_json(const v1::ListArenasResponse& response);
 Json to_json(const v1::ReleaseArenasResponse& response);
 Json to_json(const v1::CancelTransferResponse& response);
 Json to_json(const v1::HealthResponse& response);
+Json to_json(const v1::ReloadResponse& response);
 
 // The same for people, made from the JSON; each ends with a line break.
 std::string status_text(const Json& status);
@@ -30,6 +31,7 @@ std::string rails_text(const Json& rails);
 std::string arenas_text(const Json& arenas);
 std::string released_text(const Json& released);
 std::string cancel_text(const Json& cancelled);
+std::string reload_text(const Json& reloaded);
 std::string health_text(const Json& health);
 
 std::string human_bytes(double bytes);       // "1.5 GiB"

@@ -7,6 +7,7 @@
 #include <openssl/params.h>
 #include <openssl/rand.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -25,6 +26,8 @@ struct Free {
   void operator()(EVP_MD_CTX* p) const { EVP_MD_CTX_free(p); }
   void operator()(EVP_MAC_CTX* p) const { EVP_MAC_CTX_free(p); }
   void operator()(EVP_KDF_CTX* p) const { EVP_KDF_CTX_free(p); }
+  void operator()(EVP_CIPHER_CTX* p) const { EVP_CIPHER_CTX_free(p); }
+  void operator()(EVP_CIPHER* p) const { EVP_CIPHER_free(p); }
   void operator()(EVP_MAC* p) const { EVP_MAC_free(p); }
   void operator()(EVP_MD* p) const { EVP_MD_free(p); }
   void operator()(EVP_KDF* p) const { EVP_KDF_free(p); }
@@ -50,6 +53,18 @@ EVP_MD_CTX* sha256_context() {
     const std::unique_ptr<EVP_MD, Free> digest(EVP_MD_fetch(nullptr, "SHA256", nullptr));
     std::unique_ptr<EVP_MD_CTX, Free> made(EVP_MD_CTX_new());
     demand(made && EVP_DigestInit_ex(made.get(), digest.get(), nullptr) == 1, "EVP_DigestInit");
+    return made;
+  }();
+  return context.get();
+}
+
+EVP_CIPHER_CTX* gcm_context() {
+  thread_local const std::unique_ptr<EVP_CIPHER_CTX, Free> context = [] {
+    const std::unique_ptr<EVP_CIPHER, Free> cipher(
+        EVP_CIPHER_fetch(nullptr, "AES-128-GCM", nullptr));
+    std::unique_ptr<EVP_CIPHER_CTX, Free> made(EVP_CIPHER_CTX_new());
+    demand(made && EVP_EncryptInit_ex2(made.get(), cipher.get(), nullptr, nullptr, nullptr) == 1,
+           "EVP_EncryptInit");
     return made;
   }();
   return context.get();
@@ -101,6 +116,25 @@ void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out) {
   params.push_back(OSSL_PARAM_construct_end());
   demand(EVP_KDF_derive(context.get(), out.data(), out.size(), params.data()) == 1,
          "EVP_KDF_derive");
+}
+
+std::array<uint8_t, 16> gmac_aes128(const std::array<uint8_t, 16>& key, Bytes data) {
+  EVP_CIPHER_CTX* context = gcm_context();
+  const std::array<uint8_t, 12> nonce{};
+  demand(EVP_EncryptInit_ex2(context, nullptr, key.data(), nonce.data(), nullptr) == 1,
+         "EVP_EncryptInit");
+  constexpr std::size_t kPiece = 1 << 30;  // lengths are ints there
+  int written = 0;
+  for (; !data.empty(); data = data.subspan(std::min(data.size(), kPiece)))
+    demand(EVP_EncryptUpdate(context, nullptr, &written, data.data(),
+                             static_cast<int>(std::min(data.size(), kPiece))) == 1,
+           "EVP_EncryptUpdate");
+  std::array<uint8_t, 16> tag{};
+  demand(EVP_EncryptFinal_ex(context, tag.data(), &written) == 1 && written == 0 &&
+             EVP_CIPHER_CTX_ctrl(context, EVP_CTRL_AEAD_GET_TAG, static_cast<int>(tag.size()),
+                                 tag.data()) == 1,
+         "EVP_EncryptFinal");
+  return tag;
 }
 
 bool equal_constant_time(Bytes a, Bytes b) {

@@ -139,13 +139,15 @@ struct PeerArena {
   uint32_t arena = 0;  // the peer's number
   bool operator==(const PeerArena&) const = default;
 };
-// stream[offset, offset + bytes) of the plan from pages into the region, computing `check_kind`.
+// stream[offset, offset + bytes) of the plan from pages into the region, computing `check_kind`,
+// under the link's key and the number of the copy where it is a keyed one.
 struct Gather {
   CopyId copy;
   std::shared_ptr<const Plan> plan;
   uint64_t offset = 0;
   uint64_t bytes = 0;
   memory::Region region;
+  LinkId link;
   CheckKind check_kind = CheckKind::kNone;
   // The region is the peer's: in this arena, segment and offset as the peer said. The executor
   // fails the copy, with nothing written, unless the region lies in what it has mapped. No such
@@ -160,6 +162,7 @@ struct Scatter {
   uint64_t offset = 0;
   uint64_t bytes = 0;
   memory::Region region;
+  LinkId link;  // whose peer made the check
   Check check;
 };
 // Writes zeros to the plan's tail: the cells at or past the prompt's end of the blocks that its

@@ -34,6 +34,7 @@ enum class CheckKind : uint8_t { kNone = 0, kXxh3 = 1, kGmac = 2 };
 struct Check {
   CheckKind kind = CheckKind::kNone;
   std::array<uint8_t, 16> value{};
+  uint64_t number = 0;  // kGmac: which of the sender's keys it is made under
   bool operator==(const Check&) const = default;
 };
 

@@ -270,6 +270,7 @@ void Receiver::scatter_landed(Receive& receive) {
     command.offset = region.chunk * core_.lanes.find(leg.link)->chunk_bytes;
     command.bytes = region.bytes;
     command.region = region.region;
+    command.link = leg.link;
     command.check = region.check;
     scatters_[command.copy] = region.id;
     core_.emit(std::move(command));

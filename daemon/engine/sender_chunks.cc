@@ -199,6 +199,7 @@ void Sender::gather(TxLeg& leg, const memory::Region& region) {
   command.offset = chunk * link.chunk_bytes;
   command.bytes = staging.bytes;
   command.region = region;
+  command.link = leg.link;
   command.check_kind = link.check;
   gathers_[command.copy] = fresh.id;
   core_.emit(std::move(command));

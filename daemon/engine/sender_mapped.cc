@@ -61,6 +61,7 @@ void Sender::gather_into_peer(TxLeg& leg) {
   command.offset = chunk * link.chunk_bytes;
   command.bytes = staging.bytes;
   command.region = region.region;
+  command.link = leg.link;
   command.check_kind = link.check;
   command.mapped = PeerArena{leg.link, *leg.mapped};
   gathers_[command.copy] = region.id;

@@ -141,6 +141,7 @@ template <typename Io, typename C>
 void chunk_check(Io& io, C& check) {
   small_enum(io, check.kind, 2, "check.kind");
   io.bytes(check.value, "check.value");
+  if (check.kind == engine::CheckKind::kGmac) io.varint(check.number, "check.number");
 }
 
 template <typename Io, typename O, typename Put>

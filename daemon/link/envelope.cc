@@ -8,6 +8,7 @@ namespace kvferry::link {
 namespace {
 
 constexpr std::string_view kLabel = "kvferry message 1";
+constexpr std::string_view kChunkLabel = "kvferry chunk 1";
 constexpr uint8_t kMagic[2] = {'K', 'V'};
 
 template <typename U>
@@ -28,6 +29,8 @@ struct LinkTable::Entry {
   LinkId link;
   Mac out;
   Mac in;
+  Mac data_out;
+  Mac data_in;
   uint8_t out_id;
   uint8_t in_id;
   uint64_t out_selector;
@@ -40,9 +43,9 @@ LinkTable::~LinkTable() = default;
 void LinkTable::add(LinkId link, const LinkKeys& keys) {
   KVFERRY_CHECK(!links_.contains(link) && !by_selector_.contains(keys.in.selector),
                 "a link is added once");
-  auto entry = std::make_unique<Entry>(Entry{link, Mac(keys.out.control), Mac(keys.in.control),
-                                             keys.out.control_id, keys.in.control_id,
-                                             keys.out.selector, keys.in.selector});
+  auto entry = std::make_unique<Entry>(Entry{
+      link, Mac(keys.out.control), Mac(keys.in.control), Mac(keys.out.data), Mac(keys.in.data),
+      keys.out.control_id, keys.in.control_id, keys.out.selector, keys.in.selector});
   by_selector_.emplace(keys.in.selector, entry.get());
   links_.emplace(link, std::move(entry));
 }
@@ -56,6 +59,14 @@ void LinkTable::remove(LinkId link) {
 
 bool LinkTable::contains(LinkId link) const {
   return links_.contains(link);
+}
+
+std::optional<ChunkKey> LinkTable::chunk_key(LinkId link, bool sent, uint64_t number) {
+  const auto it = links_.find(link);
+  if (it == links_.end()) return std::nullopt;
+  std::array<uint8_t, 8> bytes{};
+  put(bytes.data(), number);
+  return (sent ? it->second->data_out : it->second->data_in).tag({bytes_of(kChunkLabel), bytes});
 }
 
 template <typename M>

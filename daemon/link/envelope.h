@@ -25,6 +25,7 @@
 #include "daemon/base/ids.h"
 #include "daemon/base/result.h"
 #include "daemon/engine/messages.h"
+#include "daemon/link/chunk_check.h"
 #include "daemon/link/codec.h"
 #include "daemon/link/keys.h"
 
@@ -70,6 +71,11 @@ class LinkTable {
   // that its sender tagged and nobody can read: the peer breaks the protocol; `opened_lane()` tells
   // whose it was).
   Result<Opened> open(Bytes sealed);
+
+  // For the GMAC of one chunk that this side sends (`sent`) or gets, by the number that its sender
+  // gives to no other: HMAC-SHA256(data key of the direction, label, number), cut. Nothing if the
+  // link is unknown.
+  std::optional<ChunkKey> chunk_key(LinkId link, bool sent, uint64_t number);
 
   // The lane that the last open() with BAD_MESSAGE came by.
   const std::optional<engine::LaneRef>& opened_lane() const { return opened_lane_; }

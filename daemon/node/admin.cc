@@ -45,13 +45,22 @@ std::string transfer_handle(const engine::TransferView& view) {
 }
 
 Admin::Admin(Facts facts, const ops::Config& config, EngineThread& engine, LinkManager& links,
-             Registry& registry, ops::Watchdog& watchdog)
+             Registry& registry, ops::Watchdog& watchdog, Orders orders)
     : facts_(std::move(facts)),
       config_(config),
       engine_(engine),
       links_(links),
       registry_(registry),
-      watchdog_(watchdog) {}
+      watchdog_(watchdog),
+      orders_(std::move(orders)) {}
+
+void Admin::drain(std::optional<Duration> limit, rpc::Reply<bool> done) {
+  orders_.drain(limit, [done = std::move(done)] { done(true); });
+}
+
+void Admin::reload(rpc::Reply<rpc::ReloadedInfo> done) {
+  orders_.reload(std::move(done));
+}
 
 void Admin::with_snapshot(std::function<void(const engine::EngineSnapshot&)> answer) {
   engine_.ask([answer = std::move(answer)](const engine::Engine& engine, Time now) {

@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,9 +36,15 @@ class Admin final : public rpc::AdminBackend {
     const ArenaLender* lender = nullptr;          // null: nothing is lent
   };
 
+  // What is not the engine's to answer. Any thread; neither waits.
+  struct Orders {
+    std::function<void(std::optional<Duration> limit, std::function<void()> done)> drain;
+    std::function<void(rpc::Reply<rpc::ReloadedInfo> done)> reload;
+  };
+
   // All outlive it.
   Admin(Facts facts, const ops::Config& config, EngineThread& engine, LinkManager& links,
-        Registry& registry, ops::Watchdog& watchdog);
+        Registry& registry, ops::Watchdog& watchdog, Orders orders);
 
   // Once the HTTP listener is bound, before it is asked.
   void set_http_address(std::string address) { facts_.http_address = std::move(address); }
@@ -58,6 +65,8 @@ class Admin final : public rpc::AdminBackend {
                       rpc::Reply<rpc::ReleasedInfo> done) override;
   void cancel_transfer(std::string selector, Time deadline,
                        rpc::Reply<std::vector<rpc::CancelledTransfer>> done) override;
+  void drain(std::optional<Duration> limit, rpc::Reply<bool> done) override;
+  void reload(rpc::Reply<rpc::ReloadedInfo> done) override;
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
 
  private:
@@ -71,6 +80,7 @@ class Admin final : public rpc::AdminBackend {
   LinkManager& links_;
   Registry& registry_;
   ops::Watchdog& watchdog_;
+  const Orders orders_;
   const Time started_ = monotonic_now();
   std::atomic<bool> draining_{false};
 };

@@ -1,6 +1,7 @@
 #include "daemon/node/copier.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -26,6 +27,28 @@ std::vector<std::shared_ptr<memory::Pool>> pools_of(const Copy& copy) {
   if (copy.other != nullptr)
     pools.insert(pools.end(), copy.other->layout->pools.begin(), copy.other->layout->pools.end());
   return pools;
+}
+
+// Of this thread, for a chunk at most: kept, as the next one will want it.
+std::span<std::byte> own_memory(uint64_t bytes) {
+  thread_local std::vector<std::byte> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return std::span(memory).first(bytes);
+}
+
+// The whole copy as one piece.
+std::function<bool(uint64_t, uint64_t)> through_function(const Copy& copy, std::byte* flat) {
+  return [form = &copy.plan->plan->form(), bases = pool_bases(*copy.plan), offset = copy.offset,
+          bytes = copy.bytes, kind = copy.kind, through = copy.through, flat](uint64_t, uint64_t) {
+    const std::span<std::byte> own = own_memory(bytes);
+    if (kind == CopyKind::kGather) {
+      if (!kernels::gather(*form, bases, offset, bytes, own.data()) || !through(own)) return false;
+      std::memcpy(flat, own.data(), bytes);
+      return true;
+    }
+    std::memcpy(own.data(), flat, bytes);
+    return through(own) && kernels::scatter(*form, bases, offset, bytes, own.data());
+  };
 }
 
 std::function<bool(uint64_t, uint64_t)> host_function(const Copy& copy, std::byte* flat) {
@@ -71,11 +94,18 @@ DeviceForms::PlanPtr form_on(const CompiledPlan& plan, const gpu::Device& device
 
 }  // namespace
 
+bool Copier::is_on_host(const Copy& copy) const {
+  return copy.plan->layout->device() == nullptr &&
+         memory_of(copy).device_of(copy.region) == nullptr;
+}
+
 Status Copier::submit(Copy copy) {
   KVFERRY_CHECK(copy.plan != nullptr && copy.done &&
                     (copy.kind == CopyKind::kTransfer) == (copy.other != nullptr) &&
                     (copy.kind != CopyKind::kClear || copy.plan->tail != nullptr),
                 "a copy has its plans and somebody to be told");
+  KVFERRY_CHECK(!copy.through || (uses_region(copy) && is_on_host(copy)),
+                "only copies within host memory are looked through");
   const gpu::Device* const from = copy.plan->layout->device();
   const gpu::Device* to = copy.other == nullptr ? from : copy.other->layout->device();
   if (uses_region(copy)) {
@@ -103,8 +133,8 @@ Status Copier::submit_on_host(Copy copy) {
     if (auto pool = memory_of(copy).pool(copy.region)) job.pools.push_back(std::move(pool));
   }
   // A tail is one piece: a part of one block of each plane.
-  job.bytes = copy.kind == CopyKind::kClear ? 1 : copy.bytes;
-  job.copy = host_function(copy, flat);
+  job.bytes = copy.kind == CopyKind::kClear || copy.through ? 1 : copy.bytes;
+  job.copy = copy.through ? through_function(copy, flat) : host_function(copy, flat);
   job.done = [plan = copy.plan, other = copy.other, mapped = copy.mapped,
               done = std::move(copy.done)](copy::Outcome outcome) {
     done(outcome == copy::Outcome::kOk);

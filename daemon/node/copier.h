@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 
 #include "daemon/base/result.h"
 #include "daemon/copy/copy_pool.h"
@@ -30,6 +31,11 @@ struct Copy {
   // `mapped`; of pages on a GPU it is in memory that this GPU sees.
   memory::Region region;
   std::shared_ptr<const Segments> mapped;
+  // Gather, scatter between pages and an arena both in host memory: one that has it goes by memory
+  // that nobody but this process can write, and it sees the bytes there; the rails process, which
+  // may have been taken over, cannot change them between a look and their use. Of a scatter it may
+  // say no before a page is written, and the copy fails. Runs on a copy thread; must not wait.
+  std::function<bool(std::span<const std::byte>)> through;
   // Called exactly once for a copy that was taken, when nothing touches its memory any more; on one
   // of several threads, which it must not keep for long.
   std::function<void(bool ok)> done;
@@ -49,6 +55,8 @@ class Copier {
   // Errors of the copy threads and queues: then the copy is dropped and done is not called. Between
   // GPUs that do not reach each other it is taken and fails.
   Status submit(Copy copy);
+  // Whether pages and region are in host memory, so that `through` may be given.
+  bool is_on_host(const Copy& copy) const;
   // `work` on a copy thread, for checks over the arena's bytes; then done(work()).
   Status compute(std::function<bool()> work, std::function<void(bool ok)> done);
 

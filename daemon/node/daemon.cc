@@ -29,6 +29,7 @@
 #include "daemon/ops/log.h"
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/version.h"
+#include "daemon/ops/reload.h"
 #include "daemon/ops/watchdog.h"
 #include "daemon/rpc/admin_service.h"
 #include "daemon/rpc/grpc_log.h"
@@ -97,7 +98,15 @@ Status make_parent(const std::string& path) {
 }
 
 engine::CheckKind check_kind(ops::CheckKind kind) {
-  return kind == ops::CheckKind::kXxh3 ? engine::CheckKind::kXxh3 : engine::CheckKind::kNone;
+  switch (kind) {
+    case ops::CheckKind::kNone:
+      break;
+    case ops::CheckKind::kXxh3:
+      return engine::CheckKind::kXxh3;
+    case ops::CheckKind::kGmac:
+      return engine::CheckKind::kGmac;
+  }
+  return engine::CheckKind::kNone;
 }
 
 engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot,
@@ -219,6 +228,9 @@ struct Daemon::Impl {
   Mutex mutex;
   CondVar drained_changed;
   bool drained KVFERRY_GUARDED_BY(mutex) = false;
+  std::vector<std::function<void()>> when_drained KVFERRY_GUARDED_BY(mutex);
+  Mutex reload_mutex;  // one at a time
+  ops::ConfigSources sources;
   std::atomic<bool> served{false};
   bool stopped = false;
   Time next_look{};  // at the certificates
@@ -232,6 +244,9 @@ struct Daemon::Impl {
   void export_sharing();
   Status make_listeners();
   void look_at_certificates();
+  Admin::Orders orders();
+  void begin_drain(Duration limit, std::function<void()> done);
+  Result<rpc::ReloadedInfo> reload();
 };
 
 // Bounce memory, as the machine and the rails allow.
@@ -369,9 +384,14 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   parts.metrics = metrics.get();
   parts.ticker = &watchdog.add("engine", config.watchdog.limit, monotonic_now());
   parts.on_drained = [this] {
-    MutexLock lock(mutex);
-    drained = true;
-    drained_changed.notify_all();
+    std::vector<std::function<void()>> waiting;
+    {
+      MutexLock lock(mutex);
+      drained = true;
+      waiting.swap(when_drained);
+      drained_changed.notify_all();
+    }
+    for (const auto& done : waiting) done();
   };
   if (auto lines = rails::make_rails_environment(rails_config(config).ucx)) {
     for (const std::string& line : *lines) {
@@ -403,7 +423,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   for (std::size_t i = 0; i < rails_config(config).rails.size(); ++i)
     facts.rails_numa.push_back(numa->describe_rail(i));
   facts.lender = lender.get();
-  admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog);
+  admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog, orders());
   late_peers.set(links.get());
   return engine->start();
 }
@@ -529,10 +549,12 @@ Daemon::~Daemon() {
   stop();
 }
 
-Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config) {
+Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config,
+                                              const ops::ConfigSources& sources) {
   rpc::take_grpc_log(log_grpc_line);
   auto impl = std::make_unique<Impl>();
   impl->config = config;
+  impl->sources = sources;
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_core());
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_listeners());
@@ -576,17 +598,77 @@ void Daemon::turn() {
     d.looking.store(false);
 }
 
-void Daemon::reload(const ops::Config& config) {
-  impl_->look_at_certificates();
-  impl_->links->set_peers(config.peers);
+Admin::Orders Daemon::Impl::orders() {
+  Admin::Orders out;
+  out.drain = [this](std::optional<Duration> limit, std::function<void()> done) {
+    ops::log_info("draining, as an operator wants",
+                  {ops::field("limit", limit.value_or(config.drain.limit))});
+    begin_drain(limit.value_or(config.drain.limit), std::move(done));
+  };
+  out.reload = [this](rpc::Reply<rpc::ReloadedInfo> done) {
+    if (!look_ups->post([this, done] { done(reload()); }))
+      done(fail(Code::kResourceExhausted, "TOO_MANY_TASKS", "too much waits to be looked up"));
+  };
+  return out;
+}
+
+void Daemon::Impl::begin_drain(Duration limit, std::function<void()> done) {
+  admin->set_draining();
+  registry->drain();
+  if (worker_server) worker_server->set_serving(false);
+  bool over = false;
+  {
+    MutexLock lock(mutex);
+    over = drained;
+    if (!over) when_drained.push_back(std::move(done));
+  }
+  if (over)
+    done();
+  else
+    engine->post(engine::Drain{monotonic_now() + limit});
+}
+
+Result<rpc::ReloadedInfo> Daemon::Impl::reload() {
+  MutexLock lock(reload_mutex);
+  const ops::LoadedConfig loaded = ops::load_config(sources);
+  std::string wrong;
+  for (const ops::ConfigProblem& problem : loaded.problems) {
+    ops::log_error("not reloaded", {ops::field("error", problem.to_string())});
+    wrong += (wrong.empty() ? "" : "; ") + problem.to_string();
+  }
+  if (!loaded.ok()) return fail(Code::kInvalidArgument, "BAD_CONFIGURATION", wrong);
+  if (ops::wants_mtls(loaded.config) && !ops::wants_mtls(config)) {
+    const Error error{Code::kFailedPrecondition,
+                      "MODE_NEEDS_RESTART",
+                      "mode mtls counts from the next start on",
+                      {}};
+    ops::log_error("not reloaded", {ops::field("error", error)});
+    return tl::unexpected<Error>(error);
+  }
+  for (const ops::ConfigProblem& warning : loaded.warnings)
+    ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
+  rpc::ReloadedInfo info;
+  info.peers = static_cast<uint32_t>(loaded.config.peers.size());
+  info.restart_keys = ops::changed_keys(config, loaded.config);
+  std::string later;
+  for (const std::string& key : info.restart_keys) later += (later.empty() ? "" : ", ") + key;
+  if (!later.empty())
+    ops::log_warning("changed, but counts from the next start on", {ops::field("keys", later)});
+  ops::log_level(loaded.config.log.level);
+  look_at_certificates();
+  links->set_peers(loaded.config.peers);
+  ops::log_info("reloaded", {ops::field("peers", info.peers)});
+  return info;
+}
+
+void Daemon::reload() {
+  if (!impl_->look_ups->post([d = impl_.get()] { (void)d->reload(); }))
+    ops::log_error("not reloaded", {ops::field("error", "too much waits to be looked up")});
 }
 
 void Daemon::drain() {
   const Time limit = monotonic_now() + impl_->config.drain.limit;
-  impl_->admin->set_draining();
-  impl_->registry->drain();
-  if (impl_->worker_server) impl_->worker_server->set_serving(false);
-  impl_->engine->post(engine::Drain{limit});
+  impl_->begin_drain(impl_->config.drain.limit, [] {});
   // The engine fails what is left at the limit; a second more, in case it does not turn at all.
   const Time patience = limit + std::chrono::seconds(1);
   MutexLock lock(impl_->mutex);
@@ -602,6 +684,10 @@ void Daemon::stop() {
   if (d.links) d.links->stop();
   // Calls that wait for the engine are answered when it stops, so it goes before the servers.
   if (d.engine) d.engine->stop();
+  {
+    MutexLock lock(d.mutex);
+    d.when_drained.clear();  // answers those calls
+  }
   if (d.gpu.queues)
     if (const Status closed = d.gpu.queues->close(soon); !closed)
       ops::log_warning("gpu copies dropped", {ops::field("error", closed.error())});

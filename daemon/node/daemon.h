@@ -15,7 +15,9 @@ class Daemon {
   // Makes and starts everything but waits for nothing. An error names what could not be had;
   // reasons CONFIGURATION_* and those of the arena and listeners are the machine's or the file's
   // fault (exit status 78).
-  static Result<std::unique_ptr<Daemon>> start(const ops::Config& config);
+  // `config` came from `sources`.
+  static Result<std::unique_ptr<Daemon>> start(const ops::Config& config,
+                                               const ops::ConfigSources& sources);
   ~Daemon();
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -31,12 +33,16 @@ class Daemon {
   // To be called again and again, several times a second: has the files of mode mtls looked at each
   // second. Waits for nothing.
   void turn();
-  // Takes over [[peers]] of a configuration that was read again: links that they do not allow any
-  // more are closed. Other keys count from the next start on. Looks at the certificates, too.
-  void reload(const ops::Config& config);
+  // Reads the configuration again as a whole, and takes over what a running daemon can: [[peers]],
+  // so that links that they do not allow any more are closed, and log.level. Other keys that differ
+  // are told of and count from the next start on. Looks at the certificates, too. A configuration
+  // that is not good changes nothing: INVALID_ARGUMENT BAD_CONFIGURATION with all that is wrong;
+  // FAILED_PRECONDITION MODE_NEEDS_RESTART if it is the first with mode mtls. On another thread;
+  // the log says what came of it.
+  void reload();
 
   // Stops admission; transfers under way go on until the limit. Returns when all have ended or the
-  // limit has passed.
+  // limit has passed; at once if an operator has had that done already.
   void drain();
   void stop();
 

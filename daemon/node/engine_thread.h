@@ -191,6 +191,8 @@ class EngineThread final : private rails::RailsEvents {
   void copy_refused(const Error& error);
   void distrust(const engine::PeerArena& arena);
   void forget_conditions(WorkerId worker);
+  std::optional<link::ChunkCheck> checker_of(LinkId link, bool sent, engine::CheckKind kind,
+                                             uint64_t number);
   void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
   void send_sealed(const engine::LaneRef& lane);
   void take_message(std::span<const uint8_t> message, Time since);

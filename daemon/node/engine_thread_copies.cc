@@ -1,7 +1,5 @@
 // Copies that the engine asks for: pages to arena, arena to pages, pages to pages, pages to packed
 // copies. The copier carries them out; each holds what it touches.
-#include <xxhash.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -18,22 +16,20 @@ namespace {
 
 using kernels::CopyKind;
 
-engine::Check check_of(engine::CheckKind kind, const std::byte* data, uint64_t bytes) {
-  engine::Check check;
-  if (kind != engine::CheckKind::kXxh3) return check;
-  KVFERRY_CHECK(data != nullptr, "a check is made of host memory");
-  check.kind = kind;
-  XXH128_canonical_t canonical;
-  XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, bytes));
-  std::copy(std::begin(canonical.digest), std::end(canonical.digest), check.value.begin());
-  return check;
-}
-
 engine::CopyOutcome outcome_of(bool ok) {
   return ok ? engine::CopyOutcome::kOk : engine::CopyOutcome::kFailed;
 }
 
 }  // namespace
+
+// Nothing if it takes a key of a link that has ended, and with it the leg.
+std::optional<link::ChunkCheck> EngineThread::checker_of(LinkId link, bool sent,
+                                                         engine::CheckKind kind, uint64_t number) {
+  if (kind != engine::CheckKind::kGmac) return link::ChunkCheck(kind);
+  const auto key = links_.chunk_key(link, sent, number);
+  if (!key) return std::nullopt;
+  return link::ChunkCheck(*key, number);
+}
 
 void EngineThread::copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check) {
   post(engine::CopyEnded{copy, outcome, check});
@@ -83,28 +79,33 @@ void EngineThread::execute(engine::Gather& command) {
       return;
     }
   }
-  const Segments& memory = copy.mapped != nullptr ? *copy.mapped : *parts_.arenas;
-  KVFERRY_CHECK(memory.holds(command.region), "a gather has a region");
-  // Checks are made of host memory only: links with checks have no others.
-  const std::byte* const to = memory.host_address(command.region);
-  // Memory of a peer may go while it is read, so its check is made under the guard.
-  const bool guarded = copy.mapped != nullptr || copy.plan->layout->device() != nullptr;
-  copy.done = [this, id = command.copy, to, bytes = command.bytes, kind = command.check_kind,
-               guarded, mapped = copy.mapped, arena = command.mapped](bool ok) {
+  KVFERRY_CHECK((copy.mapped != nullptr ? *copy.mapped : *parts_.arenas).holds(command.region),
+                "a gather has a region");
+  const auto made = std::make_shared<engine::Check>();
+  const auto checker = checker_of(command.link, true, command.check_kind, command.copy.value);
+  if (command.check_kind != engine::CheckKind::kNone && copier_.is_on_host(copy))
+    copy.through = [made, checker](std::span<const std::byte> data) {
+      if (checker) *made = checker->of(data);
+      return checker.has_value();
+    };
+  copy.done = [this, id = command.copy, bytes = command.bytes, arena = command.mapped, made,
+               checker, seen = copy.through != nullptr, region = command.region,
+               mapped = copy.mapped, kind = command.check_kind](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
     if (!ok && arena) distrust(*arena);
-    if (!ok || !guarded || kind == engine::CheckKind::kNone) {
-      copy_ended(id, outcome_of(ok), ok ? check_of(kind, to, bytes) : engine::Check{});
+    if (!ok || kind == engine::CheckKind::kNone || seen) {
+      copy_ended(id, outcome_of(ok), *made);
       return;
     }
-    // Not on the thread that looks after a GPU, either.
-    auto check = std::make_shared<engine::Check>();
+    // By a GPU, into host memory; the check is not made on the thread that looks after it.
+    const Segments& memory = mapped != nullptr ? *mapped : *parts_.arenas;
+    const std::span<const std::byte> data(memory.host_address(region), bytes);
     const Status taken = copier_.compute(
-        [check, kind, to, bytes, mapped] {
-          *check = check_of(kind, to, bytes);
-          return true;
+        [made, checker, data, mapped] {
+          if (checker) *made = checker->of(data);
+          return checker.has_value();
         },
-        [this, id, check](bool computed) { copy_ended(id, outcome_of(computed), *check); });
+        [this, id, made](bool computed) { copy_ended(id, outcome_of(computed), *made); });
     if (!taken) copy_ended(id, engine::CopyOutcome::kFailed);
   };
   submit(command.copy, std::move(copy));
@@ -118,27 +119,36 @@ void EngineThread::execute(engine::Scatter& command) {
   copy.bytes = command.bytes;
   copy.region = command.region;
   KVFERRY_CHECK(parts_.arenas->holds(command.region), "a scatter has a region");
-  const std::byte* const from = parts_.arenas->host_address(command.region);
-  copy.done = [this, id = command.copy, bytes = command.bytes](bool ok) {
+  const auto wrong = std::make_shared<bool>(false);
+  copy.done = [this, id = command.copy, bytes = command.bytes, wrong](bool ok) {
     parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
-    copy_ended(id, outcome_of(ok));
+    copy_ended(id, *wrong ? engine::CopyOutcome::kCheckMismatch : outcome_of(ok));
   };
   if (command.check.kind == engine::CheckKind::kNone) {
     submit(command.copy, std::move(copy));
     return;
   }
   // Nothing is scattered before the whole chunk has been checked.
+  auto right = [check = command.check, wrong,
+                checker = checker_of(command.link, false, command.check.kind,
+                                     command.check.number)](std::span<const std::byte> data) {
+    *wrong = checker && !checker->matches(data, check);
+    return checker && !*wrong;
+  };
+  if (copier_.is_on_host(copy)) {
+    copy.through = std::move(right);
+    submit(command.copy, std::move(copy));
+    return;
+  }
+  const std::span<const std::byte> data(parts_.arenas->host_address(command.region), command.bytes);
   auto shared = std::make_shared<Copy>(std::move(copy));
-  const Status taken = copier_.compute(
-      [from, bytes = command.bytes, check = command.check] {
-        return check_of(check.kind, from, bytes) == check;
-      },
-      [this, id = command.copy, shared](bool right) {
-        if (right)
-          submit(id, std::move(*shared));
-        else
-          copy_ended(id, engine::CopyOutcome::kCheckMismatch);
-      });
+  const Status taken = copier_.compute([data, right = std::move(right)] { return right(data); },
+                                       [this, id = command.copy, shared](bool is_right) {
+                                         if (is_right)
+                                           submit(id, std::move(*shared));
+                                         else
+                                           shared->done(false);
+                                       });
   if (!taken) copy_ended(command.copy, engine::CopyOutcome::kFailed);
 }
 

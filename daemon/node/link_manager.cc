@@ -73,7 +73,9 @@ rpc::PeerHello LinkManager::Impl::make_hello(const rpc::Random32& challenge) {
   hello.chunk_bytes = config.chunk_bytes;
   hello.max_credits = config.max_credits;
   hello.checks = {static_cast<uint32_t>(engine::CheckKind::kNone)};
-  if (config.can_check) hello.checks.push_back(static_cast<uint32_t>(engine::CheckKind::kXxh3));
+  if (config.can_check)
+    for (const auto kind : {engine::CheckKind::kXxh3, engine::CheckKind::kGmac})
+      hello.checks.push_back(static_cast<uint32_t>(kind));
   hello.check = static_cast<uint32_t>(config.check);
   hello.min_check = static_cast<uint32_t>(config.min_check);
   hello.rails = rails;

@@ -9,10 +9,9 @@
 
 #include "daemon/node/daemon.h"
 #include "daemon/ops/config.h"
+#include "daemon/ops/crash.h"
 #include "daemon/ops/log.h"
 #include "daemon/ops/options.h"
-#include "daemon/ops/peer_files.h"
-#include "daemon/ops/reload.h"
 #include "daemon/ops/service_manager.h"
 #include "daemon/rpc/quiet_parser.h"
 
@@ -45,32 +44,9 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, 32 << 20);
 }
 
-// Reads the configuration again and takes over what a running daemon can: [[peers]]. A bad one
-// changes nothing.
-void reload(const ops::ConfigSources& sources, const ops::Config& running, node::Daemon& daemon) {
-  const ops::LoadedConfig loaded = ops::load_config(sources);
-  for (const ops::ConfigProblem& problem : loaded.problems)
-    ops::log_error("not reloaded", {ops::field("error", problem.to_string())});
-  if (!loaded.ok()) return;
-  if (ops::wants_mtls(loaded.config) && !ops::wants_mtls(running)) {
-    ops::log_error("not reloaded",
-                   {ops::field("error", "mode mtls counts from the next start on")});
-    return;
-  }
-  for (const ops::ConfigProblem& warning : loaded.warnings)
-    ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
-  std::string later;
-  for (const std::string& key : ops::changed_keys(running, loaded.config))
-    later += (later.empty() ? "" : ", ") + key;
-  if (!later.empty())
-    ops::log_warning("changed, but counts from the next start on", {ops::field("keys", later)});
-  daemon.reload(loaded.config);
-  ops::log_info("reloaded", {ops::field("peers", loaded.config.peers.size())});
-}
-
 int serve(const ops::ConfigSources& sources, const ops::Config& config, const sigset_t& signals) {
   ops::ServiceManager manager;
-  auto started = node::Daemon::start(config);
+  auto started = node::Daemon::start(config, sources);
   if (!started) {
     ops::log_error("not started", {ops::field("error", started.error())});
     return ops::kExitConfiguration;
@@ -83,7 +59,7 @@ int serve(const ops::ConfigSources& sources, const ops::Config& config, const si
   while (true) {
     const int signal = next_signal(signals, turn);
     if (signal == SIGTERM || signal == SIGINT) break;
-    if (signal == SIGHUP) reload(sources, config, daemon);
+    if (signal == SIGHUP) daemon.reload();
     daemon.turn();
     const node::Daemon::Phase phase = daemon.phase();
     if (phase == node::Daemon::Phase::kRefused) {
@@ -141,6 +117,7 @@ int run(int argc, const char* const* argv) {
 
 int main(int argc, char** argv) {
   try {
+    kvferry::ops::install_crash_handler(argv[0]);
     return kvferry::run(argc, argv);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "kvferryd: %s\n", error.what());

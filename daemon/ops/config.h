@@ -42,7 +42,7 @@ enum class ArenaKind : uint8_t {
   kDeviceVmm,
   kCudaMalloc
 };
-enum class CheckKind : uint8_t { kNone, kXxh3 };
+enum class CheckKind : uint8_t { kNone, kXxh3, kGmac };
 
 struct NodeConfig {
   std::string id;  // never empty after load_config: the host name where none is given

@@ -367,6 +367,11 @@ class Checker {
   void check_rest() {
     if (config_.checks.kind < config_.checks.min_check)
       problem("checks.kind", "is less than checks.min_check asks of peers");
+    if (config_.checks.kind == CheckKind::kGmac && config_.peer.cluster_secret_file.empty() &&
+        !wants_mtls(config_))
+      warning("checks.kind",
+              "gmac guards against faults only: without mode mtls or peer.cluster_secret_file the "
+              "links' keys are no secret");
     if (config_.shares != SharesConfig{})
       warning("shares", "not enforced by this version: room is given in turn");
     check_gpu();

@@ -242,13 +242,17 @@ Section engine_section(EngineConfig& engine) {
 }
 
 Section checks_section(ChecksConfig& checks) {
-  const std::vector<Choice<CheckKind>> kinds{{"none", CheckKind::kNone},
-                                             {"xxh3", CheckKind::kXxh3}};
+  const std::vector<Choice<CheckKind>> kinds{
+      {"none", CheckKind::kNone}, {"xxh3", CheckKind::kXxh3}, {"gmac", CheckKind::kGmac}};
   return {"checks",
-          "A checksum of every piece, against faults of memory and network.",
-          {{"kind", "none or xxh3.", choice_binding<CheckKind>(checks.kind, kinds, {"gmac"})},
+          "A check of every piece, made and compared by the daemons' own processes.",
+          {{"kind",
+            "none; xxh3: a checksum, against faults of memory and network; gmac: a keyed one, also "
+            "against who can change bytes on the way, which is worth as much as the secrecy of "
+            "the link's keys: mode mtls, or a cluster secret.",
+            choice_binding<CheckKind>(checks.kind, kinds)},
            {"min_check", "A peer that offers less is refused.",
-            choice_binding<CheckKind>(checks.min_check, kinds, {"gmac"})}}};
+            choice_binding<CheckKind>(checks.min_check, kinds)}}};
 }
 
 bool is_upper_key(std::string_view key) {

@@ -6,6 +6,7 @@ namespace kvferry::ops {
 
 std::vector<std::string> changed_keys(Config running, Config read) {
   std::vector<std::string> out;
+  read.log.level = running.log.level;
   const std::vector<Section> before = config_schema(running);
   const std::vector<Section> after = config_schema(read);
   for (std::size_t s = 0; s < before.size(); ++s)

@@ -214,6 +214,11 @@ struct HealthCheckInfo {
   std::string detail;
 };
 
+struct ReloadedInfo {
+  uint32_t peers = 0;
+  std::vector<std::string> restart_keys;
+};
+
 template <typename T>
 using Reply = std::function<void(Result<T>)>;
 
@@ -235,6 +240,10 @@ class AdminBackend {
   virtual void cancel_transfer(std::string selector, Time deadline,
                                Reply<std::vector<CancelledTransfer>> done) = 0;
   virtual void health(Time deadline, Reply<std::vector<HealthCheckInfo>> done) = 0;
+  // No new work from now on; `done` when all transfers have ended, which they have at the limit.
+  // Without a limit the configured one counts.
+  virtual void drain(std::optional<Duration> limit, Reply<bool> done) = 0;
+  virtual void reload(Reply<ReloadedInfo> done) = 0;
 };
 
 }  // namespace kvferry::rpc

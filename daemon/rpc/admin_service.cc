@@ -26,6 +26,7 @@ namespace pb = ::kvferry::v1;
 constexpr uint32_t kDefaultTransferLimit = 1000;
 constexpr std::size_t kMaxSelectorBytes = 64;
 constexpr int kMaxRequestBytes = 64 * 1024;
+constexpr std::chrono::seconds kLongestDrain = std::chrono::hours(24);
 constexpr Duration kLongestCall = std::chrono::seconds(30);
 
 grpc::Status to_grpc(const Error& error) {
@@ -364,13 +365,31 @@ class AdminService final : public pb::Admin::CallbackService {
     return reactor;
   }
 
-  grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context, const pb::DrainRequest*,
-                                  pb::DrainResponse*) override {
-    return not_served(context, "drain (stop the daemon with SIGTERM: it drains)");
+  grpc::ServerUnaryReactor* Drain(grpc::CallbackServerContext* context,
+                                  const pb::DrainRequest* request, pb::DrainResponse*) override {
+    auto* reactor = context->DefaultReactor();
+    std::optional<Duration> limit;
+    if (request->has_limit()) {
+      const auto& given = request->limit();
+      if (given.seconds() < 0 || given.seconds() > kLongestDrain.count() || given.nanos() < 0 ||
+          given.nanos() > 999'999'999) {
+        finish(reactor,
+               Error{Code::kInvalidArgument, "BAD_LIMIT", "must be from 0 s to 24 h", "limit"});
+        return reactor;
+      }
+      limit = std::chrono::seconds(given.seconds()) + std::chrono::nanoseconds(given.nanos());
+    }
+    backend_.drain(limit, answer<bool>(reactor, [](bool) {}));
+    return reactor;
   }
   grpc::ServerUnaryReactor* Reload(grpc::CallbackServerContext* context, const pb::ReloadRequest*,
-                                   pb::ReloadResponse*) override {
-    return not_served(context, "reload (restart the daemon instead)");
+                                   pb::ReloadResponse* response) override {
+    auto* reactor = context->DefaultReactor();
+    backend_.reload(answer<ReloadedInfo>(reactor, [response](const ReloadedInfo& info) {
+      response->set_peers(info.peers);
+      for (const std::string& key : info.restart_keys) response->add_restart_keys(key);
+    }));
+    return reactor;
   }
   grpc::ServerUnaryReactor* Trace(grpc::CallbackServerContext* context, const pb::TraceRequest*,
                                   pb::TraceResponse*) override {

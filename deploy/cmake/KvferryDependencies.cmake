@@ -14,6 +14,7 @@ if(NOT KVFERRY_ENGINE_ONLY)
   pkg_check_modules(GRPCPP REQUIRED IMPORTED_TARGET grpc++)
   find_library(KVFERRY_GRPC_REFLECTION grpc++_reflection REQUIRED)
   find_program(KVFERRY_GRPC_PLUGIN grpc_cpp_plugin REQUIRED)
+  find_package(absl CONFIG REQUIRED)
   # Any release from 1.13.1 on; the handshake compares releases at run time.
   find_package(ucx 1.13.1 CONFIG REQUIRED)
   message(STATUS "UCX ${ucx_VERSION} from ${ucx_DIR}")

@@ -3,6 +3,8 @@
 // acceptance_test.
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <map>
+#include <string>
 
 #include "tests/proc/hand_off_daemons.h"
 #include "tests/unit/acceptance_sides.h"
@@ -14,14 +16,14 @@ using mapping::Granularity;
 
 namespace {
 
-// The second pair sums up each chunk, and takes no peer that does not.
-DaemonPair& daemons(bool checked = false) {
-  static std::unique_ptr<DaemonPair> pairs[2];
-  std::unique_ptr<DaemonPair>& pair = pairs[checked ? 1 : 0];
+// Each kind of check has a pair, which takes no peer that does less.
+constexpr const char* kChecks[] = {"none", "xxh3", "gmac"};
+DaemonPair& daemons(const std::string& check) {
+  static std::map<std::string, std::unique_ptr<DaemonPair>> pairs;
+  std::unique_ptr<DaemonPair>& pair = pairs[check];
   if (!pair) {
-    std::vector<std::string> settings{"engine.chunk_bytes=16KiB"};
-    if (checked) settings.insert(settings.end(), {"checks.kind=xxh3", "checks.min_check=xxh3"});
-    pair = start_pair(settings);
+    pair = start_pair(
+        {"engine.chunk_bytes=16KiB", "checks.kind=" + check, "checks.min_check=" + check});
   }
   return *pair;
 }
@@ -105,7 +107,7 @@ struct Options {
   uint32_t receiver_dp = 0;
   bool tells_dp = true;
   bool receiver_first = false;
-  bool checked = false;
+  std::string check = "none";
 };
 
 std::vector<client::TransferHandle> receive_all(const Case& of, Side& side, const TransferKey& key,
@@ -182,7 +184,7 @@ void hand_over(const Case& of, const Options& options = {}) {
   INFO(of.name);
   const std::string number = std::to_string(++count);
   const auto run = [&] {
-    const DaemonPair& pair = daemons(options.checked);
+    const DaemonPair& pair = daemons(options.check);
     Side sender(of.sender, "prefill" + number, pair.side(0).socket(), of.seed);
     Side receiver(of.receiver, "decode" + number, pair.side(1).socket(), of.seed + 1);
     for (const Rank& rank : sender.ranks) fill(rank);
@@ -455,24 +457,25 @@ TEST_CASE("a thousand slices through daemons") {
   hand_over(of);
 }
 
-TEST_CASE("one of each family with checksums, which change nothing") {
-  hand_over(between("tp4", "tp2pp2", attention(8, 8)), {.checked = true});
+TEST_CASE("one of each family with checks, which change nothing") {
+  const std::string check = GENERATE("xxh3", "gmac");
+  hand_over(between("tp4", "tp2pp2", attention(8, 8)), {.check = check});
   hand_over(between("tp4D", "tp8", latent(4)),
-            {.sender_dp = 1, .tells_dp = false, .receiver_first = true, .checked = true});
+            {.sender_dp = 1, .tells_dp = false, .receiver_first = true, .check = check});
   Case of = between("tp2", "tp4", hybrid(24), 75);
   of.slices = {{{0, 37}, Range{0, 2}}, {{0, 37}, Range{2, 4}}, {{37, 75}, {}}};
   of.cached = {8, 56};
-  hand_over(of, {.checked = true});
+  hand_over(of, {.check = check});
   of = between("tp2", "tp4", attention(3, 4, "|bltur"), 100);
   of.receiver.groups = attention(3, 4, "lr|btu", 64);
   of.receiver.groups.front().tail = mapping::Tail::kZero;
-  hand_over(of, {.receiver_first = true, .checked = true});
+  hand_over(of, {.receiver_first = true, .check = check});
   // More than one chunk of each leg.
-  hand_over(between("tp2", "1", attention(4, 8), 2000), {.checked = true});
+  hand_over(between("tp2", "1", attention(4, 8), 2000), {.check = check});
 }
 
 TEST_CASE("after all of that no arena memory is held") {
-  for (const bool checked : {false, true})
+  for (const char* check : kChecks)
     for (const int side : {0, 1})
-      CHECK(comes_true([&] { return arena_in_use(daemons(checked).side(side)) == 0; }));
+      CHECK(comes_true([&] { return arena_in_use(daemons(check).side(side)) == 0; }));
 }

@@ -1,9 +1,11 @@
 // The ends of hand-offs between two real daemons other than the good one: cancels, timers, wrong
 // secrets, repeated calls, and daemons that are told to stop.
 #include <signal.h>
+#include <sys/wait.h>
 
 #include <future>
 
+#include "tests/proc/control.h"
 #include "tests/proc/hand_off_daemons.h"
 
 namespace kvferry::testing {
@@ -414,6 +416,56 @@ TEST_CASE("a daemon told to stop fails what does not end and tells its peer") {
     CHECK(status.get() == 0);
     CAPTURE(s.pair->side(1 - side).log_tail());
     CHECK(comes_true([&] { return arena_in_use(s.pair->side(1 - side)) == 0; }, seconds(5)));
+  }
+}
+
+TEST_CASE("a daemon drained by an operator finishes what runs, stays, and then stops at once") {
+  Scene s({"drain.limit=1h"});
+  const TransferKey key = s.half_way();
+  const bench::DaemonProcess& daemon = s.pair->side(1);
+  auto drained = std::async(std::launch::async, [&] { return control(daemon, "drain"); });
+  REQUIRE(comes_true([&] { return s.receiver->rank(0).draining(); }));
+  CHECK(control(daemon, "status").at("draining") == true);
+  CHECK(drained.wait_for(milliseconds(0)) == std::future_status::timeout);
+  s.send_rest(key);
+  Scene::require_end(*s.receiver, key.id, TransferState::kCompleted, "NONE");
+  drained.get();
+  control(daemon, "drain");  // again: at once
+  CHECK(s.pair->side(1).terminate() == 0);
+}
+
+TEST_CASE("a drain's limit may be set anew, and what does not end by then fails") {
+  Scene s({"drain.limit=1h"});
+  const TransferKey key = s.half_way();
+  const bench::DaemonProcess& daemon = s.pair->side(0);
+  auto first = std::async(std::launch::async, [&] { return control(daemon, "drain"); });
+  REQUIRE(comes_true([&] { return s.sender->rank(0).draining(); }));
+  control(daemon, "drain --limit 0.2");
+  first.get();
+  Scene::require_end(*s.sender, key.id, TransferState::kFailed, "SHUTDOWN");
+  Scene::require_end(*s.receiver, key.id, TransferState::kFailed, "SHUTDOWN");
+}
+
+TEST_CASE("a crash leaves the signal and the stack in the log") {
+  Scene s;
+  for (const int signal : {SIGSEGV, SIGBUS, SIGABRT}) {
+    CAPTURE(signal);
+    bench::DaemonProcess& daemon = s.pair->side(0);
+    ::kill(daemon.pid(), signal);
+    siginfo_t end{};
+    REQUIRE(comes_true([&] {
+      return ::waitid(P_PID, static_cast<id_t>(daemon.pid()), &end, WEXITED | WNOHANG | WNOWAIT) ==
+                 0 &&
+             end.si_pid != 0;
+    }));
+    CHECK(end.si_status == signal);
+    const std::string log = daemon.log_tail();
+    INFO(log);
+    CHECK(log.find(signal == SIGSEGV  ? "*** SIGSEGV received"
+                   : signal == SIGBUS ? "*** SIGBUS received"
+                                      : "*** SIGABRT received") != std::string::npos);
+    CHECK(log.find("kvferry::") != std::string::npos);
+    require_ok(s.pair->restart(0));
   }
 }
 

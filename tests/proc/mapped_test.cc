@@ -78,7 +78,7 @@ double offered(const bench::DaemonProcess& daemon) {
 }  // namespace
 
 TEST_CASE("once the sender has mapped the receiver's arena it writes it, and nothing is offered") {
-  const std::string check = GENERATE("none", "xxh3");
+  const std::string check = GENERATE("none", "xxh3", "gmac");
   HostScene scene({"checks.kind=" + check});
   scene.start_workers("tp2", "tp4", kTokens);
   // The first transfer makes the link, and may be over before the arena is mapped.

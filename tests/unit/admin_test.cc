@@ -126,6 +126,19 @@ class FakeBackend : public AdminBackend {
     done(std::vector<HealthCheckInfo>{{"engine", true, ""},
                                       {"rails", healthy, healthy ? "" : "all down"}});
   }
+  std::optional<Duration> drain_limit;
+  bool good_configuration = true;
+  void drain(std::optional<Duration> limit, Reply<bool> done) override {
+    if (drops) return;
+    drain_limit = limit;
+    threads_.emplace_back([done = std::move(done)] { done(true); });
+  }
+  void reload(Reply<ReloadedInfo> done) override {
+    if (good_configuration)
+      done(ReloadedInfo{3, {"engine.lease", "ucx"}});
+    else
+      done(fail(Code::kInvalidArgument, "BAD_CONFIGURATION", "engine.lease: is not a duration"));
+  }
 
  private:
   std::vector<std::thread> threads_;
@@ -240,10 +253,10 @@ TEST_CASE_METHOD(Fixture, "errors carry their code and reason, and are counted")
   request.set_selector("r9");
   CHECK(call(&v1::Admin::Stub::CancelTransfer, request, response).error_code() ==
         grpc::StatusCode::NOT_FOUND);
-  v1::ReloadResponse reload;
-  const grpc::Status status = call(&v1::Admin::Stub::Reload, v1::ReloadRequest(), reload);
+  v1::TraceResponse trace;
+  const grpc::Status status = call(&v1::Admin::Stub::Trace, v1::TraceRequest(), trace);
   CHECK(status.error_code() == grpc::StatusCode::UNIMPLEMENTED);
-  CHECK(status.error_message().find("reload") != std::string::npos);
+  CHECK(status.error_message().find("trace") != std::string::npos);
   const std::string page = metrics.text();
   CHECK(page.find("kvferry_rpcs_total{code=\"INVALID_ARGUMENT\"} 4\n") != std::string::npos);
   CHECK(page.find("kvferry_rpcs_total{code=\"NOT_FOUND\"} 1\n") != std::string::npos);
@@ -320,12 +333,9 @@ TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
   CHECK(ctl("nonsense").second == 64);
   CHECK(ctl("--help").second == 0);
   CHECK(ctl("--version").second == 0);
-  for (const char* verb : {"drain", "reload", "trace s1"}) {
-    const auto [words, exit_code] = ctl(verb);
-    INFO(words);
-    CHECK(exit_code == 69);
-    CHECK(words.find("does not serve " + std::string(verb).substr(0, 4)) != std::string::npos);
-  }
+  const auto [words, exit_code] = ctl("trace s1");
+  CHECK(exit_code == 69);
+  CHECK(words.find("does not serve trace") != std::string::npos);
   server.reset();
   CHECK(ctl("status").second == 69);
   CHECK(ctl("health").second == 1);
@@ -338,4 +348,36 @@ TEST_CASE("bytes and durations read well") {
   CHECK(ctl::human_duration(0.00034) == "340us");
   CHECK(ctl::human_duration(125) == "2m05s");
   CHECK(ctl::human_duration(90'000) == "1d01h");
+}
+
+TEST_CASE_METHOD(Fixture, "drain is answered when all has ended, with the limit that was given") {
+  CHECK(ctl("drain") == std::pair<std::string, int>{"drained: no transfer is left\n", 0});
+  CHECK(backend.drain_limit == std::nullopt);
+  CHECK(ctl("drain --limit 1.5").second == 0);
+  CHECK(backend.drain_limit == Duration(milliseconds(1500)));
+  CHECK(ctl("drain --limit -1").second == 64);
+  for (const int64_t seconds_given : {int64_t{-1}, int64_t{86401}, int64_t{1} << 62}) {
+    v1::DrainRequest request;
+    request.mutable_limit()->set_seconds(seconds_given);
+    v1::DrainResponse response;
+    const grpc::Status status = call(&v1::Admin::Stub::Drain, request, response);
+    CHECK(status.error_code() == grpc::StatusCode::INVALID_ARGUMENT);
+    CHECK(status.error_message().find("BAD_LIMIT limit") == 0);
+  }
+  // A daemon that stops meanwhile says so.
+  backend.drops = true;
+  CHECK(ctl("drain").second == 69);
+}
+
+TEST_CASE_METHOD(Fixture,
+                 "reload tells what is in force, what waits for a restart, what is wrong") {
+  const auto [text, code] = ctl("reload");
+  CHECK(code == 0);
+  CHECK(text ==
+        "reloaded; peers in force: 3\n"
+        "changed, but in force from the next start on: engine.lease ucx\n");
+  backend.good_configuration = false;
+  const auto [problem, refused] = ctl("reload");
+  CHECK(refused == 1);
+  CHECK(problem.find("BAD_CONFIGURATION: engine.lease: is not a duration") != std::string::npos);
 }

@@ -118,7 +118,11 @@ class Maker {
           {u64()}, u64() >> 1, RegionPlace{static_cast<uint32_t>(below(kMaxSegments)), u64() >> 1}};
     return out;
   }
-  Check check() { return {static_cast<CheckKind>(below(3)), bytes<Digest16>().bytes}; }
+  Check check() {
+    Check out{static_cast<CheckKind>(below(3)), bytes<Digest16>().bytes};
+    if (out.kind == CheckKind::kGmac) out.number = u64();
+    return out;
+  }
 
   MsgPull pull() {
     MsgPull m{pull_id(),

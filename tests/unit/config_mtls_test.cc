@@ -150,5 +150,5 @@ TEST_CASE("a reload tells the keys that it does not take over") {
   read.sockets.emplace_back();
   read.ucx["A"] = "b";
   CHECK(changed_keys(running, read) ==
-        std::vector<std::string>{"log.level", "engine.lease", "socket", "ucx"});
+        std::vector<std::string>{"engine.lease", "socket", "ucx"});
 }

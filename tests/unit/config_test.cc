@@ -153,7 +153,7 @@ TEST_CASE("each wrong value is refused with its key") {
       {"engine.lease=30", "is not a duration"},
       {"engine.lease=11m", "is longer than engine.lease_max"},
       {"engine.silence_limit=1s", "must be at least twice"},
-      {"checks.kind=gmac", "is not served by this release"},
+      {"checks.kind=crc32", "is none of"},
       {"shares.worker_share=0", "above 0"},
       {"shares.peer_share=1.01", "at most 1"},
       {"gpu.enabled=yes", "is none of"},
