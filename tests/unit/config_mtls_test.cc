@@ -149,6 +149,5 @@ TEST_CASE("a reload tells the keys that it does not take over") {
   read.log.level = LogLevel::kError;
   read.sockets.emplace_back();
   read.ucx["A"] = "b";
-  CHECK(changed_keys(running, read) ==
-        std::vector<std::string>{"engine.lease", "socket", "ucx"});
+  CHECK(changed_keys(running, read) == std::vector<std::string>{"engine.lease", "socket", "ucx"});
 }
