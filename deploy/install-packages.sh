@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what building and testing kvferry needs on Debian 12. Does nothing where all is there.
-#   deploy/install-packages.sh [--tests|--tarball]
-#     --tests: also what only the tests need; --tarball: and what only packing needs
+#   deploy/install-packages.sh [--tests|--tarball|--packages|--lint]
+#     --tests: also what only the tests need; --tarball: and what only packing a tarball needs;
+#     --packages: what building Debian packages needs; --lint: and what checking them needs
 set -euo pipefail
 
 packages=(
@@ -12,9 +13,19 @@ packages=(
   nlohmann-json3-dev zlib1g-dev libcurl4-openssl-dev
 )
 tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-14 libclang-rt-14-dev clang-format-14 llvm-14 spin procps python3 python3-venv python3-pip)
+# What reads the files of deploy, and what the monitoring is tried with. Debian's prometheus starts a
+# server of its own where systemd runs.
+tests+=(systemd shellcheck yamllint man-db mandoc zsh prometheus strace curl file)
+packing=(dpkg-dev file gzip)
 
-[ -z "${1:-}" ] || packages+=("${tests[@]}")
-[ "${1:-}" != --tarball ] || packages+=(binutils patchelf)
+case ${1:-} in
+  '') ;;
+  --tests) packages+=("${tests[@]}") ;;
+  --tarball) packages+=("${tests[@]}" binutils patchelf) ;;
+  --packages) packages+=("${packing[@]}") ;;
+  --lint) packages+=("${packing[@]}" lintian debootstrap) ;;
+  *) echo "install-packages.sh: what is $1?" >&2; exit 64 ;;
+esac
 
 missing=()
 for package in "${packages[@]}"; do
