@@ -26,8 +26,8 @@ _kvferry_bench() {
           model) words="$common --model --tokens --pair --block-tokens" ;;
           latency) words="$common --bytes --fragment-bytes --calls" ;;
           concurrency) words="$common --transfers --sizes --model --pair --layers" ;;
-          compare) words="$common --fragments --fragment-bytes --no-limits" ;;
-          sweep) words="$common --over --values --bytes --fragment-bytes --paths --plot" ;;
+          compare) words="$common --fragments --fragment-bytes" ;;
+          sweep) words="$common --over --values --bytes --fragment-bytes --paths --plot --no-limits" ;;
         esac
       fi ;;
   esac

@@ -23,8 +23,8 @@ It needs only
 and what differs from the defaults.
 """
 TAIL = r""".Sh SEE ALSO
-.Xr kvferryd 8 ,
-.Xr kvferryctl 1
+.Xr kvferryctl 1 ,
+.Xr kvferryd 8
 """
 
 
