@@ -13,12 +13,14 @@ mkdir -p "$logs"
 step "installing packages" "$logs/packages.log" deploy/install-packages.sh --tests
 
 echo "== formatting"
-find client daemon kernels proto tests -name '*.cc' -o -name '*.h' | xargs clang-format-14 --dry-run --Werror
+find client daemon deploy kernels proto tests \( -name '*.cc' -o -name '*.h' \) -print0 |
+  xargs -0 clang-format-14 --dry-run --Werror
 
 step "configuring dev" "$logs/dev-configure.log" cmake --preset dev
 step "building dev" "$logs/dev-build.log" cmake --build --preset dev
 echo "== tests: unit, model, simulator and process rings"
 ctest --preset dev --no-tests=error
+deploy/test-deploy.sh build/dev
 
 if [ "$quick" -eq 0 ]; then
   for sanitizer in asan tsan; do

@@ -1,5 +1,6 @@
 # What make-tarball.sh and test-tarball.sh both go by; sourced, not run.
 
+# shellcheck disable=SC2034  # used by whoever sources this
 ucx_wheel_version=1.22.0
 
 # Of the machine that runs it: glibc and nothing else.
