@@ -58,7 +58,7 @@ MANPATH=$prefix/share/man systemd-analyze verify --man=yes "$unit"
 # 3.0 and above is what systemd calls medium. What is left is memory of workers and GPUs.
 systemd-analyze security --offline=true --threshold=30 --no-pager "$unit" | tail -n 1
 mkdir -p "$stage/root/etc"
-systemd-sysusers --root="$stage/root" deploy/systemd/kvferry.sysusers
+systemd-sysusers --root="$stage/root" - <deploy/systemd/kvferry.sysusers
 grep -q '^kvferry:' "$stage/root/etc/passwd"
 grep -q '^kvferry:' "$stage/root/etc/group"
 deploy/check/notify.py "$build/bin" "$unit"

@@ -4,7 +4,8 @@
 #include <iostream>
 
 int main() {
-  const auto client = kvferry::client::Client::attach({.socket = "/nonexistent", .name = "consumer"});
+  const auto client =
+      kvferry::client::Client::attach({.socket = "/nonexistent", .name = "consumer"});
   if (client) return 1;
   std::cout << client.error().to_string() << '\n';
   return 0;
