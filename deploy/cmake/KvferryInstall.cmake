@@ -32,7 +32,15 @@ install(TARGETS kvferryctl kvferry-bench RUNTIME DESTINATION ${CMAKE_INSTALL_BIN
 function(kvferry_manual component)
   foreach(page ${ARGN})
     string(REGEX REPLACE ".*\\." "" section ${page})
-    install(FILES deploy/man/${page} DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section}
+    set(file ${CMAKE_SOURCE_DIR}/deploy/man/${page})
+    # Packages have it compressed.
+    if(CMAKE_INSTALL_PREFIX STREQUAL "/usr")
+      find_program(KVFERRY_GZIP gzip REQUIRED)
+      execute_process(COMMAND ${KVFERRY_GZIP} -9nc ${file} OUTPUT_FILE ${generated}/${page}.gz
+                      COMMAND_ERROR_IS_FATAL ANY)
+      set(file ${generated}/${page}.gz)
+    endif()
+    install(FILES ${file} DESTINATION ${CMAKE_INSTALL_MANDIR}/man${section}
             COMPONENT ${component})
   endforeach()
 endfunction()
@@ -53,6 +61,7 @@ kvferry_completion(tools kvferryctl kvferry-bench)
 # The library: only the shared one. The static one needs archives of the project that are nobody
 # else's business.
 set_target_properties(kvferry_client_shared PROPERTIES EXPORT_NAME client)
+target_compile_features(kvferry_client_shared INTERFACE cxx_std_20)
 install(TARGETS kvferry_client_shared EXPORT kvferry
         LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT client
         NAMELINK_COMPONENT client-dev)

@@ -2,6 +2,8 @@
 # after. One package a component; what they need is worked out from the programs (dpkg-shlibdeps).
 set(CPACK_GENERATOR DEB)
 set(CPACK_PACKAGE_NAME kvferry)
+# Its default, which CPack does not put above what the components say themselves.
+set(CPACK_PACKAGE_DESCRIPTION_SUMMARY "${CMAKE_PROJECT_NAME} built using CMake")
 set(CPACK_PACKAGE_CONTACT "kvferry maintainers <kvferry@kvferry.invalid>")
 set(CPACK_PACKAGE_VERSION ${PROJECT_VERSION})
 set(CPACK_PACKAGING_INSTALL_PREFIX ${CMAKE_INSTALL_PREFIX})
@@ -15,6 +17,8 @@ set(CPACK_DEBIAN_FILE_NAME DEB-DEFAULT)
 set(CPACK_DEBIAN_PACKAGE_RELEASE 1)
 set(CPACK_DEBIAN_COMPRESSION_TYPE xz)
 set(CPACK_DEBIAN_PACKAGE_SHLIBDEPS ON)
+set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS ON)
+set(CPACK_DEBIAN_PACKAGE_GENERATE_SHLIBS_POLICY ">=")
 set(CPACK_DEBIAN_PACKAGE_CONTROL_STRICT_PERMISSION ON)
 # A package of this build depends on the library of this build.
 set(same_version "(= ${PROJECT_VERSION}-${CPACK_DEBIAN_PACKAGE_RELEASE})")
@@ -43,7 +47,6 @@ between two daemons and verifies each byte.")
 
 set(CPACK_DEBIAN_CLIENT_PACKAGE_NAME libkvferry0)
 set(CPACK_DEBIAN_CLIENT_PACKAGE_SECTION libs)
-set(CPACK_DEBIAN_CLIENT_PACKAGE_GENERATE_SHLIBS ON)
 set(CPACK_DEBIAN_CLIENT_PACKAGE_CONTROL_EXTRA ${CMAKE_SOURCE_DIR}/deploy/debian/libkvferry0/triggers)
 set(CPACK_COMPONENT_CLIENT_DESCRIPTION
     "Client library of the KV-cache transfer daemon
@@ -60,7 +63,6 @@ Headers, a CMake package (kvferry::client) and a pkg-config file.")
 
 # Each with what Debian wants to find in /usr/share/doc.
 if(CMAKE_INSTALL_PREFIX STREQUAL "/usr")
-  find_program(KVFERRY_GZIP gzip REQUIRED)
   set(changelog ${CMAKE_BINARY_DIR}/deploy/changelog.Debian.gz)
   configure_file(deploy/debian/changelog.in ${CMAKE_BINARY_DIR}/deploy/changelog.Debian @ONLY)
   execute_process(COMMAND ${KVFERRY_GZIP} -9nc ${CMAKE_BINARY_DIR}/deploy/changelog.Debian
@@ -70,11 +72,6 @@ if(CMAKE_INSTALL_PREFIX STREQUAL "/usr")
     string(REGEX REPLACE "^[^:]*:" "" package ${pair})
     set(doc ${CMAKE_INSTALL_DATADIR}/doc/${package})
     install(FILES ${changelog} deploy/debian/copyright DESTINATION ${doc} COMPONENT ${component})
-    if(EXISTS ${CMAKE_SOURCE_DIR}/deploy/debian/${package}/lintian-overrides)
-      install(FILES deploy/debian/${package}/lintian-overrides
-              DESTINATION ${CMAKE_INSTALL_DATADIR}/lintian/overrides RENAME ${package}
-              COMPONENT ${component})
-    endif()
   endforeach()
 endif()
 # Only what is installed is built for it, not all.
