@@ -63,9 +63,7 @@ def _unreachable(message: str) -> KvferryError:
 
 
 def _closed() -> KvferryError:
-    return KvferryError(
-        Code.UNAVAILABLE, "DAEMON_UNREACHABLE", "the daemon closed the lifeline"
-    )
+    return KvferryError(Code.UNAVAILABLE, "DAEMON_UNREACHABLE", "the daemon closed the lifeline")
 
 
 def _readable(fd: int, deadline: float) -> bool:
@@ -107,9 +105,7 @@ class Attachment:
             self.close()
             raise
 
-    def _attach(
-        self, path: str, name: bytes, role: Role, timeout: float, deadline: float
-    ) -> None:
+    def _attach(self, path: str, name: bytes, role: Role, timeout: float, deadline: float) -> None:
         # Bounds connect and send on a daemon that has stopped accepting.
         limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6) + 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -163,9 +159,7 @@ class Attachment:
         self.grpc_path = text_of(grpc_path)
         self.daemon_pidfd, self._doorbell, status_fd, words_fd = self._fds
         try:
-            status = mmap.mmap(
-                status_fd, status_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ
-            )
+            status = mmap.mmap(status_fd, status_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
             words = mmap.mmap(words_fd, words_bytes, flags=mmap.MAP_SHARED)
             # A child must not look at the page of its parent's attachment.
             status.madvise(mmap.MADV_DONTFORK)
@@ -201,18 +195,14 @@ class Attachment:
             for first in range(0, len(pools), MAX_DESCRIPTORS):
                 self._send_some(pools[first : first + MAX_DESCRIPTORS], first, deadline)
 
-    def _send_some(
-        self, pools: Sequence[PoolDescriptor], first: int, deadline: float
-    ) -> None:
+    def _send_some(self, pools: Sequence[PoolDescriptor], first: int, deadline: float) -> None:
         message = _POOLS_HEAD.pack(_MAGIC, _POOLS, len(pools), 0)
         for i, pool in enumerate(pools):
             name = check_name(pool.name, f"pools[{first + i}].name")
             message += _POOL_ENTRY.pack(name, pool.kind, pool.part, pool.bytes)
         message = message.ljust(1296, b"\0")
         try:
-            socket.send_fds(
-                self._socket, [message], [p.fd for p in pools], socket.MSG_NOSIGNAL
-            )
+            socket.send_fds(self._socket, [message], [p.fd for p in pools], socket.MSG_NOSIGNAL)
         except OSError as error:
             if error.errno == errno.EBADF:
                 raise invalid("POOL_DESCRIPTOR", "not an open descriptor", "fd") from None

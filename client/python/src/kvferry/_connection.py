@@ -27,6 +27,7 @@ _OPTIONS = [
 ]
 
 Response = TypeVar("Response", bound=Message)
+__all__ = ["Connection", "Message", "Response", "decode_error"]
 
 
 def decode_error(detail: pb.ErrorDetail) -> KvferryError:

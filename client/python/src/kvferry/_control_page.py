@@ -51,9 +51,7 @@ class _LockFence:
             pass
 
 
-fence: Callable[[], None] = (
-    _no_fence if platform.machine() in ("x86_64", "AMD64") else _LockFence()
-)
+fence: Callable[[], None] = _no_fence if platform.machine() in ("x86_64", "AMD64") else _LockFence()
 
 
 class Record(NamedTuple):
@@ -118,7 +116,7 @@ class StatusPage:
         ) = _HEADER.unpack_from(mapping)
 
         def inside(offset: int, length: int) -> bool:
-            return offset % 8 == 0 and HEADER_BYTES <= offset and offset + length <= size
+            return offset % 8 == 0 and offset >= HEADER_BYTES and offset + length <= size
 
         if (
             magic != MAGIC

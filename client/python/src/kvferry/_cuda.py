@@ -53,18 +53,18 @@ class Kind(enum.Enum):
 
 
 class _Handle64(ctypes.Structure):
-    _fields_ = [("bytes", c_char * 64)]  # noqa: RUF012
+    _fields_ = [("bytes", c_char * 64)]
 
     def value(self) -> bytes:
         return ctypes.string_at(byref(self), 64)
 
 
 class _Location(ctypes.Structure):
-    _fields_ = [("type", c_int), ("id", c_int)]  # noqa: RUF012
+    _fields_ = [("type", c_int), ("id", c_int)]
 
 
 class _Properties(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("type", c_int),
         ("handle_types", c_int),
         ("location", _Location),
@@ -77,7 +77,7 @@ class _Properties(ctypes.Structure):
 
 
 class _Access(ctypes.Structure):
-    _fields_ = [("location", _Location), ("flags", c_int)]  # noqa: RUF012
+    _fields_ = [("location", _Location), ("flags", c_int)]
 
 
 # name: (CUDA version of this form, parameters); all return a CUresult.
@@ -357,9 +357,7 @@ class Gpu:
                 )
             try:
                 fd = c_int(-1)
-                self.driver.call(
-                    "cuMemExportToShareableHandle", byref(fd), handle, _HANDLE_FD, 0
-                )
+                self.driver.call("cuMemExportToShareableHandle", byref(fd), handle, _HANDLE_FD, 0)
             finally:
                 self.driver.raw("cuMemRelease", handle)
         fcntl.fcntl(fd.value, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
@@ -414,22 +412,19 @@ class Gpu:
             at = address + length
         return out
 
-    def _add_mapping(
-        self, out: Export, handle: int, at: int, pointer: int, size: int
-    ) -> bool:
+    def _add_mapping(self, out: Export, handle: int, at: int, pointer: int, size: int) -> bool:
         """True if the export is complete: by one fabric handle."""
         properties, granularity = _Properties(), c_size_t()
         self.driver.call("cuMemGetAllocationPropertiesFromHandle", byref(properties), handle)
-        self.driver.call(
-            "cuMemGetAllocationGranularity", byref(granularity), byref(properties), 0
-        )
+        self.driver.call("cuMemGetAllocationGranularity", byref(granularity), byref(properties), 0)
         by_fd = properties.handle_types & _HANDLE_FD != 0
         if not by_fd and not properties.handle_types & _HANDLE_FABRIC:
             raise invalid(
                 "POINTER_NOT_EXPORTABLE",
-                "memory mapped with cuMemMap from an allocation that asked for no shareable handle, "
-                "as PyTorch's expandable_segments and sleep modes may make it: allocate the KV cache "
-                "with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, make the allocation with "
+                "memory mapped with cuMemMap from an allocation that asked for no shareable "
+                "handle, as PyTorch's expandable_segments and sleep modes may make it: allocate "
+                "the KV cache with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False, make the "
+                "allocation with "
                 "CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, or use alloc_device_pool",
                 "pointer",
             )
@@ -558,9 +553,7 @@ class DeviceWords:
         first = self._words.timeline_words
         self._queue("cuStreamWaitValue64", stream, word, first, self._words.done_words, value)
 
-    def _queue(
-        self, name: str, stream: int, word: int, first: int, count: int, value: int
-    ) -> None:
+    def _queue(self, name: str, stream: int, word: int, first: int, count: int, value: int) -> None:
         if not 0 <= word < count:
             raise invalid("WORD_OUT_OF_RANGE", "no such word", "word")
         if not self._gpu.driver.has(name) or not self._gpu.has(_STREAM_WORDS):
@@ -625,8 +618,8 @@ class Gpus:
             if self._attribute(_MEMPOOL, pointer):
                 raise invalid(
                     "POINTER_STREAM_ORDERED",
-                    "memory of a stream-ordered allocator (cudaMallocAsync) has no handle for other "
-                    "processes: allocate it with cudaMalloc or alloc_device_pool",
+                    "memory of a stream-ordered allocator (cudaMallocAsync) has no handle for "
+                    "other processes: allocate it with cudaMalloc or alloc_device_pool",
                     "pointer",
                 )
             if self._attribute(_IPC_CAPABLE, pointer):

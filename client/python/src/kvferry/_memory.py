@@ -1,4 +1,4 @@
-"""Shared memory for pools: a sealed memfd, all of it allocated, in huge pages where there are any."""
+"""Shared memory for pools: a sealed memfd, all of it allocated, in huge pages if there are any."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Pools:
                 if pool.address is None:
                     continue
                 offset = address - pool.address
-                if 0 <= offset and offset + size <= pool.bytes:
+                if offset >= 0 and offset + size <= pool.bytes:
                     return PoolSpan(pool.name, pool.bytes), offset
         raise invalid(
             "POINTER_NOT_IN_POOL",
@@ -160,9 +160,7 @@ class Pools:
                 for number in range(first, min(first + MAX_DESCRIPTORS, len(exported.parts))):
                     address, size = exported.parts[number]
                     fds.append(exported.gpu.export_part(address))
-                    entries.append(
-                        PoolDescriptor(pool.name, CUDA_VMM_FD, size, fds[-1], number)
-                    )
+                    entries.append(PoolDescriptor(pool.name, CUDA_VMM_FD, size, fds[-1], number))
                 connection.attachment.send_pools(entries, deadline)
             finally:
                 for fd in fds:

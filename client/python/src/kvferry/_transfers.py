@@ -37,9 +37,7 @@ _FIRST_END = int(TransferState.DELIVERED)
 
 
 def unknown_transfer() -> KvferryError:
-    return KvferryError(
-        Code.NOT_FOUND, "TRANSFER_UNKNOWN", "no such transfer is open", "transfer"
-    )
+    return KvferryError(Code.NOT_FOUND, "TRANSFER_UNKNOWN", "no such transfer is open", "transfer")
 
 
 def _state(record: cp.Record) -> TransferState:
@@ -216,9 +214,7 @@ class Transfers:
                 entry.rejections.append(error)
                 self._mark(entry)
             else:
-                self._global.append(
-                    Event(EventKind.REJECTED, None, None, error.reason, 0, error)
-                )
+                self._global.append(Event(EventKind.REJECTED, None, None, error.reason, 0, error))
             return True
 
     def settle(self, handle: int, deadline: float) -> None:
@@ -267,16 +263,10 @@ class Transfers:
         """That daemon's process has ended: it touches no memory any more."""
         with self._lock:
             for entry in self._entries.values():
-                if (
-                    not entry.lost
-                    or entry.home is not attachment
-                    or entry.seen.flags & cp.RELEASED
-                ):
+                if not entry.lost or entry.home is not attachment or entry.seen.flags & cp.RELEASED:
                     continue
                 flag = (
-                    cp.SOURCE_RELEASED
-                    if entry.transfer.side is Side.SENDER
-                    else cp.DEST_RELEASED
+                    cp.SOURCE_RELEASED if entry.transfer.side is Side.SENDER else cp.DEST_RELEASED
                 )
                 entry.seen = entry.seen._replace(
                     flags=(entry.seen.flags | flag) & ~cp.MEMORY_IN_USE,
@@ -312,9 +302,11 @@ class Transfers:
                 out.append(event)
             while len(out) < limit and self._dirty:
                 entry = self._dirty[0]
-                taken = self._next_event(entry) if self._entries.get(
-                    entry.transfer.handle
-                ) is entry else None
+                taken = (
+                    self._next_event(entry)
+                    if self._entries.get(entry.transfer.handle) is entry
+                    else None
+                )
                 if taken is not None:
                     out.append(taken)
                     continue

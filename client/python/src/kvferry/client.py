@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import mmap
 import os
 import select
 import threading
@@ -18,7 +17,7 @@ import numpy.typing as npt
 
 from kvferry import _cuda, _encode, _memory
 from kvferry._attachment import HOST_SHM, Attachment, PoolDescriptor, check_name
-from kvferry._connection import Connection, decode_error
+from kvferry._connection import Connection, Message, Response, decode_error
 from kvferry._encode import Blocks, milliseconds
 from kvferry._pools import Pool, Pools
 from kvferry._submitter import Submitter
@@ -31,7 +30,6 @@ from kvferry.types import (
     DoneWord,
     Event,
     EventKind,
-    GroupBlocks,
     GroupCommit,
     JoinedInstance,
     LayoutRef,
@@ -243,9 +241,7 @@ class Client:
             raise invalid("DEVICE_UNSUPPORTED", f"no pools on {where.type}", "device")
         return flat.view(dtype).reshape(tuple(shape))
 
-    def export_pool(
-        self, name: str, fd: int, size: int, *, address: Optional[int] = None
-    ) -> None:
+    def export_pool(self, name: str, fd: int, size: int, *, address: Optional[int] = None) -> None:
         """Registers a file that the caller owns: tmpfs or hugetlbfs, sealed against shrinking, its
         blocks allocated. The descriptor is duplicated. `address`: where the caller has mapped it,
         for layouts from tensors in it. Blocks."""
@@ -268,8 +264,8 @@ class Client:
         """Hands over the whole storage of a torch tensor on a GPU and registers it; see
         export_device_memory. CPU tensors cannot be handed over: POINTER_NOT_DEVICE; allocate them
         with alloc_tensor. Blocks."""
-        storage = tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else (
-            tensor.storage()
+        storage = (
+            tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else (tensor.storage())
         )
         self.export_device_memory(
             name, storage.data_ptr(), storage.nbytes(), scratch_offset=scratch_offset
@@ -293,7 +289,9 @@ class Client:
         check_name(name, "name")
         if scratch_offset is not None and not 0 <= scratch_offset <= size - _cuda.PROOF_BYTES:
             raise invalid(
-                "SCRATCH_OUT_OF_RANGE", "16 bytes from there do not lie in the pool", "scratch_offset"
+                "SCRATCH_OUT_OF_RANGE",
+                "16 bytes from there do not lie in the pool",
+                "scratch_offset",
             )
         self._add_device(
             Pool(name, size, address=pointer, device=True, scratch_offset=scratch_offset)
@@ -443,9 +441,7 @@ class Client:
     ) -> JoinedInstance:
         """Gives the cards of all ranks to this daemon, which tells the others; needed only where
         ranks are on several nodes. `key`: the registrations' instance key. Blocks."""
-        request = pb.JoinInstanceRequest(
-            instance=instance, cards=cards, instance_key=key or b""
-        )
+        request = pb.JoinInstanceRequest(instance=instance, cards=cards, instance_key=key or b"")
         answer = self._call("JoinInstance", request, pb.JoinInstanceResponse)
         return JoinedInstance(
             answer.incarnation, answer.complete, list(answer.missing_ranks), answer.existing
@@ -523,9 +519,9 @@ class Client:
         `num_tokens`: of the whole prompt. `tokens`: of this slice, all by default. `index`: the
         caller's count of slices, 0, 1, ...; `last` on the final one. `layers`: half-open range of
         global numbers. `aux`: at most 64 KiB, with the last slice; every rank gives the same or
-        none does. `ready`: when the pages may be read. `packed_copy`: SOURCE_RELEASED comes once the
-        daemon has a copy, before anybody pulls. The ids are copied before the call returns. Never
-        blocks; errors as open_send, and INVALID_ARGUMENT for ids, times and aux.
+        none does. `ready`: when the pages may be read. `packed_copy`: SOURCE_RELEASED comes once
+        the daemon has a copy, before anybody pulls. The ids are copied before the call returns.
+        Never blocks; errors as open_send, and INVALID_ARGUMENT for ids, times and aux.
         """
         messages, size = _encode.groups_of(groups)
         if aux is not None:
@@ -638,7 +634,7 @@ class Client:
     def claim(
         self, key: TransferKey, layout: Optional[LayoutRef], ticket: str, *, ttl: float = 0
     ) -> Transfer:
-        """"I shall come": extends the sender's lease, renewed by the daemon until the receive, a
+        """ "I shall come": extends the sender's lease, renewed by the daemon until the receive, a
         decline or this worker's end; no loop of the engine is needed. A controller's has no layout
         and lasts its `ttl`. Never blocks."""
         transfer, created = self._begin(Side.RECEIVER, key, layout)
@@ -654,7 +650,7 @@ class Client:
         return transfer
 
     def decline(self, key: TransferKey, layout: Optional[LayoutRef], ticket: str) -> None:
-        """"I shall not come": the sender's pages are freed at once. Takes a claim back; a receive
+        """ "I shall not come": the sender's pages are freed at once. Takes a claim back; a receive
         is given up by cancel(). Never blocks."""
         self._check_alive()
         request = pb.DeclineRequest(
@@ -951,12 +947,12 @@ class Client:
                 raise not_attached()
             return self._connection
 
-    def _call(self, method: str, request: Any, response: type[Any]) -> Any:
+    def _call(self, method: str, request: Message, response: type[Response]) -> Response:
         return self._current().call(method, request, response, self._call_timeout)
 
     def _call_about(
-        self, transfer: Transfer, method: str, request: Any, response: type[Any]
-    ) -> Any:
+        self, transfer: Transfer, method: str, request: Message, response: type[Response]
+    ) -> Response:
         # Behind the operations that are queued for it.
         self._transfers.settle(transfer.handle, time.monotonic() + self._call_timeout)
         return self._call(method, request, response)
@@ -1002,9 +998,7 @@ class Client:
                     for p in some
                 ]
             )
-            connection.call(
-                "RegisterPools", request, pb.RegisterPoolsResponse, self._call_timeout
-            )
+            connection.call("RegisterPools", request, pb.RegisterPoolsResponse, self._call_timeout)
 
     def _add_device(self, pool: Pool) -> None:
         if self._pools.get(pool.name) is not None:
@@ -1098,9 +1092,7 @@ class Client:
                 self._transfers.announce(EventKind.REATTACHED, problem)
                 self._notify()
 
-    def _watch_once(
-        self, connection: Optional[Connection], timeout: Optional[float]
-    ) -> set[int]:
+    def _watch_once(self, connection: Optional[Connection], timeout: Optional[float]) -> set[int]:
         poller = select.poll()
         poller.register(self._stop, select.POLLIN)
         for ghost in self._ghosts:

@@ -7,7 +7,7 @@ import enum
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HOLE = -1
 """An entry of a block list with nothing behind it."""
 
-BlockIds = Union[Sequence[int], npt.NDArray[np.integer]]
+BlockIds = Union[Sequence[int], npt.NDArray[np.integer[Any]]]
 """Block ids; an int32 array is the fast way."""
 
 TokenRange = tuple[int, int]
