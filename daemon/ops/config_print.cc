@@ -38,7 +38,7 @@ std::string default_config_text() {
       "# errors: \"kvferryd --config FILE --check-config\" tells all of them. Sizes take B, KiB, "
       "MiB,\n"
       "# GiB, TiB; durations ns, us, ms, s, m, h. Changes count from the next start on,\n"
-      "# those of [[peers]] from SIGHUP on.\n"
+      "# those of [[peers]] and log.level from SIGHUP on.\n"
       "\n"
       "config_version = 1\n";
   Config config;

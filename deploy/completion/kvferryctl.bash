@@ -26,7 +26,7 @@ _kvferryctl() {
   done
   case $command in
     '') words="$global $commands" ;;
-    transfers) words='--help --limit' ;;
+    transfers | drain) words='--help --limit' ;;
     arenas) words='--help release' ;;
     'arenas release') words='--help --node --boot' ;;
     plan) words='--help --sender --receiver --fragments --text' ;;
