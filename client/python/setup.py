@@ -26,7 +26,9 @@ def generate() -> None:
 class Build(build_py):
     def run(self) -> None:
         generate()
-        self.distribution.packages = [*(self.distribution.packages or []), "kvferry.v1"]
+        # It was looked for packages before there was this one.
+        if "kvferry.v1" not in self.packages:
+            self.packages = [*self.packages, "kvferry.v1"]
         super().run()
 
 

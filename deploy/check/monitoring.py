@@ -24,8 +24,8 @@ import urllib.request
 DEPLOY = pathlib.Path(__file__).resolve().parent.parent
 # What two daemons under load cannot show as zero.
 MOVING = {"Ready", "Healthy", "Rails up", "Version", "Throughput", "Transfers ended", "Transfer duration",
-          "Transfer size", "Stages, p50", "Stages, p99", "Bytes copied", "Arena by state", "Credits",
-          "Chunks", "Rails", "Links and lanes", "Calls", "Processor", "Resident memory", "Descriptors"}
+          "Transfer size", "Stages, p50", "Stages, p99", "Bytes copied", "Arena by state", "Chunks",
+          "Rails", "Links and lanes", "Calls", "Processor", "Resident memory", "Descriptors"}
 # What is there with GPUs only.
 GPU = "kvferry_gpu_"
 LIMIT_S = 90
