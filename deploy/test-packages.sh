@@ -86,6 +86,8 @@ step "installed, run, purged (a few minutes)" "$logs/packages-test.log" \
     set -e
     mount -t proc proc "$1/proc" 2>/dev/null || mount --rbind /proc "$1/proc"
     mount --rbind /dev "$1/dev"
+    # UCX looks for network devices there.
+    mount --rbind /sys "$1/sys"
     exec chroot "$1" /bin/sh /test.sh' bash "$root"
 grep -E 'GB/s|verified' "$logs/packages-test.log" | head -n 3 || true
 du -sh --one-file-system "$root/usr" | sed 's/^/   with a compiler in it, the root is /'

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""monitoring.py BIN [PICTURE]: Prometheus itself over two daemons that move KV, and the dashboard's queries.
+"""monitoring.py BIN [PICTURE [ROUNDS]]: Prometheus itself over two daemons that move KV, and the dashboard's queries.
 
 Starts two kvferryd of BIN and a Prometheus with deploy/prometheus/rules.yaml, lets kvferry-bench move a
 model's KV between the daemons, and then asks each query of deploy/grafana/kvferry.json. Each must be
@@ -142,7 +142,7 @@ def draw(picture, dashboard, prometheus, start, end):
         for _, target, expression in queries({"panels": [panel]}):
             for series in prometheus.ask("query_range", query=expression, start=start, end=end, step=1)["result"]:
                 points = [(float(t) - start, float(v)) for t, v in series["values"]]
-                if all(v == 0 or math.isnan(v) for _, v in points) and count >= 4:
+                if all(v == 0 or math.isnan(v) for _, v in points) and count >= 2:
                     continue
                 axis.plot(*zip(*points), linewidth=1, label=legend(target["legendFormat"], series["metric"])[:34])
                 count += 1
@@ -160,6 +160,7 @@ def draw(picture, dashboard, prometheus, start, end):
 def main():
     binary = pathlib.Path(sys.argv[1]).resolve()
     picture = sys.argv[2] if len(sys.argv) > 2 else None
+    rounds = sys.argv[3] if len(sys.argv) > 3 else "12"
     dashboard = json.loads((DEPLOY / "grafana/kvferry.json").read_text())
     rules = (DEPLOY / "prometheus/rules.yaml").read_text()
     wrong = []
@@ -195,7 +196,7 @@ scrape_configs:
         start = time.time()
         until("both daemons scraped", lambda: prometheus.value('sum(up{job="kvferryd"})') == 2)
         bench = subprocess.run([binary / "kvferry-bench", "model", "--model", "llama-3-8b", "--tokens", "1024", "--pair",
-                                "tp2:tp4", "--rounds", "12", "--sender-socket", folder / "a.sock",
+                                "tp2:tp4", "--rounds", rounds, "--sender-socket", folder / "a.sock",
                                 "--receiver-socket", folder / "b.sock", "--json"], capture_output=True, text=True)
         if bench.returncode != 0:
             sys.exit(f"kvferry-bench: {bench.stdout}{bench.stderr}")
