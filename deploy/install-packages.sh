@@ -15,7 +15,7 @@ packages=(
 tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-14 libclang-rt-14-dev clang-format-14 llvm-14 spin procps python3 python3-venv python3-pip python3-torch)
 # What reads the files of deploy, and what the monitoring is tried with. Debian's prometheus starts a
 # server of its own where systemd runs.
-tests+=(systemd shellcheck yamllint man-db mandoc zsh prometheus strace curl file)
+tests+=(systemd shellcheck yamllint man-db mandoc zsh prometheus strace nftables)
 packing=(dpkg-dev file gzip)
 
 case ${1:-} in

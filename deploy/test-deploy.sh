@@ -76,6 +76,19 @@ else
 fi
 "$venv/bin/hadolint" --config deploy/check/hadolint.yaml deploy/container/Containerfile
 
+echo "== rails' ports"
+# Loaded twice in a network of its own: it replaces itself. nft is in sbin.
+if PATH=$PATH:/usr/sbin unshare --map-root-user --net nft list tables >/dev/null 2>&1; then
+  PATH=$PATH:/usr/sbin unshare --map-root-user --net sh -ec '
+    nft -f deploy/nftables/kvferry.nft
+    nft -f deploy/nftables/kvferry.nft
+    [ "$(nft list chain inet kvferry input | grep -c drop)" -eq 2 ]'
+else
+  echo "SKIPPED: no network namespace with nftables here"
+fi
+range=$(sed -n 's/^port_range = "\(.*\)"/\1/p' deploy/kubernetes/base/kvferry.toml)
+grep -q "7400, $range }" deploy/nftables/kvferry.nft
+
 echo "== monitoring"
 promtool check rules deploy/prometheus/rules.yaml
 promtool check config deploy/prometheus/prometheus.yaml
