@@ -3,6 +3,7 @@
 // end of a daemon, a stopped one and an operator's word do to what was lent.
 #include <csignal>
 
+#include "tests/proc/control.h"
 #include "tests/proc/gpu_scene.h"
 
 namespace kvferry::testing {
@@ -65,6 +66,17 @@ struct HostScene {
   }
 };
 
+// Until the receiver's daemon has heard that the sender's has mapped so many arenas of its: from
+// then on it grants room in them.
+void require_lent(const DaemonPair& pair, std::size_t arenas) {
+  REQUIRE(comes_true([&] {
+    const nlohmann::json answer = control(pair.side(1), "peers");
+    for (const auto& peer : answer.at("peers"))
+      if (peer.at("node_id") == "sender" && peer.at("lent_arenas").size() == arenas) return true;
+    return false;
+  }));
+}
+
 double written(const bench::DaemonProcess& daemon) {
   return metric(daemon, "kvferry_chunks_total", "event=\"written\"");
 }
@@ -83,7 +95,7 @@ TEST_CASE("once the sender has mapped the receiver's arena it writes it, and not
   scene.start_workers("tp2", "tp4", kTokens);
   // The first transfer makes the link, and may be over before the arena is mapped.
   scene.require_hand_over(kTokens);
-  REQUIRE(comes_true([&] { return metric(scene.pair->side(0), "kvferry_borrowed_arenas") == 1; }));
+  require_lent(*scene.pair, 1);
   INFO(scene.pair->log_tail());
   const double before = offered(scene.pair->side(0));
   scene.require_hand_over(kTokens);
@@ -118,10 +130,9 @@ TEST_CASE("GPUs write mapped arenas: of host memory, and of each kind of their o
     GpuScene scene(row.settings);
     scene.start_workers("tp2", row.from_memory, "tp4", row.to_memory);
     scene.require_hand_over();
-    const double arenas = row.settings == on_host ? 1 : 2;
+    const std::size_t arenas = row.settings == on_host ? 1 : 2;
     INFO(scene.pair->log_tail());
-    REQUIRE(comes_true(
-        [&] { return metric(scene.pair->side(0), "kvferry_borrowed_arenas") == arenas; }));
+    require_lent(*scene.pair, arenas);
     const double before = offered(scene.pair->side(0));
     scene.require_hand_over();
     CHECK(comes_true([&] { return written(scene.pair->side(0)) > 0; }));
@@ -141,8 +152,7 @@ struct UnderWay {
   UnderWay() {
     scene.start_workers("tp1", "tp1", kMany);
     scene.require_hand_over(17);
-    REQUIRE(
-        comes_true([&] { return metric(scene.pair->side(0), "kvferry_borrowed_arenas") == 1; }));
+    require_lent(*scene.pair, 1);
     scene.require_hand_over(17);
     key = scene.begin(kMany);
     const double before = mapped(receiver());
@@ -213,7 +223,7 @@ TEST_CASE("a receiver's daemon that dies ends its senders' transfers, and is wri
   require_ok(run.scene.pair->restart(1));
   run.scene.start_worker(1, "tp1", UnderWay::kMany);
   run.scene.require_hand_over(kTokens);
-  REQUIRE(comes_true([&] { return metric(run.sender(), "kvferry_borrowed_arenas") == 1; }));
+  require_lent(*run.scene.pair, 1);
   const double before = written(run.sender());
   run.scene.require_hand_over(kTokens);
   CHECK(written(run.sender()) > before);
