@@ -229,7 +229,8 @@ struct Daemon::Impl {
   CondVar drained_changed;
   bool drained KVFERRY_GUARDED_BY(mutex) = false;
   std::vector<std::function<void()>> when_drained KVFERRY_GUARDED_BY(mutex);
-  Mutex reload_mutex;  // one at a time
+  bool ended KVFERRY_GUARDED_BY(mutex) = false;  // nobody tells of the drain any more
+  Mutex reload_mutex;                            // one at a time
   ops::ConfigSources sources;
   std::atomic<bool> served{false};
   bool stopped = false;
@@ -619,6 +620,7 @@ void Daemon::Impl::begin_drain(Duration limit, std::function<void()> done) {
   bool over = false;
   {
     MutexLock lock(mutex);
+    if (ended) return;  // which answers the call
     over = drained;
     if (!over) when_drained.push_back(std::move(done));
   }
@@ -686,6 +688,7 @@ void Daemon::stop() {
   if (d.engine) d.engine->stop();
   {
     MutexLock lock(d.mutex);
+    d.ended = true;
     d.when_drained.clear();  // answers those calls
   }
   if (d.gpu.queues)

@@ -91,7 +91,7 @@ void EngineThread::execute(engine::Gather& command) {
   copy.done = [this, id = command.copy, bytes = command.bytes, arena = command.mapped, made,
                checker, seen = copy.through != nullptr, region = command.region,
                mapped = copy.mapped, kind = command.check_kind](bool ok) {
-    parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, 0, !ok);
+    parts_.metrics->copy_ended(ops::CopyKind::kGather, bytes, !ok);
     if (!ok && arena) distrust(*arena);
     if (!ok || kind == engine::CheckKind::kNone || seen) {
       copy_ended(id, outcome_of(ok), *made);
@@ -121,7 +121,7 @@ void EngineThread::execute(engine::Scatter& command) {
   KVFERRY_CHECK(parts_.arenas->holds(command.region), "a scatter has a region");
   const auto wrong = std::make_shared<bool>(false);
   copy.done = [this, id = command.copy, bytes = command.bytes, wrong](bool ok) {
-    parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, 0, !ok);
+    parts_.metrics->copy_ended(ops::CopyKind::kScatter, bytes, !ok);
     copy_ended(id, *wrong ? engine::CopyOutcome::kCheckMismatch : outcome_of(ok));
   };
   if (command.check.kind == engine::CheckKind::kNone) {
@@ -158,7 +158,7 @@ void EngineThread::execute(engine::ClearTail& command) {
   copy.plan = std::static_pointer_cast<const CompiledPlan>(command.plan);
   KVFERRY_CHECK(copy.plan->tail != nullptr, "only a plan with a tail has it cleared");
   copy.done = [this, id = command.copy, bytes = copy.plan->tail->bytes()](bool ok) {
-    parts_.metrics->copy_ended(ops::CopyKind::kClear, bytes, 0, !ok);
+    parts_.metrics->copy_ended(ops::CopyKind::kClear, bytes, !ok);
     copy_ended(id, outcome_of(ok));
   };
   submit(command.copy, std::move(copy));
@@ -172,7 +172,7 @@ void EngineThread::execute(engine::LocalCopy& command) {
   copy.offset = command.offset;
   copy.bytes = command.bytes;
   copy.done = [this, id = command.copy, bytes = command.bytes](bool ok) {
-    parts_.metrics->copy_ended(ops::CopyKind::kFused, bytes, 0, !ok);
+    parts_.metrics->copy_ended(ops::CopyKind::kFused, bytes, !ok);
     copy_ended(id, outcome_of(ok));
   };
   submit(command.copy, std::move(copy));
@@ -196,7 +196,7 @@ void EngineThread::execute(engine::MakePacked& command) {
     copy.other = packing->destination;
     copy.bytes = packing->source->bytes;
     copy.done = [this, failed, id, packed = *packing](bool ok) {
-      parts_.metrics->copy_ended(ops::CopyKind::kPack, packed.source->bytes, 0, !ok);
+      parts_.metrics->copy_ended(ops::CopyKind::kPack, packed.source->bytes, !ok);
       post(ok ? engine::Packed{id, Reason::kNone, {}, packed.layout, packed.blocks}
               : failed(Reason::kGatherFailed, {}));
     };

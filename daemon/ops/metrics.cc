@@ -210,8 +210,6 @@ class Metrics::Collector {
     counters("kvferry_copies_total", "Gathers, scatters and copies within the node.", "kind",
              kCopyWords, m_.copies_);
     counters("kvferry_copy_bytes_total", "Bytes copied.", "kind", kCopyWords, m_.copy_bytes_);
-    counters("kvferry_copy_fragments_total", "Contiguous pieces copied.", "kind", kCopyWords,
-             m_.copy_fragments_);
     counters("kvferry_copy_errors_total", "Copies that failed.", "kind", kCopyWords,
              m_.copy_errors_);
     gauge("kvferry_copies_running", "Copies that run now.", m_.copies_running);
@@ -475,7 +473,7 @@ void Metrics::transfer_ended(TransferRole role, TransferOutcome outcome, Reason 
   ended_.at(r).at(static_cast<std::size_t>(outcome)).add();
 }
 
-void Metrics::copy_ended(CopyKind kind, uint64_t bytes, uint64_t fragments, bool failed) {
+void Metrics::copy_ended(CopyKind kind, uint64_t bytes, bool failed) {
   const auto k = static_cast<std::size_t>(kind);
   copies_.at(k).add();
   if (failed) {
@@ -483,7 +481,6 @@ void Metrics::copy_ended(CopyKind kind, uint64_t bytes, uint64_t fragments, bool
     return;
   }
   copy_bytes_.at(k).add(bytes);
-  copy_fragments_.at(k).add(fragments);
 }
 
 void Metrics::stage(Stage stage, Duration duration) {

@@ -239,7 +239,7 @@ class Metrics {
   Counter& of(BorrowFailure failure) { return borrow_failures_[static_cast<std::size_t>(failure)]; }
   Counter& of(DropCause cause) { return dropped_[static_cast<std::size_t>(cause)]; }
   Gauge& of(LaneState state) { return lanes_[static_cast<std::size_t>(state)]; }
-  void copy_ended(CopyKind kind, uint64_t bytes, uint64_t fragments, bool failed);
+  void copy_ended(CopyKind kind, uint64_t bytes, bool failed);
   void stage(Stage stage, Duration duration);
   void rpc_ended(Code code);
 
@@ -329,7 +329,6 @@ class Metrics {
   std::array<Counter, kBorrowFailures> borrow_failures_;
   std::array<Counter, kCopyKinds> copies_;
   std::array<Counter, kCopyKinds> copy_bytes_;
-  std::array<Counter, kCopyKinds> copy_fragments_;
   std::array<Counter, kCopyKinds> copy_errors_;
   std::array<std::unique_ptr<Histogram>, kStages> stages_;
   std::array<Counter, kDropCauses> dropped_;
