@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -21,6 +22,7 @@
 #include <optional>
 #include <random>
 #include <sstream>
+#include <thread>
 
 #include "client/bench/stop.h"
 
@@ -77,10 +79,21 @@ Port free_port() {
   return {};
 }
 
+// A socket in that network namespace (-1: ours), made by a thread of its own, as namespaces are a
+// thread's.
+int local_socket_in(int network, uint16_t port, sockaddr_in& address) {
+  if (network < 0) return local_socket(port, address);
+  int fd = -1;
+  std::thread([&] {
+    if (::setns(network, CLONE_NEWNET) == 0) fd = local_socket(port, address);
+  }).join();
+  return fd;
+}
+
 // One HTTP/1.0 request to a local port; the body, or nothing unless the answer is 200.
-std::string http_get(uint16_t port, const std::string& path) {
+std::string http_get(int network, uint16_t port, const std::string& path) {
   sockaddr_in address{};
-  const int fd = local_socket(port, address);
+  const int fd = local_socket_in(network, port, address);
   const timeval limit{2, 0};
   ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
   ::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit);
@@ -158,6 +171,7 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
   daemon->http_port_ = http.number;
   daemon->http_hold_ = std::move(http.hold);
   daemon->peer_port_ = identity.peer_port;
+  daemon->network_ = options.network;
   daemon->config_ = base + ".toml";
   const auto peer = [](const std::string& name, uint16_t port) {
     return "[[peers]]\nidentity = \"" + name +
@@ -172,11 +186,12 @@ Result<std::unique_ptr<DaemonProcess>> DaemonProcess::start(const std::string& d
                                  << "\"\n[admin]\nsocket = \"" << daemon->admin_
                                  << "\"\n[mapped]\nsocket = \"" << base << ".arenas"
                                  << "\"\n[http]\nport = " << daemon->http_port_
-                                 << "\n[peer]\nlisten = \"127.0.0.1:" << identity.peer_port
-                                 << "\"\n[rails]\ntransports = [\"" << options.path << "\"]\n"
+                                 << "\n[peer]\nlisten = \"" << identity.host << ":"
+                                 << identity.peer_port << "\"\n[rails]\ntransports = [\""
+                                 << options.path << "\"]\n"
                                  << rest;
-  std::vector<std::string> words = {options.binary_directory + "/kvferryd", "--config",
-                                    daemon->config_};
+  std::vector<std::string> words = options.inside;
+  words.insert(words.end(), {options.binary_directory + "/kvferryd", "--config", daemon->config_});
   for (const std::string& setting : options.settings) {
     words.push_back("--set");
     words.push_back(setting);
@@ -275,7 +290,7 @@ uint64_t DaemonProcess::private_bytes() const {
 }
 
 std::string DaemonProcess::http(const std::string& path) const {
-  return http_get(http_port_, path);
+  return http_get(network_, http_port_, path);
 }
 
 Result<Metrics> DaemonProcess::metrics() const {

@@ -27,6 +27,11 @@ struct DaemonOptions {
   std::vector<std::string> settings;  // "section.key=value"
   // SIGTERM when the thread that starts it ends, however that happens.
   bool ends_with_starter = false;
+  // Words of a command line that runs the program behind them in its own process, for a daemon that
+  // stands in a network namespace of its own.
+  std::vector<std::string> inside = {};
+  // That namespace, in which its HTTP port is asked; -1: the caller's. Outlives the daemon.
+  int network = -1;
 };
 
 class DaemonProcess {
@@ -39,6 +44,7 @@ class DaemonProcess {
     std::map<std::string, uint16_t> more = {};  // further peers: name -> port
     // Instead of the node's id and all peers: the end of the configuration, as TOML. Empty: none.
     std::string toml = {};
+    std::string host = "127.0.0.1";  // where it takes its peers' handshakes
   };
   // A port for a daemon's peers, free and this program's until it ends; 0: none was found. From one
   // thread at a time.
@@ -91,6 +97,7 @@ class DaemonProcess {
   uint16_t http_port_ = 0;
   UniqueFd http_hold_;  // keeps others from taking it
   uint16_t peer_port_ = 0;
+  int network_ = -1;
 };
 
 // A sender's and a receiver's daemon.

@@ -10,12 +10,15 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
-#include <optional>
+#include <deque>
+#include <random>
+#include <sstream>
 #include <stdexcept>
 
 namespace kvferry::testing {
@@ -25,6 +28,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kMtu = 9000;
 constexpr int kQueuedFrames = 64;  // at the sender's end of a road
+constexpr std::size_t kUnderwayFrames = 4096;
 // How far a road may be ahead of its speed: sleeps of less than this are no use.
 constexpr std::chrono::milliseconds kBurst(2);
 
@@ -97,7 +101,7 @@ UniqueFd make_tap(int network, std::size_t road, int side) {
     what.ifr_flags = IFF_TAP | IFF_NO_PI;
     check(::ioctl(tap.get(), TUNSETIFF, &what), "TUNSETIFF");
     set_up("lo", "");
-    set_up(name, "10.77." + std::to_string(road) + "." + std::to_string(side + 1));
+    set_up(name, Roads::address(road, side));
   });
   return tap;
 }
@@ -147,38 +151,67 @@ Roads::~Roads() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-std::string Roads::inside(int side) const {
+std::string Roads::in_network(int side) const {
   return "nsenter --net=/proc/" + std::to_string(::getpid()) + "/fd/" +
-         std::to_string(namespaces_[side].get()) +
-         " unshare --mount sh -c 'mount -t sysfs none /sys && exec \"$0\" \"$@\"'";
+         std::to_string(namespaces_[side].get()) + " unshare --mount";
 }
 
-// The frames of one direction. Those that come while it waits are queued by the device, and beyond
-// its queue lost, as on a slow network.
+std::vector<std::string> Roads::inside_words(int side) const {
+  std::istringstream said(in_network(side));
+  std::vector<std::string> words = {"/usr/bin/env"};
+  for (std::string word; said >> word;) words.push_back(word);
+  words.insert(words.end(), {"sh", "-c", kOwnSys});
+  return words;
+}
+
+bool Roads::stops_while_waiting(int tap, std::chrono::nanoseconds limit) const {
+  pollfd waits[] = {{stop_.get(), POLLIN, 0}, {tap, POLLIN, 0}};
+  const auto left = std::max<int64_t>(limit.count(), 0);
+  const timespec wait{left / 1'000'000'000, left % 1'000'000'000};
+  if (::ppoll(waits, 2, &wait, nullptr) < 0) return errno != EINTR;
+  return waits[0].revents != 0;
+}
+
+// The frames of one direction. Those that come faster than the road's speed are queued by the
+// device, and beyond its queue lost, as on a slow network.
 void Roads::carry(Road& road, int from) {
+  struct Underway {
+    Clock::time_point arrives;
+    std::vector<uint8_t> frame;
+  };
+  std::deque<Underway> underway;
+  std::minstd_rand random(static_cast<uint32_t>(from) + 1);
   std::array<uint8_t, kMtu + 64> frame{};
-  Clock::time_point free = Clock::now();
+  Clock::time_point free = Clock::now();  // when the road's beginning can take the next one
   while (true) {
-    pollfd waits[] = {{stop_.get(), POLLIN, 0}, {road.taps[from].get(), POLLIN, 0}};
-    if (::poll(waits, 2, -1) < 0 && errno != EINTR) return;
-    if (waits[0].revents != 0) return;
-    const ssize_t bytes = ::read(road.taps[from].get(), frame.data(), frame.size());
-    if (bytes <= 0) continue;
-    if (road.cut) continue;
     const Clock::time_point now = Clock::now();
-    free = std::max(free, now) +
-           std::chrono::nanoseconds(static_cast<uint64_t>(bytes) * 1'000'000'000 / road.speed);
-    if (free - now > kBurst) {
-      pollfd stop = {stop_.get(), POLLIN, 0};
-      const auto left =
-          std::chrono::duration_cast<std::chrono::nanoseconds>(free - now - kBurst / 2);
-      const timespec wait{0, std::min<long>(left.count(), 100'000'000)};
-      if (::ppoll(&stop, 1, &wait, nullptr) > 0) return;
+    while (!underway.empty() && underway.front().arrives <= now) {
+      const std::vector<uint8_t>& first = underway.front().frame;
+      if (!road.cut[from]) {
+        road.carried += first.size();
+        // A full receiver loses it, as would a network.
+        [[maybe_unused]] const ssize_t written =
+            ::write(road.taps[1 - from].get(), first.data(), first.size());
+      }
+      underway.pop_front();
     }
-    road.carried += static_cast<uint64_t>(bytes);
-    // A full receiver loses it, as would a network.
-    [[maybe_unused]] const ssize_t written =
-        ::write(road.taps[1 - from].get(), frame.data(), static_cast<std::size_t>(bytes));
+    const bool takes = free <= now + kBurst && underway.size() < kUnderwayFrames;
+    Clock::time_point wake = now + std::chrono::hours(1);
+    if (!underway.empty()) wake = underway.front().arrives;
+    if (free > now + kBurst) wake = std::min(wake, free - kBurst / 2);
+    if (stops_while_waiting(takes ? road.taps[from].get() : -1, wake - now)) return;
+    if (!takes) continue;
+    const ssize_t got = ::read(road.taps[from].get(), frame.data(), frame.size());
+    if (got <= 0) continue;
+    const auto bytes = static_cast<std::size_t>(got);
+    if (road.cut[from]) continue;
+    if (random() % 1000 < road.lost_per_mille) {
+      ++road.lost;
+      continue;
+    }
+    free =
+        std::max(free, Clock::now()) + std::chrono::nanoseconds(bytes * 1'000'000'000 / road.speed);
+    underway.push_back({free - kBurst + road.delay.load(), {frame.data(), frame.data() + bytes}});
   }
 }
 
