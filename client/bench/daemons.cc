@@ -305,6 +305,19 @@ Result<Metrics> DaemonProcess::metrics() const {
   return metrics;
 }
 
+double DaemonProcess::sum(const std::string& name, const std::string& part,
+                          const std::string& other) const {
+  const auto scraped = metrics();
+  double sum = 0;
+  if (!scraped) return sum;
+  for (const auto& [series, value] : *scraped) {
+    const bool same = series == name || series.starts_with(name + "{");
+    if (same && series.find(part) != std::string::npos && series.find(other) != std::string::npos)
+      sum += value;
+  }
+  return sum;
+}
+
 std::string DaemonProcess::log_tail() const {
   return "--- " + log_ + "\n" + tail_of(log_);
 }

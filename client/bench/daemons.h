@@ -81,6 +81,9 @@ class DaemonProcess {
   // Memory that is the daemon's alone: without pools and arena, which are shared; 0 if it is gone.
   uint64_t private_bytes() const;
   Result<Metrics> metrics() const;
+  // The sum of a metric's series whose labels hold both parts; 0 if the daemon does not answer.
+  double sum(const std::string& name, const std::string& part = {},
+             const std::string& other = {}) const;
   // Body of a GET that was answered 200, else empty.
   std::string http(const std::string& path) const;
   std::string log_tail() const;

@@ -508,6 +508,11 @@ void Lanes::offer_in(const OfferIn& event) {
   core_.receiver.offer_in(*link, event);
 }
 
+void Lanes::data_in(const LaneRef& ref) {
+  Link* link = nullptr;
+  if (current(ref, link) != nullptr) heard(*link, ref.lane);
+}
+
 // ---- timers -----------------------------------------------------------------------------------
 
 void Lanes::timer(TimerKey key) {

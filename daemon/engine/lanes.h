@@ -71,6 +71,8 @@ class Lanes {
   uint64_t carry(Link& link, uint32_t lane, uint64_t bytes);
   bool up(const Link& link, uint32_t lane, uint32_t epoch) const;
   void check_invariants() const;
+  // A chunk has come by the lane, which is no silence: on a slow one pings wait behind data.
+  void data_in(const LaneRef& lane);
   // This side gives the lane up.
   void give_up(const LaneRef& lane);
   // A message that breaks the protocol: counted; a link on which it repeats is closed with the next

@@ -198,6 +198,7 @@ void Receiver::receive_ended(const ReceiveEnded& event) {
   const RxSlice& slice = leg->second.slices.at(region.slice);
   const LaneRef lane{region.link, region.lane, region.epoch};
   const uint64_t pull = region.leg;
+  if (event.ok) core_.lanes.data_in(lane);
   if (slice.state == RxSlice::State::kDropped) {
     free_region(region.id);
     if (!event.ok) core_.lanes.give_up(lane);

@@ -2,7 +2,6 @@
 
 #include <time.h>
 
-#include <fstream>
 #include <iostream>
 
 namespace kvferry::testing {
@@ -22,25 +21,6 @@ bench::Shape shape() {
   return shape;
 }
 
-std::size_t entries(const std::string& directory) {
-  std::size_t count = 0;
-  std::error_code error;
-  for (std::filesystem::directory_iterator it(directory, error), end; !error && it != end;
-       it.increment(error))
-    ++count;
-  return count;
-}
-
-// Mappings with a file behind them: what is shared with workers, rails and peers. Threads' stacks
-// and the allocator's arenas come and go on their own account.
-std::size_t file_mappings(pid_t pid) {
-  std::ifstream maps("/proc/" + std::to_string(pid) + "/maps");
-  std::size_t count = 0;
-  for (std::string line; std::getline(maps, line);)
-    if (line.find(" /") != std::string::npos) ++count;
-  return count;
-}
-
 std::mt19937_64 seeded() {
   const char* const given = std::getenv("KVFERRY_FAULT_SEED");
   const uint64_t seed = given != nullptr ? std::stoull(given) : std::random_device()();
@@ -49,19 +29,6 @@ std::mt19937_64 seeded() {
 }
 
 }  // namespace
-
-bool Level::within(const Level& before) const {
-  // A lane of UCX has one connection, or two if both ends dialled at the same time.
-  return descriptors <= before.descriptors && mappings <= before.mappings &&
-         rails_descriptors <= before.rails_descriptors + 1 && workers == before.workers &&
-         pool_bytes == before.pool_bytes;
-}
-
-std::string Level::text() const {
-  return std::to_string(descriptors) + " descriptors, " + std::to_string(mappings) +
-         " mappings, rails " + std::to_string(rails_descriptors) + " descriptors, " +
-         std::to_string(workers) + " workers, " + std::to_string(pool_bytes) + " bytes of pools";
-}
 
 FaultScene::FaultScene(std::vector<std::string> settings) : random_(seeded()) {
   // Small pieces and few of them under way make a long transfer of few bytes.
@@ -150,19 +117,8 @@ TransferEnd FaultScene::end(int side, const TransferKey& key) {
   return ended;
 }
 
-Level FaultScene::level(int side) const {
-  const bench::DaemonProcess& daemon = pair_->side(side);
-  Level level;
-  level.descriptors = entries("/proc/" + std::to_string(daemon.pid()) + "/fd");
-  level.mappings = file_mappings(daemon.pid());
-  level.rails_descriptors = entries("/proc/" + std::to_string(daemon.rails_pid()) + "/fd");
-  level.workers = metric(daemon, "kvferry_workers");
-  level.pool_bytes = metric(daemon, "kvferry_pool_bytes");
-  return level;
-}
-
 void FaultScene::measure(int side) {
-  before_[side] = level(side);
+  before_[side] = level_of(pair_->side(side));
 }
 
 void FaultScene::require_nothing_held(int side) {
@@ -175,7 +131,7 @@ void FaultScene::require_nothing_held(int side) {
   Level now;
   const bool back = comes_true(
       [&] {
-        now = level(side);
+        now = level_of(daemon);
         return now.within(before);
       },
       seconds(10));

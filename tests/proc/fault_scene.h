@@ -7,23 +7,11 @@
 #include <random>
 #include <string>
 
+#include "tests/proc/books.h"
 #include "tests/proc/fault_worker.h"
 #include "tests/proc/hand_off_daemons.h"
 
 namespace kvferry::testing {
-
-// What a daemon and its rails process have open. Wholly free arenas and no transfers go without
-// saying.
-struct Level {
-  std::size_t descriptors = 0;
-  std::size_t mappings = 0;
-  std::size_t rails_descriptors = 0;
-  double workers = 0;
-  double pool_bytes = 0;
-  // Nothing here is more than it was in `before`.
-  bool within(const Level& before) const;
-  std::string text() const;
-};
 
 class FaultScene {
  public:
@@ -63,7 +51,6 @@ class FaultScene {
   TransferKey begin(uint64_t tokens);
   void require_done(const TransferKey& key, uint64_t tokens);
   double received_bytes() const;
-  Level level(int side) const;
 
   std::unique_ptr<DaemonPair> pair_;
   std::unique_ptr<WorkerProcess> workers_[2];

@@ -67,15 +67,7 @@ inline bool comes_true(const std::function<bool()>& condition,
 // The sum of a metric's series whose labels hold both parts; 0 if the daemon does not answer.
 inline double metric(const bench::DaemonProcess& daemon, const std::string& name,
                      const std::string& part = {}, const std::string& other = {}) {
-  const auto metrics = daemon.metrics();
-  double sum = 0;
-  if (!metrics) return sum;
-  for (const auto& [series, value] : *metrics) {
-    const bool same = series == name || series.starts_with(name + "{");
-    if (same && series.find(part) != std::string::npos && series.find(other) != std::string::npos)
-      sum += value;
-  }
-  return sum;
+  return daemon.sum(name, part, other);
 }
 
 // Bytes of the arena that are not free. Negative while the daemon does not answer.

@@ -245,6 +245,7 @@ class Pair {
   bool answer_gathers = true;
   Reason packed_reason = Reason::kNone;  // of packed copies that are made
   std::function<bool(const Command&)> swallow = [](const Command&) { return false; };
+  const Box* mute = nullptr;  // whose messages get lost
   Reason resolve_reason = Reason::kNone;
   Range needed{0, 64};  // what the directory thinks the transfer needs
 
@@ -254,7 +255,9 @@ class Pair {
     while (done < from.commands.size()) {
       const Command command = from.commands[done++];
       any = true;
-      if (!swallow(command)) answer(from, to, command);
+      if (swallow(command)) continue;
+      if (mute == &from && std::holds_alternative<SendMessage>(command)) continue;
+      answer(from, to, command);
     }
     return any;
   }

@@ -386,6 +386,29 @@ TEST_CASE("a silent peer is lost within the limit, and its link is closed") {
   CHECK(empty(pair.r));
 }
 
+// On a slow road a ping waits behind the chunks that were offered before it.
+TEST_CASE("a lane by which chunks come is not silent, though nothing else comes by it") {
+  Pair pair;
+  pair.swallow = [](const Command& command) {
+    return std::holds_alternative<AcceptOffer>(command);
+  };
+  pair.s.post(pair.send_op("a", 0, {0, 64}, true));
+  pair.r.post(pair.receive_op("a", {0, 64}));
+  pair.run();
+  pair.mute = &pair.s;
+  std::size_t landed = 0;
+  while (landed < 10) {  // 640 bytes in chunks of 64
+    const auto accepted = pair.r.seen<AcceptOffer>();
+    REQUIRE(accepted.size() > landed);
+    pair.pass(seconds(2));
+    // One of each lane: the other is as slow.
+    for (std::size_t end = std::min(accepted.size(), landed + 2); landed < end; ++landed)
+      pair.land(accepted[landed]);
+  }
+  CHECK(pair.r.seen<TellLaneDown>().empty());
+  CHECK(pair.received("a").state == TransferState::kCompleted);
+}
+
 TEST_CASE("the rails process dies: everything moves over new lanes") {
   Pair pair;
   bool cut = true;
