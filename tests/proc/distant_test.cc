@@ -30,9 +30,10 @@ How how_with(bool mtls) {
 
 TEST_CASE(
     "a host that is cut off in mid-transfer: both workers are told, and again partners after") {
-  DistantScene scene(how_with(GENERATE(false, true)));
+  const bool mtls = GENERATE(false, true);
+  DistantScene scene(how_with(mtls));
   // Both ways, or only what one of them sends.
-  for (const int deaf : {-1, 0, 1}) {
+  for (const int deaf : mtls ? std::vector<int>{-1} : std::vector<int>{-1, 0, 1}) {
     CAPTURE(deaf);
     const TransferKey key = scene.begin_and_move();
     const auto cut = Clock::now();
@@ -91,7 +92,7 @@ TEST_CASE("one road of two is cut in mid-transfer, the one that gRPC goes by or 
 }
 
 TEST_CASE("a receive that is called while its peer cannot be reached") {
-  DistantScene scene(how_with(GENERATE(false, true)));
+  DistantScene scene(how_with(true));
   // The link ends first, so that both sides have to find each other anew.
   const TransferKey lost = scene.begin_and_move();
   scene.roads.cut(0);
@@ -204,7 +205,7 @@ TEST_CASE("a road that loses nearly everything ends transfers, and is good again
 TEST_CASE("a road too slow for the transfer's deadline") {
   How how;
   how.speeds = {4 * kMiB};
-  how.tokens = 8192;  // 32 MiB: eight seconds
+  how.tokens = 6144;  // 24 MiB: six seconds
   DistantScene scene(how);
   Party::Receive receive;
   receive.deadline = milliseconds(3000);
@@ -223,7 +224,7 @@ TEST_CASE("a road too slow for the transfer's deadline") {
 
 TEST_CASE("a far host is no lost one") {
   How how;
-  how.tokens = 1024;
+  how.tokens = 512;
   DistantScene scene(how);
   constexpr milliseconds kOneWay(100);
   scene.roads.delay(0, kOneWay);
@@ -246,7 +247,7 @@ TEST_CASE("a road that comes and goes at random moments") {
     return milliseconds(std::uniform_int_distribution<int>(from, to)(random));
   };
   DistantScene scene(How{});
-  for (int round = 0; round < 6; ++round) {
+  for (int round = 0; round < 4; ++round) {
     CAPTURE(round);
     const TransferKey key = scene.begin();
     std::this_thread::sleep_for(draw(0, 300));  // the moment is what is tested

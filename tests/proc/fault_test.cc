@@ -2,6 +2,7 @@
 // and soon, nothing stays behind, and the next transfer succeeds. The moments are drawn at random;
 // KVFERRY_FAULT_SEED draws the same ones again.
 #include <signal.h>
+#include <sys/resource.h>
 
 #include "tests/proc/fault_scene.h"
 
@@ -68,6 +69,28 @@ TEST_CASE("a killed rails process is replaced, and transfers go on or end") {
       const pid_t next = scene.daemons().side(victim).rails_pid();
       return next > 0 && next != rails && !scene.daemons().side(victim).http("/readyz").empty();
     }));
+    scene.require_lanes();
+    scene.require_hand_over();
+    for (const int side : {0, 1}) scene.require_nothing_held(side);
+  }
+}
+
+// UCX closes a listener whose accept() fails, and could never be connected to again.
+TEST_CASE("rails that were out of descriptors when a peer connected take connections again") {
+  FaultScene scene;
+  for (const int victim : {0, 1}) {
+    CAPTURE(victim);
+    const pid_t starved = scene.daemons().side(victim).rails_pid();
+    REQUIRE(starved > 0);
+    rlimit none{};
+    REQUIRE(::prlimit(starved, RLIMIT_NOFILE, nullptr, &none) == 0);
+    const rlimit before = none;
+    none.rlim_cur = 3;
+    REQUIRE(::prlimit(starved, RLIMIT_NOFILE, &none, nullptr) == 0);
+    REQUIRE(::kill(scene.daemons().side(1 - victim).rails_pid(), SIGKILL) == 0);
+    // Its lanes cannot be made anew; it has to find that out by itself.
+    CHECK(comes_true([&] { return scene.daemons().side(victim).rails_pid() != starved; }));
+    (void)::prlimit(starved, RLIMIT_NOFILE, &before, nullptr);
     scene.require_lanes();
     scene.require_hand_over();
     for (const int side : {0, 1}) scene.require_nothing_held(side);

@@ -219,12 +219,11 @@ void SoakLine::hand_over() {
     }
     if (!workers_[side]) ends[side].reset();
   }
-  const bool calm = weather % 2 == 0 && world_.weather() == weather;
-  judge(ends, refused, tokens, calm, begun);
+  judge(ends, refused, tokens, weather, begun);
 }
 
 void SoakLine::judge(const std::optional<TransferEnd> (&ends)[2], const std::string& refused,
-                     uint64_t tokens, bool calm, uint64_t begun_ns) {
+                     uint64_t tokens, uint64_t weather, uint64_t begun_ns) {
   bool good[2] = {false, false};
   std::string words;  // "sender's/receiver's"
   for (const int side : {0, 1}) {
@@ -257,6 +256,7 @@ void SoakLine::judge(const std::optional<TransferEnd> (&ends)[2], const std::str
       words != "NONE/DAEMON_RESTARTED")
     world_.violate(plan_.name + ": delivered, but its receiver says " + words);
   const bool well = good[0] && good[1];
+  const bool calm = weather % 2 == 0 && world_.weather() == weather;
   if (calm && !well)
     world_.violate(plan_.name + ": nothing was wrong, but it ended " + words + " " + refused);
   if (workers_[0] && workers_[1] && !refused.empty()) return count_refusal(refused, calm);

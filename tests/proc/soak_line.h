@@ -87,9 +87,10 @@ class SoakLine {
   // Starts what is not there; false: not now.
   bool have_workers();
   void hand_over();
-  // Counts what came of it and says what must not be. `ends`: of the sides whose call was queued.
+  // Counts what came of it and says what must not be. `ends`: of the sides whose call was queued;
+  // `weather`: at its beginning.
   void judge(const std::optional<TransferEnd> (&ends)[2], const std::string& refused,
-             uint64_t tokens, bool calm, uint64_t begun_ns);
+             uint64_t tokens, uint64_t weather, uint64_t begun_ns);
   // The answer. A worker that has none any more is forgotten, which only a killed one may be.
   std::string ask(int side, const std::string& command);
   bool forget_if_lost(int side, const std::string& answer);

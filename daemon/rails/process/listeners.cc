@@ -54,19 +54,22 @@ tl::unexpected<Error> failed(std::string what) {
 
 }  // namespace
 
+bool listens(const Listener& listener) {
+  int listening = 0;
+  socklen_t bytes = sizeof listening;
+  return getsockopt(listener.fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &bytes) == 0 &&
+         listening != 0;
+}
+
 std::vector<Listener> tcp_listeners() {
   std::vector<Listener> listeners;
   std::error_code error;
   for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd", error)) {
     Listener listener;
     listener.fd = std::atoi(entry.path().filename().c_str());
-    int listening = 0;
-    socklen_t bytes = sizeof listening;
-    if (getsockopt(listener.fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &bytes) != 0 ||
-        listening == 0)
-      continue;
+    if (!listens(listener)) continue;
     sockaddr_storage address = {};
-    bytes = sizeof address;
+    socklen_t bytes = sizeof address;
     auto* const generic = reinterpret_cast<sockaddr*>(&address);
     if (getsockname(listener.fd, generic, &bytes) == 0 && describe(generic, listener))
       listeners.push_back(listener);

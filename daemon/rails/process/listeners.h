@@ -20,6 +20,9 @@ struct Listener {
 
 std::vector<Listener> tcp_listeners();
 
+// Whether it still does.
+bool listens(const Listener& listener);
+
 // Of those in `now`, the ones whose descriptor is not in `before`.
 std::vector<Listener> added_listeners(const std::vector<Listener>& before,
                                       const std::vector<Listener>& now);

@@ -43,6 +43,7 @@ namespace kvferry::rails {
 namespace {
 
 constexpr int kChannel = 3;
+constexpr int kListenersLookedAtMs = 1000;
 constexpr int kExitUsage = 64;
 constexpr int kExitInternal = 70;
 constexpr int kExitConfiguration = 78;
@@ -63,8 +64,9 @@ int preparation_status(const Error& error) {
 struct Start {
   explicit Start(uint32_t rails) : made(rails) {}
   std::mutex one_at_a_time;
-  std::latch made;         // by each rail that listens
-  std::latch confined{1};  // before any of them serves
+  std::latch made;                  // by each rail that listens
+  std::latch confined{1};           // before any of them serves
+  std::vector<Listener> listeners;  // of all rails; constant once they are made
 };
 
 void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t index, Start& start) {
@@ -90,6 +92,7 @@ void run_rail(const ProcessSetup& setup, const gpu::Device* device, uint32_t ind
       if (auto status = check_listeners(listeners, setup.setup, setup.setup.rails[index]); !status)
         die(kExitConfiguration, status.error());
     if (!listeners.empty()) port = listeners.front().port;
+    start.listeners.insert(start.listeners.end(), listeners.begin(), listeners.end());
   }
   start.made.count_down();
   start.confined.wait();
@@ -143,9 +146,18 @@ int run() {
   // every request at once, which is what it is for.
   for (;;) {
     pollfd wait = {kChannel, POLLIN, 0};
-    const int ready = ::poll(&wait, 1, -1);
+    const int ready = ::poll(&wait, 1, kListenersLookedAtMs);
     if (ready < 0 && errno == EINTR) continue;
-    ::_exit(ready < 0 ? kExitInternal : 0);
+    if (ready != 0) ::_exit(ready < 0 ? kExitInternal : 0);
+    // UCX closes a listener when accept() fails, as it does for want of descriptors. Nobody could
+    // ever connect again; our successor has new ones.
+    for (const Listener& listener : start.listeners)
+      if (!listens(listener))
+        die(kExitInternal, Error{Code::kInternal,
+                                 "LISTENER_CLOSED",
+                                 "UCX has closed the listener at port " +
+                                     std::to_string(listener.port) + ": out of descriptors?",
+                                 {}});
   }
 }
 
