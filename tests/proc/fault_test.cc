@@ -93,7 +93,11 @@ TEST_CASE("rails that were out of descriptors when a peer connected take connect
     (void)::prlimit(starved, RLIMIT_NOFILE, &before, nullptr);
     scene.require_lanes();
     scene.require_hand_over();
-    for (const int side : {0, 1}) scene.require_nothing_held(side);
+    for (const int side : {0, 1}) {
+      // UCX 1.13 keeps the socket of a connection that was refused, for the process's life.
+      scene.measure(side);
+      scene.require_nothing_held(side);
+    }
   }
 }
 
