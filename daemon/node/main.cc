@@ -1,5 +1,6 @@
 // kvferryd: reads the configuration, starts the daemon, waits for signals, drains and stops.
 #include <malloc.h>
+#include <sys/resource.h>
 
 #include <csignal>
 #include <cstdio>
@@ -42,6 +43,15 @@ void keep_freed_memory() {
   mallopt(M_ARENA_MAX, 8);
   mallopt(M_MMAP_THRESHOLD, 16 << 20);
   mallopt(M_TRIM_THRESHOLD, 32 << 20);
+}
+
+// Workers' pools and connections take descriptors, and a listener of gRPC's that once finds none left
+// never listens again: the usual 1,024 are too few to be safe from whoever may connect.
+void take_all_descriptors() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;
+  limit.rlim_cur = limit.rlim_max;
+  (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 int serve(const ops::ConfigSources& sources, const ops::Config& config, const sigset_t& signals) {
@@ -99,6 +109,7 @@ int run(int argc, const char* const* argv) {
   if (!loaded.ok()) return ops::kExitConfiguration;
 
   keep_freed_memory();
+  take_all_descriptors();
   rpc::quiet_parser();
   // Before any thread exists, so that all of them leave these signals to this one.
   const sigset_t signals = handled_signals();

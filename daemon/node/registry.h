@@ -20,6 +20,7 @@
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/registered_layout.h"
 #include "daemon/node/task_pool.h"
+#include "daemon/ops/log.h"
 #include "daemon/ops/metrics.h"
 #include "daemon/rpc/admin_backend.h"
 #include "daemon/rpc/lifeline.h"
@@ -157,6 +158,7 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
   const RegistryConfig config_;
   std::atomic<rpc::Lifeline*> lifeline_{nullptr};
   std::atomic<bool> draining_{false};
+  ops::LogLimiter refusals_{8, std::chrono::minutes(1)};  // the lifelines' thread
   mutable Mutex mutex_;
   std::map<WorkerId, Worker> workers_ KVFERRY_GUARDED_BY(mutex_);
   std::map<LayoutKey, uint64_t> generations_ KVFERRY_GUARDED_BY(mutex_);

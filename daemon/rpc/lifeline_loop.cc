@@ -158,19 +158,40 @@ void Lifeline::Loop::admit(std::size_t socket, UniqueFd fd) {
                    "UID_NOT_ALLOWED",
                    "uid " + std::to_string(uid) + " may not attach to this socket",
                    {}});
-  if (listeners_[socket].unattached >= owner_.config_.max_unattached)
-    return refuse({Code::kResourceExhausted,
-                   "TOO_MANY_CONNECTIONS",
-                   "too many connections wait to be attached",
-                   {}});
+  if (listeners_[socket].unattached.size() >= owner_.config_.max_unattached) make_room(socket);
   connection.pidfd = peer_process(connection.fd.get(), connection.credentials.pid);
   connection.attach_by = monotonic_now() + owner_.config_.attach_timeout;
   const uint64_t key = next_key_++;
   if (!watch(connection.fd.get(), key, kLifeline) ||
       (connection.pidfd && !watch(connection.pidfd.get(), key, kProcess)))
     return;
-  ++listeners_[socket].unattached;
+  listeners_[socket].unattached.insert(key);
   connections_.emplace(key, std::move(connection));
+  // Who comes to attach has mostly said so already, and then never waits behind who does not.
+  read_some(key);
+}
+
+void Lifeline::Loop::make_room(std::size_t socket) {
+  std::map<pid_t, uint32_t> waiting;
+  const std::set<uint64_t>& unattached = listeners_[socket].unattached;
+  for (const uint64_t key : unattached) ++waiting[connections_.at(key).credentials.pid];
+  const auto most = std::max_element(waiting.begin(), waiting.end(), [](auto& a, auto& b) {
+    return a.second < b.second;
+  });
+  if (most == waiting.end()) return;
+  for (const uint64_t key : unattached) {
+    const Connection& oldest = connections_.at(key);
+    if (oldest.credentials.pid != most->first) continue;
+    const Error error{Code::kResourceExhausted,
+                      "TOO_MANY_CONNECTIONS",
+                      "of the " + std::to_string(owner_.config_.max_unattached) +
+                          " connections that may wait to be attached this process has most",
+                      {}};
+    send_refusal(oldest, error);
+    events_.on_refused(socket, error);
+    end(key, GoneReason::kProtocol);
+    return;
+  }
 }
 
 void Lifeline::Loop::read_some(uint64_t key) {
@@ -226,7 +247,7 @@ bool Lifeline::Loop::on_attach(uint64_t key, const lifeline::AttachRequest& requ
     return false;
   }
   connection.session = *session;
-  --listeners_[connection.socket].unattached;
+  listeners_[connection.socket].unattached.erase(key);
   ++listeners_[connection.socket].attached;
   owner_.add(*session);
   events_.on_attached(*session);
@@ -393,7 +414,7 @@ void Lifeline::Loop::end(uint64_t key, GoneReason reason) {
   Connection& connection = node.mapped();
   Listener& listener = listeners_[connection.socket];
   if (!connection.session) {
-    --listener.unattached;
+    listener.unattached.erase(key);
     return;
   }
   --listener.attached;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -40,7 +41,7 @@ class Lifeline::Loop {
   };
   struct Listener {
     UniqueFd fd;
-    uint32_t unattached = 0;
+    std::set<uint64_t> unattached;  // connections by age
     uint32_t attached = 0;
   };
   // What an epoll event is about, beside the connection's key.
@@ -52,6 +53,8 @@ class Lifeline::Loop {
   void handle(uint64_t key, Source source);
   void accept_some(std::size_t socket);
   void admit(std::size_t socket, UniqueFd fd);
+  // Turns away the oldest that has not attached, of the process that has most of them.
+  void make_room(std::size_t socket);
   // Reads what has come; at most a few messages, so that one worker does not hold up the others.
   void read_some(uint64_t key);
   // False: the connection has been ended.

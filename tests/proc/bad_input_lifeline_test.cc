@@ -16,6 +16,7 @@
 
 #include "proto/kvferry/lifeline.h"
 #include "tests/proc/bad_input_subject.h"
+#include "tests/proc/raw_lifeline.h"
 
 using namespace kvferry;
 using namespace kvferry::bad_input;
@@ -23,8 +24,6 @@ using Stub = v1::WorkerService::Stub;
 
 namespace {
 
-constexpr int kPatienceMs = 20'000;
-constexpr uint64_t kBytes = 8192;
 constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW;
 
 // ---- descriptors -------------------------------------------------------------------------------
@@ -35,8 +34,8 @@ struct Hostile {
   Code code = Code::kInvalidArgument;
   std::string reason;
   std::string field;
-  uint64_t told = kBytes;   // over the lifeline
-  uint64_t asked = kBytes;  // by RegisterPools
+  uint64_t told = kRawPoolBytes;   // over the lifeline
+  uint64_t asked = kRawPoolBytes;  // by RegisterPools
   lifeline::PoolKind kind = lifeline::PoolKind::kHostShm;
 };
 
@@ -63,7 +62,7 @@ UniqueFd file_on_disk(Subject&) {
   UniqueFd fd(::mkostemp(path.data(), O_CLOEXEC));
   REQUIRE(fd);
   ::unlink(path.c_str());
-  REQUIRE(::posix_fallocate(fd.get(), 0, kBytes) == 0);
+  REQUIRE(::posix_fallocate(fd.get(), 0, kRawPoolBytes) == 0);
   return fd;
 }
 
@@ -78,16 +77,17 @@ const char* reason_on_disk() {
 std::vector<Hostile> hostile_files() {
   constexpr Code kInvalid = Code::kInvalidArgument;
   return {
-      {"memory that can shrink", [](auto&) { return make_pool(kBytes, F_SEAL_GROW); }, kInvalid,
-       "POOL_NOT_SEALED", "pools[0]"},
-      {"memory with holes", [](auto&) { return make_pool(kBytes, kSeals, false); }, kInvalid,
+      {"memory that can shrink", [](auto&) { return make_pool(kRawPoolBytes, F_SEAL_GROW); },
+       kInvalid, "POOL_NOT_SEALED", "pools[0]"},
+      {"memory with holes", [](auto&) { return make_pool(kRawPoolBytes, kSeals, false); }, kInvalid,
        "POOL_SPARSE", "pools[0]"},
       {"memory sealed against writing",
-       [](auto&) { return make_pool(kBytes, kSeals | F_SEAL_WRITE); }, kInvalid,
+       [](auto&) { return make_pool(kRawPoolBytes, kSeals | F_SEAL_WRITE); }, kInvalid,
        "POOL_NOT_WRITABLE", "pools[0]"},
-      {"memory opened for reading", [](auto&) { return reopened(good_pool(kBytes), O_RDONLY); },
-       kInvalid, "POOL_NOT_WRITABLE", "pools[0]"},
-      {"memory opened as a path", [](auto&) { return reopened(good_pool(kBytes), O_PATH); },
+      {"memory opened for reading",
+       [](auto&) { return reopened(good_pool(kRawPoolBytes), O_RDONLY); }, kInvalid,
+       "POOL_NOT_WRITABLE", "pools[0]"},
+      {"memory opened as a path", [](auto&) { return reopened(good_pool(kRawPoolBytes), O_PATH); },
        kInvalid, "POOL_NOT_A_FILE", "pools[0]"},
       {"memory that is too small", [](auto&) { return good_pool(4096); }, kInvalid,
        "POOL_TOO_SMALL", "pools[0].bytes"},
@@ -102,7 +102,7 @@ std::vector<Hostile> hostile_files() {
 }
 
 std::vector<Hostile> hostile_numbers() {
-  const auto good = [](Subject&) { return good_pool(kBytes); };
+  const auto good = [](Subject&) { return good_pool(kRawPoolBytes); };
   constexpr Code kInvalid = Code::kInvalidArgument;
   std::vector<Hostile> rows = {
       {"another size than was told", good, kInvalid, "POOL_SIZE_DIFFERS", "pools[0].bytes", 4096},
@@ -119,7 +119,7 @@ std::vector<Hostile> hostile_numbers() {
 client::Status send_pools(const client::Connection& worker,
                           const std::vector<client::PoolToSend>& pools) {
   return worker.attachment->send_pools(
-      pools, std::chrono::steady_clock::now() + std::chrono::milliseconds(kPatienceMs));
+      pools, std::chrono::steady_clock::now() + std::chrono::milliseconds(kRawPatienceMs));
 }
 
 }  // namespace
@@ -148,21 +148,21 @@ TEST_CASE("One wrong pool among several keeps all of them out") {
   Subject subject;
   Calls calls(subject);
   const std::size_t descriptors = subject.descriptors();
-  const UniqueFd right = good_pool(kBytes);
-  const UniqueFd wrong = make_pool(kBytes, F_SEAL_GROW);
+  const UniqueFd right = good_pool(kRawPoolBytes);
+  const UniqueFd wrong = make_pool(kRawPoolBytes, F_SEAL_GROW);
   const auto kind = lifeline::PoolKind::kHostShm;
-  REQUIRE(send_pools(subject.worker(),
-                     {{"a", kind, kBytes, right.get()}, {"b", kind, kBytes, wrong.get()}})
+  REQUIRE(send_pools(subject.worker(), {{"a", kind, kRawPoolBytes, right.get()},
+                                        {"b", kind, kRawPoolBytes, wrong.get()}})
               .ok());
-  const v1::RegisterPoolsRequest both = pools_request({{"a", kBytes}, {"b", kBytes}});
+  const v1::RegisterPoolsRequest both = pools_request({{"a", kRawPoolBytes}, {"b", kRawPoolBytes}});
   const auto refused = subject.worker().call(&Stub::RegisterPools, both, std::chrono::seconds(20));
   REQUIRE_FALSE(refused.ok());
   calls.compare("one wrong pool of two", *v1::RegisterPoolsRequest::descriptor(),
                 Code::kInvalidArgument, "POOL_NOT_SEALED", "pools[1]", refused.error());
   CHECK(subject.descriptors_become(descriptors));
 
-  REQUIRE(send_pools(subject.worker(),
-                     {{"a", kind, kBytes, right.get()}, {"b", kind, kBytes, right.get()}})
+  REQUIRE(send_pools(subject.worker(), {{"a", kind, kRawPoolBytes, right.get()},
+                                        {"b", kind, kRawPoolBytes, right.get()}})
               .ok());
   CHECK_FALSE(subject.good(&Stub::RegisterPools, both).existing());
   CHECK(subject.good(&Stub::RegisterPools, both).existing());
@@ -171,80 +171,6 @@ TEST_CASE("One wrong pool among several keeps all of them out") {
 // ---- messages ----------------------------------------------------------------------------------
 
 namespace {
-
-// A connection to the lifeline without a client behind it.
-class RawLifeline {
- public:
-  explicit RawLifeline(const std::string& path)
-      : fd_(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)) {
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    std::memcpy(address.sun_path, path.data(), path.size());
-    REQUIRE(::connect(fd_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0);
-  }
-
-  void send(const void* data, std::size_t bytes, const std::vector<int>& fds = {}) {
-    iovec part{const_cast<void*>(data), bytes};
-    msghdr message{};
-    message.msg_iov = &part;
-    message.msg_iovlen = 1;
-    std::vector<char> control(CMSG_SPACE(fds.size() * sizeof(int)));
-    if (!fds.empty()) {
-      message.msg_control = control.data();
-      message.msg_controllen = control.size();
-      cmsghdr* header = CMSG_FIRSTHDR(&message);
-      header->cmsg_level = SOL_SOCKET;
-      header->cmsg_type = SCM_RIGHTS;
-      header->cmsg_len = CMSG_LEN(fds.size() * sizeof(int));
-      std::memcpy(CMSG_DATA(header), fds.data(), fds.size() * sizeof(int));
-    }
-    // A daemon that has closed already is as good an answer as any.
-    (void)::sendmsg(fd_.get(), &message, MSG_NOSIGNAL);
-  }
-  template <typename T>
-  void send(const T& message, const std::vector<int>& fds = {}) {
-    send(&message, sizeof message, fds);
-  }
-
-  // The next message without its descriptors; false if the daemon has closed.
-  template <typename T>
-  bool receive(T& out) {
-    for (;;) {
-      pollfd entry{fd_.get(), POLLIN, 0};
-      REQUIRE(::poll(&entry, 1, kPatienceMs) > 0);
-      const ssize_t got = ::recv(fd_.get(), &out, sizeof out, MSG_DONTWAIT);
-      // Told once when what we sent last was not read; an answer may lie behind it.
-      if (got < 0 && (errno == ECONNRESET || errno == EAGAIN) && !std::exchange(reset_, true))
-        continue;
-      return got == static_cast<ssize_t>(sizeof out);
-    }
-  }
-  bool closed() {
-    char byte = 0;
-    return !receive(byte);
-  }
-
- private:
-  UniqueFd fd_;
-  bool reset_ = false;
-};
-
-lifeline::AttachRequest attach_request(const std::string& name) {
-  lifeline::AttachRequest request;
-  std::memcpy(request.name, name.data(), std::min(name.size(), sizeof request.name));
-  return request;
-}
-
-lifeline::PoolsMessage pools_message(uint32_t count, const std::string& name = "pool") {
-  lifeline::PoolsMessage message;
-  message.count = count;
-  for (std::size_t i = 0; i < std::size(message.pools); ++i) {
-    const std::string own = name + (i == 0 ? "" : std::to_string(i));
-    std::memcpy(message.pools[i].name, own.data(), own.size());
-    message.pools[i].bytes = kBytes;
-  }
-  return message;
-}
 
 std::string text_of(const char (&field)[lifeline::kNameBytes]) {
   return {field, ::strnlen(field, sizeof field)};
@@ -311,7 +237,7 @@ TEST_CASE("Who sends what is no message loses the connection and nobody else any
   Subject subject;
   const std::string state = subject.state();
   const std::size_t descriptors = subject.descriptors();
-  const UniqueFd pool = good_pool(kBytes);
+  const UniqueFd pool = good_pool(kRawPoolBytes);
   const auto attach = attach_request("newcomer");
   auto wrong_magic = attach;
   wrong_magic.header.magic = 7;
@@ -349,7 +275,7 @@ TEST_CASE("A worker that breaks the protocol loses its attachment and nobody els
   Subject subject;
   const std::string state = subject.state();
   const std::size_t descriptors = subject.descriptors();
-  const UniqueFd pool = good_pool(kBytes);
+  const UniqueFd pool = good_pool(kRawPoolBytes);
   const auto many = [&](std::size_t count) { return std::vector<int>(count, pool.get()); };
   const std::vector<std::pair<std::string, std::function<void(RawLifeline&)>>> rows = {
       {"a second attachment", [](RawLifeline& l) { l.send(attach_request("newcomer")); }},
@@ -377,7 +303,7 @@ TEST_CASE("A worker that breaks the protocol loses its attachment and nobody els
 
 TEST_CASE("A descriptor that cannot be a pool's is refused and the attachment stays") {
   Subject subject;
-  const UniqueFd pool = good_pool(kBytes);
+  const UniqueFd pool = good_pool(kRawPoolBytes);
   const std::string state = subject.state();
   {
     RawLifeline line(subject.daemon().socket());
@@ -427,9 +353,9 @@ TEST_CASE("A controller has no pools and no transfers of its own") {
   const std::string state = subject.state();
   {
     const auto controller = subject.attach("scheduler", client::WorkerRole::kController);
-    const UniqueFd pool = good_pool(kBytes);
+    const UniqueFd pool = good_pool(kRawPoolBytes);
     const auto sent =
-        send_pools(*controller, {{"kv", lifeline::PoolKind::kHostShm, kBytes, pool.get()}});
+        send_pools(*controller, {{"kv", lifeline::PoolKind::kHostShm, kRawPoolBytes, pool.get()}});
     REQUIRE_FALSE(sent.ok());
     CHECK(sent.error().reason == "ROLE_WITHOUT_POOLS");
     v1::ReceiveRequest receive = good_receive(subject.ticket());

@@ -190,6 +190,19 @@ std::string Party::verify(uint64_t tokens) const {
   return {};
 }
 
+std::string Party::verify_untouched() const {
+  for (const Rank& rank : ranks_) {
+    std::vector<std::byte> wanted(rank.memory.pool_bytes);
+    bench::fill_untouched(wanted.size(), wanted.data());
+    const std::byte* const pool = bytes_of(rank);
+    const auto differ = std::mismatch(wanted.begin(), wanted.end(), pool);
+    if (differ.first != wanted.end())
+      return "rank " + std::to_string(rank.memory.layout.rank) + " has got something at byte " +
+             std::to_string(differ.first - wanted.begin());
+  }
+  return {};
+}
+
 std::string Party::verify_tail(uint64_t tokens) const {
   const uint64_t per_block = options_.shape.tokens_per_block;
   if (tokens % per_block == 0) return {};

@@ -83,6 +83,8 @@ class Party {
   // Every byte of all pools: cells of the first `tokens` of the pattern must be there, all others
   // untouched. tokens 0: all requests. The first fault as text; empty if there is none.
   std::string verify(uint64_t tokens = 0) const;
+  // Every byte of all pools is as clean() leaves it. As above.
+  std::string verify_untouched() const;
   // Receivers with zero_tail: the cells past `tokens` in the last block of the first request must
   // be zeros. As above.
   std::string verify_tail(uint64_t tokens) const;
@@ -95,6 +97,7 @@ class Party {
   client::TransferHandle handle(const std::string& id, uint32_t rank) const {
     return transfers_.at(id).at(rank);
   }
+  client::PoolMemory pool(uint32_t rank) const { return ranks_[rank].pool; }
   uint32_t ranks() const { return static_cast<uint32_t>(ranks_.size()); }
   // Of all ranks, for join_instance().
   const std::vector<std::string>& cards() const { return cards_; }

@@ -428,6 +428,50 @@ TEST_CASE("who says nothing is turned away in time, and only so many may say not
   CHECK(worker->facts().code == 0);
 }
 
+TEST_CASE("a process with too many silent connections loses its oldest, and newcomers attach") {
+  TemporaryDirectory directory;
+  Recorder recorder;
+  LifelineConfig config = lifeline_config(directory);
+  config.attach_timeout = std::chrono::minutes(10);
+  config.max_unattached = 4;
+  auto lifeline = start(config, recorder);
+  const std::string& path = config.sockets[0].path;
+  const int first = raw_connection(path);  // of this process there is only this one
+  // Another process floods, and leaves when it is killed.
+  int ready[2];
+  REQUIRE(::pipe2(ready, O_CLOEXEC) == 0);
+  const pid_t flood = ::_Fork();
+  if (flood == 0) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path.data(), path.size());
+    for (int i = 0; i < 100; ++i) {
+      const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET, 0);
+      if (::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
+        ::_exit(1);
+    }
+    (void)!::write(ready[1], "x", 1);
+    ::pause();
+    ::_exit(0);
+  }
+  REQUIRE(flood > 0);
+  char byte = 0;
+  CHECK(::read(ready[0], &byte, 1) == 1);
+  // Three of its hundred may wait beside ours.
+  CHECK(recorder.wait([&] { return recorder.refused.size() == 97; }));
+  CHECK(recorder.refused.front() == "TOO_MANY_CONNECTIONS");
+  auto worker = attach(config, "rank0");
+  CHECK(worker->facts().code == 0);
+  // Whoever was here before the flood still may say his name.
+  lifeline::AttachRequest request;
+  std::memcpy(request.name, "rank1", 5);
+  CHECK(::send(first, &request, sizeof request, MSG_NOSIGNAL) == sizeof request);
+  CHECK(recorder.wait([&] { return recorder.attached.size() == 2; }));
+  ::kill(flood, SIGKILL);
+  ::waitpid(flood, nullptr, 0);
+  for (const int fd : {first, ready[0], ready[1]}) ::close(fd);
+}
+
 TEST_CASE("a killed worker is gone at once, also when a child of it holds the socket") {
   TemporaryDirectory directory;
   Recorder recorder;
