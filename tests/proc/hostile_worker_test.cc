@@ -1,5 +1,7 @@
 // A hostile process of the same machine: it reads and changes nothing of other workers', and cannot
 // keep the daemons from serving them. An honest pair hands over and verifies all the while.
+#include "tests/proc/hostile_worker.h"
+
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -7,78 +9,15 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <fstream>
-#include <sstream>
-
-#include "client/cpp/src/connection.h"
-#include "tests/proc/bad_input_subject.h"
-#include "tests/proc/hostile_scene.h"
 #include "tests/proc/raw_lifeline.h"
 
 namespace kvferry::testing {
 namespace {
 
-using bad_input::good_pool;
 using bad_input::RawLifeline;
 using client::TransferState;
-using Stub = v1::WorkerService::Stub;
 
-constexpr uint32_t kFewTransfers = 16;  // of a worker at the second socket
 constexpr uid_t kListed = 12346, kListedToo = 12347, kUnlisted = 12345, kNobody = 65534;
-
-HostileScene& scene() {
-  static HostileScene shared({{"gpu.enabled=off"},
-                              "[[socket]]\npath = \"NAME.other\"\ntenant = \"other\"\n"
-                              "limits.max_transfers = 16\nlimits.max_pool_bytes = \"1MiB\"\n"
-                              "limits.max_descriptors = 20\n"
-                              "[[socket]]\npath = \"NAME.listed\"\ntenant = \"listed\"\n"
-                              "mode = \"0666\"\nuids = [12346, 12347, 65534]\n"});
-  return shared;
-}
-std::string other_socket() {
-  return scene().path("sender.other");
-}
-
-client::Result<std::unique_ptr<client::Connection>> attach(const std::string& socket,
-                                                           const std::string& name) {
-  client::AttachOptions options;
-  options.socket = socket;
-  options.name = name;
-  options.attach_timeout = kPatience;
-  auto attachment = client::Attachment::connect(options);
-  if (!attachment) return attachment.error();
-  return std::make_unique<client::Connection>(std::move(*attachment));
-}
-
-std::unique_ptr<client::Connection> attached(const std::string& socket, const std::string& name) {
-  auto connection = attach(socket, name);
-  require_ok(connection);
-  return std::move(*connection);
-}
-
-client::Status send_pool(const client::Connection& worker, const std::string& name, int fd,
-                         uint64_t bytes) {
-  return worker.attachment->send_pools(
-      std::vector<client::PoolToSend>{{name, lifeline::PoolKind::kHostShm, bytes, fd}},
-      std::chrono::steady_clock::now() + kPatience);
-}
-
-template <typename Request, typename Response>
-Response good(const client::Connection& worker,
-              grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
-              const Request& request) {
-  auto answer = worker.call(method, request, kPatience);
-  require_ok(answer);
-  return std::move(*answer);
-}
-// The reason of a call that is refused.
-template <typename Request, typename Response>
-std::string refused(const client::Connection& worker,
-                    grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
-                    const Request& request) {
-  const auto answer = worker.call(method, request, kPatience);
-  return answer ? "" : answer.error().reason;
-}
 
 // A worker with a pool, a rank and an open transfer.
 struct Victim {
@@ -86,7 +25,7 @@ struct Victim {
   v1::OpenSendRequest open = bad_input::good_open_send();
   std::string ticket;
 
-  Victim() : worker(attached(scene().daemon(0).socket(), "victim")) {
+  Victim() : worker(attached(hostile_scene().daemon(0).socket(), "victim")) {
     const UniqueFd pool = good_pool(bad_input::kPoolBytes);
     REQUIRE(send_pool(*worker, bad_input::kPool, pool.get(), bad_input::kPoolBytes).ok());
     good(*worker, &Stub::RegisterPools,
@@ -113,13 +52,6 @@ struct Victim {
     CHECK(good(*worker, &Stub::Unregister, pools).existed());
   }
 };
-
-template <typename Request>
-Request with_handle(uint64_t handle) {
-  Request request;
-  request.set_client_handle(handle);
-  return request;
-}
 
 // What no worker but the victim may do, tried by another one.
 void try_victims_things(const client::Connection& thief, const Victim& victim) {
@@ -177,7 +109,7 @@ int connect_to(const std::string& path, int type) {
 }  // namespace
 
 TEST_CASE("tokens, pools, layouts and transfers of others open nothing") {
-  HostileScene& s = scene();
+  HostileScene& s = hostile_scene();
   Victim victim;
   const auto thief = attached(s.daemon(0).socket(), "thief");
   const auto stranger = attached(other_socket(), "stranger");
@@ -224,7 +156,7 @@ TEST_CASE("tokens, pools, layouts and transfers of others open nothing") {
 }
 
 TEST_CASE("who guesses a transfer's id, but not its secret, gets nothing and spoils nothing") {
-  HostileScene& s = scene();
+  HostileScene& s = hostile_scene();
   const auto sender = s.attach("guessed", 0, true);
   const auto receiver = s.attach("guessed-decode", 1, false);
   const auto far_thief = s.attach("far-thief", 1, false);
@@ -291,12 +223,11 @@ TEST_CASE("another user is kept out by sockets' modes and lists") {
     WARN("only root can become other users");
     return;
   }
-  HostileScene& s = scene();
+  HostileScene& s = hostile_scene();
   const std::string socket = s.daemon(0).socket();
   for (const auto& [path, type] : {std::pair(socket, SOCK_SEQPACKET),
                                    {socket + ".grpc", SOCK_STREAM},
                                    {s.daemon(0).admin_socket(), SOCK_STREAM},
-                                   {s.path("sender.arenas"), SOCK_SEQPACKET},
                                    {other_socket(), SOCK_SEQPACKET},
                                    {other_socket() + ".grpc", SOCK_STREAM}}) {
     int error = 0;
@@ -330,7 +261,7 @@ TEST_CASE("another user is kept out by sockets' modes and lists") {
 
 TEST_CASE(
     "what a worker shares with the daemon it can neither cut off nor write where it may not") {
-  HostileScene& s = scene();
+  HostileScene& s = hostile_scene();
   RawLifeline line(s.daemon(0).socket());
   line.send(bad_input::attach_request("vandal"));
   lifeline::AttachReply reply;
@@ -375,7 +306,7 @@ TEST_CASE(
 }
 
 TEST_CASE("pages that are punched out while they are copied end their own transfers only") {
-  HostileScene& s = scene();
+  HostileScene& s = hostile_scene();
   const Level before = level_of(s.daemon(0));
   uint64_t failed = 0;
   for (int round = 0; round < 4; ++round) {
@@ -410,146 +341,6 @@ TEST_CASE("pages that are punched out while they are copied end their own transf
   CHECK(failed >= 1);
   CHECK(comes_true([&] { return level_of(s.daemon(0)).within(before); }));
   s.honest().require_more();
-}
-
-TEST_CASE("floods meet their limits by name, and others are served meanwhile") {
-  HostileScene& s = scene();
-  const std::string other = other_socket();
-  SECTION("connections that say nothing") {
-    std::vector<std::unique_ptr<RawLifeline>> silent;
-    for (int i = 0; i < 1000; ++i)
-      silent.push_back(std::make_unique<RawLifeline>(s.daemon(0).socket()));
-    // All but the last ones are told why.
-    lifeline::AttachReply reply;
-    REQUIRE(silent.front()->receive(reply));
-    CHECK(std::string(reply.reason) == "TOO_MANY_CONNECTIONS");
-    const auto newcomer = attached(s.daemon(0).socket(), "newcomer");
-    s.honest().require_more();
-  }
-  SECTION("connections to the calls' socket that say nothing, or no HTTP") {
-    std::vector<UniqueFd> silent;
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    (s.daemon(0).socket() + ".grpc").copy(address.sun_path, sizeof address.sun_path - 1);
-    const std::string frames = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-    for (int i = 0; i < 1000; ++i) {
-      silent.emplace_back(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-      REQUIRE(::connect(silent.back().get(), reinterpret_cast<const sockaddr*>(&address),
-                        sizeof address) == 0);
-      const std::string said = i % 3 == 0   ? ""
-                               : i % 3 == 1 ? std::string(100, static_cast<char>(i))
-                                            : frames + std::string(64, '\xff');
-      (void)::send(silent.back().get(), said.data(), said.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-    }
-    const auto newcomer = attached(s.daemon(0).socket(), "newcomer");
-    v1::GetTicketRequest ticket;
-    ticket.set_instance("prefill");
-    good(*newcomer, &Stub::GetTicket, ticket);
-    s.honest().require_more();
-  }
-  SECTION("workers") {
-    std::vector<std::unique_ptr<RawLifeline>> workers;
-    lifeline::AttachReply reply;
-    for (int i = 0; i <= 1024; ++i) {
-      workers.push_back(std::make_unique<RawLifeline>(other));
-      workers.back()->send(bad_input::attach_request("w" + std::to_string(i)));
-      REQUIRE(workers.back()->receive(reply));
-      if (reply.code != 0) break;
-    }
-    CHECK(std::string(reply.reason) == "TOO_MANY_WORKERS");
-    const auto newcomer = attached(s.daemon(0).socket(), "newcomer");
-    s.honest().require_more();
-  }
-  SECTION("descriptors, pools and their bytes") {
-    const auto hoarder = attached(other, "hoarder");
-    const UniqueFd pool = good_pool(64 << 10);
-    std::string reason;
-    for (int i = 0; i < 30 && reason.empty(); ++i)
-      if (const auto sent = send_pool(*hoarder, "p" + std::to_string(i), pool.get(), 64 << 10);
-          !sent)
-        reason = sent.error().reason;
-    CHECK(reason == "DESCRIPTOR_LIMIT");
-    reason.clear();
-    for (int i = 0; i < 20 && reason.empty(); ++i)
-      reason = refused(*hoarder, &Stub::RegisterPools,
-                       bad_input::pools_request({{"p" + std::to_string(i), 64 << 10}}));
-    CHECK(reason == "POOL_LIMIT");
-    s.honest().require_more();
-  }
-  SECTION("layouts, transfers, claims and streams") {
-    const auto hoarder = attached(other, "hoarder");
-    const UniqueFd pool = good_pool(bad_input::kPoolBytes);
-    REQUIRE(send_pool(*hoarder, bad_input::kPool, pool.get(), bad_input::kPoolBytes).ok());
-    good(*hoarder, &Stub::RegisterPools,
-         bad_input::pools_request({{bad_input::kPool, bad_input::kPoolBytes}}));
-    good(*hoarder, &Stub::RegisterLayout, bad_input::layout_request(bad_input::kInstance));
-    std::string reason;
-    for (int i = 0; i < 100 && reason.empty(); ++i)
-      reason = refused(*hoarder, &Stub::RegisterLayout,
-                       bad_input::layout_request("hoard" + std::to_string(i)));
-    CHECK(reason == "TOO_MANY_LAYOUTS");
-    reason.clear();
-    uint32_t open = 0;
-    for (; open < 100 && reason.empty(); ++open) {
-      v1::OpenSendRequest request = bad_input::good_open_send();
-      request.set_client_handle(1000 + open);
-      request.mutable_transfer()->set_transfer_id("t" + std::to_string(open));
-      reason = refused(*hoarder, &Stub::OpenSend, request);
-    }
-    CHECK(reason == "TOO_MANY_TRANSFERS");
-    CHECK(open == kFewTransfers + 1);
-    std::vector<std::unique_ptr<grpc::ClientContext>> contexts;
-    std::vector<std::unique_ptr<grpc::ClientReader<v1::WatchResponse>>> watches;
-    v1::WatchResponse response;
-    grpc::Status last;
-    for (int i = 0; i < 5; ++i) {
-      contexts.push_back(std::make_unique<grpc::ClientContext>());
-      hoarder->authenticate(*contexts.back());
-      contexts.back()->set_deadline(std::chrono::system_clock::now() + kPatience);
-      watches.push_back(hoarder->stub->Watch(contexts.back().get(), v1::WatchRequest()));
-      if (!watches.back()->Read(&response)) last = watches.back()->Finish();
-    }
-    CHECK(last.error_message().find("TOO_MANY_WATCHES") != std::string::npos);
-    for (auto& context : contexts) context->TryCancel();
-    for (std::size_t i = 0; i + 1 < watches.size(); ++i) {
-      while (watches[i]->Read(&response)) {
-      }
-      (void)watches[i]->Finish();
-    }
-    s.honest().require_more();
-  }
-  SECTION("calls, as fast as they can be made") {
-    const auto hoarder = attached(s.daemon(0).socket(), "hoarder");
-    const uint64_t before = s.honest().done();
-    std::vector<std::thread> threads;
-    std::atomic<bool> over{false};
-    std::atomic<uint64_t> calls{0};
-    for (int i = 0; i < 4; ++i)
-      threads.emplace_back([&] {
-        while (!over.load()) {
-          (void)hoarder->call(&Stub::Cancel, with_handle<v1::CancelRequest>(1), kPatience);
-          calls.fetch_add(1);
-        }
-      });
-    const bool goes_on = comes_true([&] { return s.honest().done() >= before + 3; }, kPatience * 2);
-    over.store(true);
-    for (std::thread& thread : threads) thread.join();
-    CHECK(goes_on);
-    CHECK(calls.load() > 0);
-    s.honest().require_more();
-  }
-  s.require_nothing_left();
-}
-
-TEST_CASE("a daemon takes all the descriptors that it may have") {
-  for (const int side : {0, 1}) {
-    std::ifstream limits("/proc/" + std::to_string(scene().daemon(side).pid()) + "/limits");
-    std::string line, soft, hard;
-    while (std::getline(limits, line) && !line.starts_with("Max open files")) {
-    }
-    std::istringstream(line.substr(14)) >> soft >> hard;
-    CHECK(soft == hard);
-  }
 }
 
 }  // namespace kvferry::testing
