@@ -92,8 +92,8 @@ void Registry::on_doorbell(const std::shared_ptr<rpc::Session>&) {
 void Registry::on_refused(std::size_t, const Error& error) {
   // Anybody whom a socket's mode lets in can bring these about as often as he likes.
   if (!refusals_.allow(monotonic_now())) return;
-  ops::log_warning("attachment refused", {ops::field("error", error),
-                                          ops::field("suppressed", refusals_.suppressed())});
+  ops::log_warning("attachment refused",
+                   {ops::field("error", error), ops::field("suppressed", refusals_.suppressed())});
 }
 
 void Registry::export_gauges() {

@@ -175,9 +175,8 @@ void Lifeline::Loop::make_room(std::size_t socket) {
   std::map<pid_t, uint32_t> waiting;
   const std::set<uint64_t>& unattached = listeners_[socket].unattached;
   for (const uint64_t key : unattached) ++waiting[connections_.at(key).credentials.pid];
-  const auto most = std::max_element(waiting.begin(), waiting.end(), [](auto& a, auto& b) {
-    return a.second < b.second;
-  });
+  const auto most = std::max_element(waiting.begin(), waiting.end(),
+                                     [](auto& a, auto& b) { return a.second < b.second; });
   if (most == waiting.end()) return;
   for (const uint64_t key : unattached) {
     const Connection& oldest = connections_.at(key);
