@@ -45,8 +45,9 @@ void keep_freed_memory() {
   mallopt(M_TRIM_THRESHOLD, 32 << 20);
 }
 
-// Workers' pools and connections take descriptors, and a listener of gRPC's that once finds none
-// left never listens again: the usual 1,024 are too few to be safe from whoever may connect.
+// Workers' pools and connections take descriptors, and a listener of gRPC 1.51's whose accept()
+// once finds none left never listens again (later releases try again after a second): the usual
+// 1,024 are too few to be safe from whoever may connect.
 void take_all_descriptors() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == limit.rlim_max) return;

@@ -1,6 +1,9 @@
 // What the tests of hostile local processes share: a scene with three tenants, and calls by hand.
 #pragma once
 
+#include <sys/resource.h>
+
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,14 +18,37 @@ using Stub = v1::WorkerService::Stub;
 
 inline constexpr uint32_t kFewTransfers = 16;  // of a worker at the second socket
 
+// The soft limit of descriptors that the daemons are started with; they raise it themselves.
+inline constexpr rlim_t kFewDescriptors = 256;
+
+// Lowers this process's soft limit for its own life.
+class FewDescriptors {
+ public:
+  FewDescriptors() {
+    REQUIRE(::getrlimit(RLIMIT_NOFILE, &before_) == 0);
+    const rlimit few{kFewDescriptors, before_.rlim_max};
+    REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+  }
+  ~FewDescriptors() { (void)::setrlimit(RLIMIT_NOFILE, &before_); }
+  FewDescriptors(const FewDescriptors&) = delete;
+  FewDescriptors& operator=(const FewDescriptors&) = delete;
+
+ private:
+  rlimit before_{};
+};
+
 inline HostileScene& hostile_scene() {
-  static HostileScene shared({{"gpu.enabled=off"},
+  static const std::unique_ptr<HostileScene> shared = [] {
+    const FewDescriptors few;
+    return std::make_unique<HostileScene>(
+        HostileScene::Options{{"gpu.enabled=off"},
                               "[[socket]]\npath = \"NAME.other\"\ntenant = \"other\"\n"
                               "limits.max_transfers = 16\nlimits.max_pool_bytes = \"1MiB\"\n"
                               "limits.max_descriptors = 20\n"
                               "[[socket]]\npath = \"NAME.listed\"\ntenant = \"listed\"\n"
                               "mode = \"0666\"\nuids = [12346, 12347]\n"});
-  return shared;
+  }();
+  return *shared;
 }
 inline std::string other_socket() {
   return hostile_scene().path("sender.other");
