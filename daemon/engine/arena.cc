@@ -105,9 +105,13 @@ bool Arena::may_take_frame(RegionKind kind) const {
          (others_landing_ == 0 || (unpromised && used_[index(kind)] + idle_ < share_[index(kind)]));
 }
 
+uint64_t Arena::region_bytes(uint64_t bytes) const {
+  return std::max(std::bit_ceil(bytes), min_bytes_);
+}
+
 std::optional<memory::Region> Arena::take(RegionKind kind, uint64_t bytes) {
   KVFERRY_CHECK(bytes > 0 && bytes <= frame_bytes_, "a region is no larger than the largest chunk");
-  const uint64_t slot = std::max(std::bit_ceil(bytes), min_bytes_);
+  const uint64_t slot = region_bytes(bytes);
   auto& open = open_[index(kind)];
   const auto same = open.find({0, slot});
   if (same != open.end()) {
@@ -126,7 +130,7 @@ std::optional<memory::Region> Arena::take_reserved(uint64_t reservation, uint64_
   KVFERRY_CHECK(bytes > 0 && bytes <= frame_bytes_, "a region is no larger than the largest chunk");
   const auto promise = promises_.find(reservation);
   if (promise == promises_.end()) return std::nullopt;
-  const uint64_t slot = std::max(std::bit_ceil(bytes), min_bytes_);
+  const uint64_t slot = region_bytes(bytes);
   auto& open = open_[index(RegionKind::kLanding)];
   const auto fits = open.lower_bound({reservation, slot});
   if (fits != open.end() && fits->first.first == reservation) {

@@ -45,6 +45,8 @@ class Arena {
   void give_back(RegionKind kind, const memory::Region& region, bool quarantined = false);
   // The region stays taken, nobody knows for how long: reservations shrink if they must.
   void quarantine(const memory::Region& region);
+  // What a region of so many bytes takes, unless only a larger one is free.
+  uint64_t region_bytes(uint64_t bytes) const;
   // Whether take() of any size would fail.
   bool exhausted(RegionKind kind) const;
 

@@ -31,6 +31,10 @@ struct EngineConfig {
   uint32_t leg_credits = 8;
   uint32_t staged_ahead = 2;        // E: chunks gathered without a credit in hand, in each arena
   uint32_t starvation_passes = 64;  // passed over so often: newer grants stop
+  // In millionths (shares.h): what may be held of an arena's regions of one kind while another
+  // waits, by a worker or a tenant's workers together, and by what is of one peer.
+  uint32_t worker_share = 500'000;
+  uint32_t peer_share = 500'000;
 
   // Timers.
   Duration default_lease = std::chrono::seconds(30);

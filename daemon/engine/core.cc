@@ -38,8 +38,8 @@ Core::Core(EngineConfig configuration)
       arenas(make_arenas(config)),
       workers(*this),
       lanes(*this),
-      sender(*this, arenas.size()),
-      receiver(*this, arenas.size()),
+      sender(*this),
+      receiver(*this),
       claims(*this),
       reservations(*this, arenas.size()),
       reuse(*this) {

@@ -25,13 +25,15 @@ void FairQueue::remove(Level& level, uint64_t child) {
   level.children.erase(it);
 }
 
-void FairQueue::insert(const FairKey& key) {
+void FairQueue::insert(const FairKey& key, uint64_t peer) {
   Level& workers = touch(root_, key.tenant, 0, false).level;
+  workers_ += workers.children.contains(key.worker) ? 0U : 1U;
   Level& transfers = touch(workers, key.worker, 0, false).level;
   Level& legs = touch(transfers, key.transfer, 0, false).level;
-  const std::size_t before = legs.children.size();
-  touch(legs, key.leg, 0, false);
-  size_ += legs.children.size() - before;
+  if (legs.children.contains(key.leg)) return;
+  touch(legs, key.leg, 0, false).peer = peer;
+  ++peers_[peer];
+  ++size_;
 }
 
 void FairQueue::erase(const FairKey& key) {
@@ -44,13 +46,17 @@ void FairQueue::erase(const FairKey& key) {
   const auto transfer = transfers.children.find(key.transfer);
   if (transfer == transfers.children.end()) return;
   Level& legs = transfer->second.level;
-  if (!legs.children.contains(key.leg)) return;
+  const auto leg = legs.children.find(key.leg);
+  if (leg == legs.children.end()) return;
+  const auto peer = peers_.find(leg->second.peer);
+  if (--peer->second == 0) peers_.erase(peer);
   remove(legs, key.leg);
   --size_;
   if (!legs.children.empty()) return;
   remove(transfers, key.transfer);
   if (!transfers.children.empty()) return;
   remove(workers, key.worker);
+  --workers_;
   if (!workers.children.empty()) return;
   remove(root_, key.tenant);
 }

@@ -2,7 +2,8 @@
 // workers, then over each worker's transfers, then over each transfer's legs. Who has had least
 // since it waits comes first, of several who waited longest; newcomers join as if they had had as
 // much as who has had most. So the small chunks of a transfer with many legs do not each wait for a
-// large one of everybody else, and nobody waits for more than a round. Deterministic.
+// large one of everybody else, and nobody waits for more than a round. A leg's peer has no say in
+// that; the queue only counts how many peers it serves. Deterministic.
 #pragma once
 
 #include <compare>
@@ -24,10 +25,15 @@ struct FairKey {
 
 class FairQueue {
  public:
-  void insert(const FairKey& key);
+  // `peer`: that the leg is of, any number; that of its first insert counts.
+  void insert(const FairKey& key, uint64_t peer = 0);
   void erase(const FairKey& key);
   bool empty() const { return size_ == 0; }
   std::size_t size() const { return size_; }
+  // Of how many tenants, workers and peers somebody waits.
+  std::size_t tenants() const { return root_.children.size(); }
+  std::size_t workers() const { return workers_; }
+  std::size_t peers() const { return peers_.size(); }
   // It is in the queue and had its turn and `bytes`, on each level.
   void served(const FairKey& key, uint64_t bytes);
 
@@ -44,9 +50,17 @@ class FairQueue {
   // queue only if it answers true. Returns whether one answered true.
   template <typename Visit>
   bool find_if(Visit&& visit) const {
+    const auto nobody = [](uint64_t) { return false; };
+    return find_if(visit, nobody, nobody);
+  }
+  // ... but those of tenants and workers that are to be skipped.
+  template <typename Visit, typename SkipTenant, typename SkipWorker>
+  bool find_if(Visit&& visit, SkipTenant&& skip_tenant, SkipWorker&& skip_worker) const {
     for (const auto& [ts, tenant] : root_.order) {
+      if (skip_tenant(tenant)) continue;
       const Level& workers = root_.children.at(tenant).level;
       for (const auto& [ws, worker] : workers.order) {
+        if (skip_worker(worker)) continue;
         const Level& transfers = workers.children.at(worker).level;
         for (const auto& [xs, transfer] : transfers.order) {
           const Level& legs = transfers.children.at(transfer).level;
@@ -71,7 +85,8 @@ class FairQueue {
   };
   struct Node {
     Place place;
-    Level level;  // empty in a leaf
+    uint64_t peer = 0;  // of a leaf
+    Level level;        // empty in a leaf
   };
 
   // The child, which is put last if it is new, and behind those who have had as much if it was
@@ -80,7 +95,9 @@ class FairQueue {
   static void remove(Level& level, uint64_t child);
 
   Level root_;
+  std::map<uint64_t, std::size_t> peers_;  // -> how many legs of it wait
   std::size_t size_ = 0;
+  std::size_t workers_ = 0;
   uint64_t last_turn_ = 0;
 };
 

@@ -90,6 +90,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
       ++reads[region.send];
   }
   check_streams();
+  check_shares();
   for (const auto& [id, staging] : stagings_) {
     const StagingRegion& region = regions_.at(staging.region);
     if (staging.mapped && region.gathering) ++writing[staging.pull];
@@ -192,6 +193,21 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
     KVFERRY_CHECK(by_end == send.by_end.size(), "a Revoke looks at no other slices");
   }
   check_packed();
+}
+
+void Sender::check_shares() const {
+  std::vector<Shares> counted;
+  for (const Arena& arena : core_.arenas)
+    counted.emplace_back(core_.config, arena, RegionKind::kStaging);
+  for (const auto& [id, region] : regions_) {
+    if (!region.ours) continue;
+    Shares& shares = counted[core_.arena_of(region.region)];
+    shares.worker_took(region.holder, region.region.bytes);
+    for (const uint64_t user : region.users)
+      shares.peer_took(stagings_.at(user).peer, region.region.bytes);
+  }
+  for (std::size_t arena = 0; arena < turns_.size(); ++arena)
+    turns_[arena].shares.verify(counted[arena]);
 }
 
 void Sender::check_packed() const {
@@ -341,6 +357,7 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
     KVFERRY_CHECK(chunks == leg.known_chunks && done == leg.done_chunks, "a leg counts its chunks");
   }
   KVFERRY_CHECK(loans == local_copies_, "local copies are counted");
+  check_shares();
   for (const auto& [id, receive] : receives_) {
     const auto running = scatters.find(id);
     KVFERRY_CHECK(receive.scatters == (running == scatters.end() ? 0 : running->second),
@@ -349,6 +366,37 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
                   "a terminal receive has no live leg");
     KVFERRY_CHECK(!receive.record.released || !receive.writing(),
                   "released pages are not being written");
+  }
+}
+
+void Receiver::check_shares() const {
+  std::vector<Shares> counted;
+  for (const Arena& arena : core_.arenas)
+    counted.emplace_back(core_.config, arena, RegionKind::kLanding);
+  for (const auto& [id, region] : regions_) {
+    if (region.local) continue;
+    Shares& shares = counted[core_.arena_of(region.region)];
+    if (region.state != RegionState::kQuarantined)
+      shares.worker_took(region.holder, region.region.bytes);
+    shares.peer_took(region.holder.peer, region.region.bytes);
+  }
+  for (std::size_t arena = 0; arena < turns_.size(); ++arena)
+    turns_[arena].shares.verify(counted[arena]);
+  // Who waits within his share, with a slice to bring, waits for nothing that others hold unused
+  // beyond theirs.
+  for (const auto& [waiter, leg] : legs_) {
+    if (!leg.queued || leg.queued_idle || leg.local) continue;
+    const Turns& turns = turns_[leg.arena];
+    if (!turns.shares.somebody_spares(leg.holder())) continue;
+    for (const uint64_t pull : turns.withdrawable) {
+      const RxLeg& other = legs_.at(pull);
+      const auto loose = loose_region(other);
+      if (pull == waiter || !loose || other.credits.size() <= other.refused.size()) continue;
+      const uint64_t bytes = regions_.at(*loose).region.bytes;
+      KVFERRY_CHECK(
+          bytes < leg.credit_bytes || !turns.shares.may_move(other.holder(), leg.holder(), bytes),
+          "nobody holds more than his share unused while another waits");
+    }
   }
 }
 

@@ -99,6 +99,7 @@ void Lanes::link_up(const LinkUp& event) {
   link.id = event.link;
   link.node = event.node;
   by_node_[link.node] = link.id;
+  link.peer = peers_.try_emplace(link.node, peers_.size() + 1).first->second;
   link.boot = event.boot;
   link.initiator = event.initiator;
   link.chunk_bytes = std::clamp<uint64_t>(event.chunk_bytes, 1, core_.config.chunk_bytes);

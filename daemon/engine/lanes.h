@@ -99,6 +99,7 @@ class Lanes {
   Core& core_;
   std::map<LinkId, Link> links_;
   std::map<std::string, LinkId> by_node_;
+  std::map<std::string, uint64_t> peers_;  // node -> number, for good: a link may come again
   std::set<LinkId> to_flush_;  // links with a resync due or protocol errors; perhaps some more
   std::deque<std::pair<Role, ControlMessage>> looped_;  // said by that side, not handed over yet
   bool rails_ = true;                                   // the rails process runs, as far as we know

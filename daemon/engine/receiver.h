@@ -30,7 +30,7 @@ class Core;
 
 class Receiver {
  public:
-  Receiver(Core& core, std::size_t arenas) : core_(core), turns_(arenas) {}
+  explicit Receiver(Core& core);
 
   // Calls of workers.
   void receive(const ReceiveOp& op);
@@ -94,6 +94,8 @@ class Receiver {
   void check_invariants(std::vector<std::pair<RegionKind, memory::Region>>& regions) const;
 
  private:
+  void check_shares() const;
+
   // receiver_calls.cc
   void reply(const OpRef& op, const Receive& receive, bool existing);
   const char* different(const Receive& receive, const ReceiveOp& op) const;
@@ -168,10 +170,16 @@ class Receiver {
   void note_needy(RxLeg& leg);
   void note_credits(const RxLeg& leg);
   void grant(RxLeg& leg, const memory::Region& region);
+  void grant_all();
   void grant_all(uint32_t arena);
   void grant_reserved();
   std::optional<uint64_t> loose_region(const RxLeg& leg) const;
   bool withdraw_for(const RxLeg& leg);
+  template <typename Spares>
+  bool withdraw_used(const RxLeg& leg, Spares&& spares);
+  template <typename Spares>
+  bool withdraw_frame(const RxLeg& leg, Spares&& spares);
+  bool withdraw_share(const RxLeg& leg);
   bool grant_at_once(const RxLeg& leg);
   void withdraw_region(uint64_t region);
   void spend(RxLeg& leg, uint64_t credit);
@@ -205,6 +213,8 @@ class Receiver {
   std::set<uint64_t> blocked_;  // receives whose places are read
   // Legs that land in one arena.
   struct Turns {
+    explicit Turns(Shares of) : shares(std::move(of)) {}
+    Shares shares;
     FairQueue waiting;  // with a SLICE, want a region
     FairQueue idle;     // ... without
     std::set<FairKey> starving;

@@ -191,6 +191,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   leg.name = receive.name;
   leg.name.incarnation = receive.sender_incarnation;
   leg.turn = {receive.tenant, receive.worker.value, receive.id, leg.pull};
+  leg.peer = link.peer;
   auto message = std::make_shared<MsgPull>();
   message->pull = {core_.config.boot, leg.pull};
   message->transfer = leg.name;

@@ -187,6 +187,7 @@ void Receiver::receive_ended(const ReceiveEnded& event) {
         leg->second.slices.at(region.slice).state == RxSlice::State::kCounts &&
         leg->second.slices.at(region.slice).chunk_state(region.chunk) < RxState::kLanded) {
       ++leg->second.regions_held;
+      turns_[core_.arena_of(region.region)].shares.worker_took(region.holder, region.region.bytes);
       landed(region);
       return;
     }

@@ -25,6 +25,11 @@ bool Receiver::needy(const RxLeg& leg) {
   return leg.refused.size() > leg.credits.size();
 }
 
+Receiver::Receiver(Core& core) : core_(core) {
+  for (const Arena& arena : core_.arenas)
+    turns_.emplace_back(Shares(core_.config, arena, RegionKind::kLanding));
+}
+
 // After it has entered the queues or left them.
 void Receiver::note_reserved(const RxLeg& leg) {
   if (!leg.reserved) return;
@@ -82,7 +87,7 @@ void Receiver::update(RxLeg& leg) {
     leg.queued = true;
     leg.queued_idle = idle;
     Turns& turns = turns_[leg.arena];
-    (idle ? turns.idle : turns.waiting).insert(leg.turn);
+    (idle ? turns.idle : turns.waiting).insert(leg.turn, leg.peer);
     note_reserved(leg);
   }
   note_needy(leg);
@@ -112,12 +117,16 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
   fresh.id = core_.next_number();
   fresh.region = region;
   fresh.link = leg.link;
+  fresh.holder = leg.holder();
   fresh.leg = leg.pull;
   fresh.receive = leg.receive;
   fresh.credit = leg.next_credit++;
   leg.credits[fresh.credit] = fresh.id;
   fresh.mapped = leg.mapped;
   fresh.since = core_.now;  // mapped: that is all there is to know of its way here
+  Shares& shares = turns_[leg.arena].shares;
+  shares.worker_took(fresh.holder, region.bytes);
+  shares.peer_took(fresh.holder.peer, region.bytes);
   leg.new_credits.push_back(grant_of(fresh));
   regions_.emplace(fresh.id, std::move(fresh));
   ++leg.regions_held;
@@ -138,6 +147,7 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
 void Receiver::grant_all(uint32_t number) {
   Arena& arena = core_.arenas[number];
   Turns& turns = turns_[number];
+  const auto holds = [&](const FairKey& key) { return legs_.at(key.leg).holder(); };
   const auto size = [&](const FairKey& key) { return legs_.at(key.leg).credit_bytes; };
   const auto use = [&](const FairKey& key, const memory::Region& region) {
     grant(legs_.at(key.leg), region);
@@ -152,15 +162,18 @@ void Receiver::grant_all(uint32_t number) {
     return arena.take(RegionKind::kLanding, bytes);
   };
   while (true) {
-    serve_in_turn(turns.waiting, arena, RegionKind::kLanding, turns.starving, always, size, take,
-                  use, passed(turns.starving));
+    serve_in_turn(turns.waiting, arena, RegionKind::kLanding, turns.shares, turns.starving, always,
+                  holds, size, take, use, passed(turns.starving));
     if (turns.waiting.empty()) break;
     FairKey next;
-    if (!turns.starving.empty())
-      next = *turns.starving.begin();
-    else
-      next = turns.waiting.front();
-    bool freed = withdraw_for(legs_.at(next.leg));
+    visit_in_turn(
+        turns.waiting, turns.shares, turns.starving, holds,
+        [&](const FairKey& key) { return arena.region_bytes(size(key)); },
+        [&](const FairKey& key) {
+          next = key;
+          return true;
+        });
+    bool freed = withdraw_for(legs_.at(next.leg)) || withdraw_share(legs_.at(next.leg));
     if (!freed) {
       // A peer whose staged chunks were refused must get on, or its staging stands in others' way.
       turns.needy.find_if([&](const FairKey& key) {
@@ -170,8 +183,13 @@ void Receiver::grant_all(uint32_t number) {
     }
     if (!freed) return;  // somebody with a slice waits: nothing for the others
   }
-  serve_in_turn(turns.idle, arena, RegionKind::kLanding, turns.starving_idle, always, size, take,
-                use, passed(turns.starving_idle));
+  serve_in_turn(turns.idle, arena, RegionKind::kLanding, turns.shares, turns.starving_idle, always,
+                holds, size, take, use, passed(turns.starving_idle));
+}
+
+void Receiver::grant_all() {
+  grant_reserved();
+  for (uint32_t arena = 0; arena < turns_.size(); ++arena) grant_all(arena);
 }
 
 // What reservations have been promised: a transfer's legs in turn, those that have a slice to bring
@@ -207,7 +225,6 @@ std::optional<uint64_t> Receiver::loose_region(const RxLeg& leg) const {
 // no SLICE; if `leg` has chunks that were refused, also from one that has. False if nothing
 // changed.
 bool Receiver::withdraw_for(const RxLeg& leg) {
-  const Arena& arena = core_.arenas[leg.arena];
   const std::set<uint64_t>& unheard = turns_[leg.arena].unheard;
   for (auto it = unheard.rbegin(); it != unheard.rend(); ++it) {
     const RxLeg& other = legs_.at(*it);
@@ -217,7 +234,25 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
     withdraw_region(*loose);
     return true;
   }
-  if (!needy(leg)) return false;
+  return needy(leg) && withdraw_used(leg, [](const RxLeg&, uint64_t) { return true; });
+}
+
+// Who waits within his share gets it from those who hold more than theirs: unused credits again, as
+// what lands or is scattered comes back by itself. What is beyond some share becomes less each
+// time and nothing is beyond one that was not, so this ends.
+bool Receiver::withdraw_share(const RxLeg& leg) {
+  const Shares& shares = turns_[leg.arena].shares;
+  const Holder to = leg.holder();
+  if (!shares.somebody_spares(to)) return false;
+  return withdraw_used(leg, [&](const RxLeg& other, uint64_t bytes) {
+    return shares.may_move(other.holder(), to, bytes);
+  });
+}
+
+// From legs that can do without so many bytes, of those that have more credits than refused chunks:
+// one credit as large as the leg's, else all the small ones of a frame.
+template <typename Spares>
+bool Receiver::withdraw_used(const RxLeg& leg, Spares&& spares) {
   const std::set<uint64_t>& withdrawable = turns_[leg.arena].withdrawable;
   bool smaller = false;
   for (auto it = withdrawable.rbegin(); it != withdrawable.rend(); ++it) {
@@ -228,12 +263,16 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
       continue;
     }
     const auto loose = loose_region(other);
-    if (!loose) continue;
+    if (!loose || !spares(other, regions_.at(*loose).region.bytes)) continue;
     withdraw_region(*loose);
     return grant_at_once(leg);
   }
-  if (!smaller) return false;
-  // Nobody has one so large: all the small ones of a frame.
+  return smaller && withdraw_frame(leg, spares);
+}
+
+template <typename Spares>
+bool Receiver::withdraw_frame(const RxLeg& leg, Spares&& spares) {
+  const Arena& arena = core_.arenas[leg.arena];
   std::map<std::pair<uint32_t, uint64_t>, std::vector<uint64_t>> frames;
   std::set<std::pair<uint32_t, uint64_t>> in_use;
   for (const auto& [id, region] : regions_) {
@@ -251,7 +290,8 @@ bool Receiver::withdraw_for(const RxLeg& leg) {
     for (const uint64_t id : regions) ++losses[regions_.at(id).leg];
     const bool spared = std::all_of(losses.begin(), losses.end(), [&](const auto& loss) {
       const RxLeg& other = legs_.at(loss.first);
-      return loss.second <= other.credits.size() - other.refused.size();
+      return loss.second <= other.credits.size() - other.refused.size() &&
+             spares(other, arena.frame_bytes());
     });
     if (!spared || in_use.contains(frame)) continue;
     for (const uint64_t id : regions) withdraw_region(id);
@@ -306,9 +346,14 @@ void Receiver::free_region(uint64_t id) {
   const auto it = regions_.find(id);
   const RxRegion region = it->second;
   core_.timers.cancel({TimerKind::kLanding, id, 0});
-  if (!region.local)
-    core_.arenas[core_.arena_of(region.region)].give_back(
-        RegionKind::kLanding, region.region, region.state == RegionState::kQuarantined);
+  if (!region.local) {
+    const uint32_t arena = core_.arena_of(region.region);
+    const bool quarantined = region.state == RegionState::kQuarantined;
+    core_.arenas[arena].give_back(RegionKind::kLanding, region.region, quarantined);
+    Shares& shares = turns_[arena].shares;
+    if (!quarantined) shares.worker_gave(region.holder, region.region.bytes);
+    shares.peer_gave(region.holder.peer, region.region.bytes);
+  }
   regions_.erase(it);
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
@@ -322,7 +367,9 @@ void Receiver::free_region(uint64_t id) {
 // A posted receive, or the peer itself, may still write it; only evidence of its end frees it.
 void Receiver::quarantine(RxRegion& region) {
   region.state = RegionState::kQuarantined;
-  core_.arenas[core_.arena_of(region.region)].quarantine(region.region);
+  const uint32_t arena = core_.arena_of(region.region);
+  core_.arenas[arena].quarantine(region.region);
+  turns_[arena].shares.worker_gave(region.holder, region.region.bytes);
   ++core_.stats.quarantines;
   core_.timers.cancel({TimerKind::kLanding, region.id, 0});
   const auto leg = legs_.find(region.leg);
@@ -383,8 +430,8 @@ bool Receiver::no_room(const Receive& receive, const RxLeg& leg) const {
 void Receiver::flush() {
   run_copies();
   run_local();
-  grant_reserved();
-  for (uint32_t arena = 0; arena < turns_.size(); ++arena) grant_all(arena);
+  grant_all();
+  bool freed = false;
   const std::set<uint64_t> unsent = std::exchange(unsent_, {});
   for (const uint64_t pull : unsent) {
     const auto it = legs_.find(pull);
@@ -395,6 +442,7 @@ void Receiver::flush() {
       const uint64_t id = receive.id;
       end_receive(receive, TransferState::kFailed, Reason::kArenaExhausted);
       forget_if_done(id);
+      freed = true;
       continue;
     }
     leg.state = RxLegState::kOpen;
@@ -402,6 +450,7 @@ void Receiver::flush() {
     to_update_.erase(pull);
     send_pull(*core_.lanes.find(leg.link), leg, std::exchange(leg.new_credits, {}));
   }
+  if (freed) grant_all();
   const std::set<uint64_t> news = std::exchange(to_update_, {});
   for (const uint64_t pull : news) {
     const auto it = legs_.find(pull);

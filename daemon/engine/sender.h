@@ -29,7 +29,7 @@ class Core;
 
 class Sender {
  public:
-  Sender(Core& core, std::size_t arenas) : core_(core), turns_(arenas) {}
+  explicit Sender(Core& core);
 
   // Calls of workers.
   void open_send(const OpenSendOp& op);
@@ -212,6 +212,7 @@ class Sender {
   void share(TxLeg& leg, StagingRegion& region);
   void share_all();
   void check_streams() const;
+  void check_shares() const;
 
   // sender_mapped.cc
   bool bad_mapped(const Link& link, const MsgPull& pull) const;
@@ -261,6 +262,8 @@ class Sender {
   std::map<LinkId, std::set<uint64_t>> remembered_by_link_;
   // Legs whose chunks are staged in one arena.
   struct Turns {
+    explicit Turns(Shares of) : shares(std::move(of)) {}
+    Shares shares;
     FairQueue credited;  // with a credit for it
     FairQueue ahead;     // ... without
     std::set<FairKey> starving;

@@ -9,6 +9,11 @@
 
 namespace kvferry::engine {
 
+Sender::Sender(Core& core) : core_(core) {
+  for (const Arena& arena : core_.arenas)
+    turns_.emplace_back(Shares(core_.config, arena, RegionKind::kStaging));
+}
+
 // Moves the cursor to the next chunk to gather; false if there is none for now. Chunks behind it
 // may have found what they need in another leg's region.
 bool Sender::next_idle(TxLeg& leg) {
@@ -61,7 +66,7 @@ void Sender::update(TxLeg& leg) {
     leg.queued = true;
     leg.queued_ahead = !credited;
     Turns& turns = turns_[leg.arena];
-    (credited ? turns.credited : turns.ahead).insert(leg.turn);
+    (credited ? turns.credited : turns.ahead).insert(leg.turn, leg.peer);
   }
   if (leg.queued && !leg.queued_ahead) may_share(leg);
 }
@@ -84,6 +89,7 @@ void Sender::leave_queues(TxLeg& leg) {
 void Sender::gather_all(uint32_t number) {
   Arena& arena = core_.arenas[number];
   Turns& turns = turns_[number];
+  const auto holds = [&](const FairKey& key) { return legs_.at(key.leg).holder(); };
   const auto size = [&](const FairKey& key) {
     TxLeg& leg = legs_.at(key.leg);
     KVFERRY_CHECK(next_idle(leg), "a leg waits for staging only with a chunk to gather");
@@ -105,8 +111,8 @@ void Sender::gather_all(uint32_t number) {
     return arena.take(RegionKind::kStaging, bytes);
   };
   serve_in_turn(
-      turns.credited, arena, RegionKind::kStaging, turns.starving, [] { return true; }, size, take,
-      grant, passed);
+      turns.credited, arena, RegionKind::kStaging, turns.shares, turns.starving,
+      [] { return true; }, holds, size, take, grant, passed);
   const auto take_ahead = [&](const FairKey& key, uint64_t bytes) {
     const StagingRegion* there = shareable(legs_.at(key.leg));
     return there != nullptr ? std::optional(there->region) : take(key, bytes);
@@ -122,9 +128,9 @@ void Sender::gather_all(uint32_t number) {
   };
   std::set<FairKey> nobody;
   serve_in_turn(
-      turns.ahead, arena, RegionKind::kStaging, nobody,
-      [&] { return turns.ahead_total < core_.config.staged_ahead; }, size, take_ahead, grant_ahead,
-      [](const FairKey&) {});
+      turns.ahead, arena, RegionKind::kStaging, turns.shares, nobody,
+      [&] { return turns.ahead_total < core_.config.staged_ahead; }, holds, size, take_ahead,
+      grant_ahead, [](const FairKey&) {});
 }
 
 void Sender::flush() {
@@ -178,6 +184,9 @@ Staging& Sender::begin_chunk(TxLeg& leg, StagingRegion& region) {
   slice.chunks[region.chunk].state = TxState::kGathering;
   slice.chunks[region.chunk].staging = staging.id;
   region.users.insert(staging.id);
+  staging.peer = leg.peer;
+  if (region.ours)
+    turns_[core_.arena_of(region.region)].shares.peer_took(leg.peer, region.region.bytes);
   ++leg.holding;
   ++leg.gathering;
   return stagings_.emplace(staging.id, std::move(staging)).first->second;
@@ -192,6 +201,8 @@ void Sender::gather(TxLeg& leg, const memory::Region& region) {
   StagingRegion& fresh = begin_gather(leg, ordinal, chunk);
   fresh.region = region;
   fresh.ours = true;
+  fresh.holder = leg.holder();
+  turns_[core_.arena_of(region)].shares.worker_took(fresh.holder, region.bytes);
   const Staging& staging = begin_chunk(leg, fresh);
   Gather command;
   command.copy = CopyId{core_.next_number()};
@@ -472,7 +483,11 @@ void Sender::off_lane(Staging& staging, Left how) {
 void Sender::give_back(StagingRegion& region) {
   unlist(region);
   region.ours = false;
-  core_.arenas[core_.arena_of(region.region)].give_back(RegionKind::kStaging, region.region);
+  const uint32_t arena = core_.arena_of(region.region);
+  core_.arenas[arena].give_back(RegionKind::kStaging, region.region);
+  turns_[arena].shares.worker_gave(region.holder, region.region.bytes);
+  for (const uint64_t user : region.users)
+    turns_[arena].shares.peer_gave(stagings_.at(user).peer, region.region.bytes);
 }
 
 void Sender::free_if_done(uint64_t id) {
@@ -483,6 +498,8 @@ void Sender::free_if_done(uint64_t id) {
   StagingRegion& region = regions_.at(staging.region);
   if (region.gathering) return;
   region.users.erase(id);
+  if (region.ours)
+    turns_[core_.arena_of(region.region)].shares.peer_gave(staging.peer, region.region.bytes);
   stagings_.erase(it);
   if (region.ours && (region.users.empty() || flawed(Flaw::kFreeShared))) give_back(region);
   if (region.users.empty()) regions_.erase(region.id);

@@ -176,6 +176,7 @@ void Sender::accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> 
   leg.pull = std::move(pull);
   leg.mapped = leg.pull->mapped;
   leg.turn = {send.tenant, send.worker.value, send.id, leg.id};
+  leg.peer = link.peer;
   ProofFields fields;
   fields.pull = leg.pull->pull;
   fields.send = {core_.config.boot, send.id};

@@ -21,6 +21,7 @@
 #include "daemon/engine/lane_flow.h"
 #include "daemon/engine/messages.h"
 #include "daemon/engine/reuse_types.h"
+#include "daemon/engine/shares.h"
 
 namespace kvferry::engine {
 
@@ -86,6 +87,7 @@ struct PeerPull {
 struct Link {
   LinkId id;
   std::string node;
+  uint64_t peer = 0;  // the node's number here
   BootId boot;
   bool initiator = false;
   uint64_t chunk_bytes = 0;
@@ -244,6 +246,7 @@ struct TxLeg {
   uint32_t gathering = 0;
   uint32_t ahead = 0;   // of those: without a credit in hand
   uint32_t passes = 0;  // passed over while others were served
+  uint64_t peer = 0;
   // Credits in hand. The receiver withdraws silently, its oldest first: so the newest are used
   // first, and those that came back from a lost offer, which it may have spent, last.
   std::deque<CreditGrant> credits;
@@ -256,6 +259,8 @@ struct TxLeg {
   bool queued = false;  // in one of the queues for staging, or for gathers into peers' regions
   bool queued_ahead = false;
   FairKey turn;
+
+  Holder holder() const { return {turn.tenant, turn.worker, peer}; }
 };
 
 // The stream of a slice on a leg, or on several if their plans read the same bytes in the same
@@ -277,6 +282,7 @@ struct StagingRegion {
   uint64_t id = 0;
   memory::Region region;  // none of a chunk that is lent, the peer's of a mapped leg's
   bool ours = false;      // in an arena here
+  Holder holder;          // ours: whose gather took it; each user's peer holds it beside
   uint64_t send = 0;
   uint64_t slice = 0;
   uint64_t chunk = 0;
@@ -304,6 +310,7 @@ struct Staging {
   bool lent = false;
   bool mapped = false;
   PullId pull;                   // mapped
+  uint64_t peer = 0;             // holds the region, if it is here
   bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
   uint32_t sends = 0;            // UCX sends that have not ended
   OfferId offer;                 // the newest
@@ -493,7 +500,10 @@ struct RxLeg {
   bool queued = false;
   bool queued_idle = false;
   bool queued_needy = false;  // too, with those who lack credits for refused chunks
+  uint64_t peer = 0;
   FairKey turn;
+
+  Holder holder() const { return {turn.tenant, turn.worker, peer}; }
 };
 
 enum class RegionState : uint8_t { kGranted, kLanding, kLanded, kScattering, kQuarantined };
@@ -507,6 +517,7 @@ struct RxRegion {
   memory::Region region;
   RegionState state = RegionState::kGranted;
   LinkId link;
+  Holder holder;  // its worker until it is quarantined, its peer until it is free
   uint64_t leg = 0;
   uint64_t receive = 0;
   uint64_t credit = 0;

@@ -46,8 +46,9 @@ struct ArenaLenderConfig {
   std::string socket_path;  // at most 107 bytes, absolute; empty: no descriptors are handed out
   uint32_t socket_mode = 0600;
   Duration token_timeout = std::chrono::seconds(5);  // from connecting to a token
-  uint32_t max_connections = 64;
-  uint32_t max_unproven = 16;    // of those: without a token yet
+  // One for each process that may have something, and those that have shown no token yet.
+  uint32_t max_connections = 256 + 16;
+  uint32_t max_unproven = 16;
   uint32_t max_processes = 256;  // whose end is awaited
   // Over which one process has got something and has not said UNMAPPED of. One more is refused:
   // forgetting an old one would lose what is known of it.

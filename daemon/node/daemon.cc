@@ -109,6 +109,11 @@ engine::CheckKind check_kind(ops::CheckKind kind) {
   return engine::CheckKind::kNone;
 }
 
+// Of a fraction above 0; at least one.
+uint32_t millionths(double fraction) {
+  return std::max(static_cast<uint32_t>(fraction * 1e6), 1U);
+}
+
 engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot,
                                    const Arenas& arenas) {
   engine::EngineConfig out;
@@ -125,6 +130,8 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.staged_ahead = config.engine.staged_ahead;
   out.max_packed_bytes = config.engine.packed_bytes;
   out.starvation_passes = config.engine.passed_over_limit;
+  out.worker_share = millionths(config.shares.worker_share);
+  out.peer_share = millionths(config.shares.peer_share);
   out.default_lease = config.engine.lease;
   out.default_wait = config.engine.wait_deadline;
   out.default_deadline = config.engine.transfer_deadline;

@@ -27,6 +27,7 @@
 #include "daemon/link/envelope.h"
 #include "daemon/node/copier.h"
 #include "daemon/node/inbox.h"
+#include "daemon/node/rails_backlog.h"
 #include "daemon/ops/metrics.h"
 #include "daemon/ops/watchdog.h"
 #include "daemon/rails/rails_client.h"
@@ -120,11 +121,7 @@ class EngineThread final : private rails::RailsEvents {
     uint32_t word = 0;
     uint64_t value = 0;
   };
-  struct Waiting {
-    engine::LaneRef lane;
-    std::vector<uint8_t> message;                                 // sealed
-    std::optional<std::pair<OfferId, rails::Region>> offer = {};  // whose header it is
-  };
+  using Waiting = RailsBacklog::Message;
   struct WatchedEvent {
     WorkerId worker;
     gpu::CopyQueue* queue = nullptr;
@@ -203,6 +200,7 @@ class EngineThread final : private rails::RailsEvents {
   void send(Waiting message);
   // False: the rails have no room now. Else it is sent, or the lane has failed.
   bool hand_over(const Waiting& message);
+  bool hand_over(const engine::AcceptOffer& command);
   void send_backlog();
   void lane_failed(const engine::LaneRef& lane);
   Lane* find_lane(const engine::LaneRef& lane);
@@ -243,9 +241,9 @@ class EngineThread final : private rails::RailsEvents {
     Time since;
     std::vector<uint8_t> message;
   };
-  std::deque<Early> early_;      // messages of links that are not known yet, the oldest first
-  std::deque<Waiting> backlog_;  // what the rails had no room for, in order
-  std::size_t backlog_bytes_ = 0;
+  std::deque<Early> early_;  // messages of links that are not known yet, the oldest first
+  // Of messages that wait for room in the rails, 64 MiB of all lanes together.
+  RailsBacklog backlog_{64U << 20};
   bool draining_ = false;
   std::unordered_map<uint64_t, ReplyFn> replies_;           // by op id
   std::vector<std::pair<ReplyFn, engine::Reply>> answers_;  // of this round

@@ -19,8 +19,6 @@ constexpr Duration kLongestClosing = std::chrono::seconds(10);
 // Messages of links that are not known yet.
 constexpr std::size_t kMostEarly = 64;
 constexpr std::size_t kMostEarlyBytes = 4096;
-// Of messages that wait for room in the rails, those of all lanes together.
-constexpr std::size_t kMostBacklogBytes = 64U << 20;
 
 rails::Region piece_of(const memory::Region& region, uint64_t bytes) {
   return {region.segment, region.offset, bytes};
@@ -116,18 +114,14 @@ void EngineThread::send_sealed(const engine::LaneRef& ref) {
   send({ref, sealed_});
 }
 
-// A resync may tell more at once than the rails have slots for; giving the lane up for that would
-// only bring the next one.
 void EngineThread::send(Waiting message) {
-  if (backlog_.empty() && hand_over(message)) return;
-  if (backlog_bytes_ + message.message.size() > kMostBacklogBytes) {
-    ops::log_info("lane given up: too many messages wait", {ops::field("bytes", backlog_bytes_)});
-    if (message.offer) follow_up_.push_back(engine::OfferSendEnded{message.offer->first});
-    lane_failed(message.lane);
+  const engine::LaneRef lane = message.lane;
+  const auto offer = message.offer;
+  if (backlog_.send(std::move(message), [this](const Waiting& of) { return hand_over(of); }))
     return;
-  }
-  backlog_bytes_ += message.message.size();
-  backlog_.push_back(std::move(message));
+  ops::log_info("lane given up: too many messages wait", {ops::field("bytes", backlog_.bytes())});
+  if (offer) follow_up_.push_back(engine::OfferSendEnded{offer->first});
+  lane_failed(lane);
 }
 
 bool EngineThread::hand_over(const Waiting& message) {
@@ -156,10 +150,8 @@ bool EngineThread::hand_over(const Waiting& message) {
 
 void EngineThread::send_backlog() {
   if (backlog_.empty()) return;
-  while (!backlog_.empty() && hand_over(backlog_.front())) {
-    backlog_bytes_ -= backlog_.front().message.size();
-    backlog_.pop_front();
-  }
+  backlog_.retry([this](const engine::AcceptOffer& of) { return hand_over(of); },
+                 [this](const Waiting& of) { return hand_over(of); });
   parts_.rails->ring();
 }
 
@@ -190,16 +182,22 @@ void EngineThread::execute(engine::SendOffer& command) {
 }
 
 void EngineThread::execute(engine::AcceptOffer& command) {
+  backlog_.accept(command, [this](const engine::AcceptOffer& of) { return hand_over(of); });
+}
+
+bool EngineThread::hand_over(const engine::AcceptOffer& command) {
   const Lane* lane = find_lane(command.lane);
   Status accepted = fail(Code::kUnavailable, "LANE_UNKNOWN", "the lane is gone");
   if (lane != nullptr) {
     accepted = parts_.rails->accept(command.descriptor, lane->key,
                                     piece_of(command.region, command.bytes), command.landing);
   }
-  if (accepted) return;
+  if (accepted) return true;
+  if (accepted.error().reason == "RAILS_BUSY") return false;
   (void)parts_.rails->drop(command.descriptor);
   follow_up_.push_back(engine::ReceiveEnded{command.landing, false});
   lane_failed(command.lane);
+  return true;
 }
 
 void EngineThread::execute(engine::DropOffer& command) {
@@ -311,9 +309,14 @@ void EngineThread::on_offer(const rails::OfferIn& offer) {
   Result<link::Opened> opened = links_.open(offer.header);
   engine::MsgOffer* body = opened ? std::get_if<engine::MsgOffer>(&opened->message) : nullptr;
   if (body == nullptr || !offer.descriptor) {
-    parts_.metrics->of(opened ? ops::DropCause::kMalformed : ops::DropCause::kBadTag).add();
+    parts_.metrics
+        ->of(!opened          ? ops::DropCause::kBadTag
+             : offer.too_many ? ops::DropCause::kQueueFull
+                              : ops::DropCause::kMalformed)
+        .add();
     if (offer.descriptor) (void)parts_.rails->drop(offer.descriptor);
-    // Eager arrival of an offer breaks the protocol.
+    // Eager arrival of an offer breaks the protocol. One too many is gone, and its sender takes it
+    // as sent: with its lane it learns that nothing of it is here, and offers it again.
     if (body != nullptr) lane_failed(opened->lane);
     return;
   }
@@ -337,7 +340,6 @@ void EngineThread::on_died(const rails::RailsExit& exit) {
                   ops::field("signal", exit.signal)});
   controls_under_way_ = 0;
   backlog_.clear();
-  backlog_bytes_ = 0;
   lanes_.clear();
   refs_.clear();
   {

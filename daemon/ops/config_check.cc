@@ -372,8 +372,6 @@ class Checker {
       warning("checks.kind",
               "gmac guards against faults only: without mode mtls or peer.cluster_secret_file the "
               "links' keys are no secret");
-    if (config_.shares != SharesConfig{})
-      warning("shares", "not enforced by this version: room is given in turn");
     check_gpu();
   }
 

@@ -301,12 +301,16 @@ std::vector<Section> config_schema(Config& config) {
                  "Stopping.",
                  {{"limit", "How long running transfers may go on after SIGTERM.",
                    duration_binding(config.drain.limit, Duration(0), hours(24))}}});
-  out.push_back(
-      {"shares",
-       "The part of the arena that one of them may hold while another waits. Not enforced by this\n"
-       "version, which gives room in turn; other values than these are warned about.",
-       {{"worker_share", "", fraction_binding(config.shares.worker_share)},
-        {"peer_share", "", fraction_binding(config.shares.peer_share)}}});
+  out.push_back({"shares",
+                 "The part of an arena's room for landing, and of that for staging, that one of "
+                 "them may hold\n"
+                 "while another waits: a worker, or all workers of a tenant; and what comes from "
+                 "or goes to one\n"
+                 "peer. Rounded up to whole chunks. What waits goes ahead of who has more and "
+                 "takes what that\n"
+                 "one has not begun to use; 1 turns a share off.",
+                 {{"worker_share", "", fraction_binding(config.shares.worker_share)},
+                  {"peer_share", "", fraction_binding(config.shares.peer_share)}}});
   out.push_back({"pools",
                  "What memory workers may share with the daemon.",
                  {{"kinds",

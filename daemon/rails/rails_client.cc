@@ -437,6 +437,7 @@ bool RailsClient::Impl::on_message(uint32_t rail, const Record& record, RailsEve
   offer.rail = rail;
   offer.header = inbox_;
   offer.data_bytes = record.bytes;
+  offer.too_many = record.descriptor == 0 && record.status == kStatusTooMany;
   if (record.descriptor != 0) {
     if (++books_[rail].held > config_.limits.held_offers) return false;
     offer.descriptor = DescriptorId{next_descriptor_++};

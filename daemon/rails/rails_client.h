@@ -110,7 +110,9 @@ struct RailsExit {
 
 struct OfferIn {
   uint32_t rail = 0;
-  DescriptorId descriptor;  // zero: arrived eagerly, which is a protocol error; nothing is held
+  // Zero: nothing is held, as it arrived eagerly, which is a protocol error, or is one too many.
+  DescriptorId descriptor;
+  bool too_many = false;
   std::span<const uint8_t> header;  // private copy, valid during the call
   uint64_t data_bytes = 0;
 };

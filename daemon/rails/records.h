@@ -50,9 +50,11 @@ enum class Event : uint16_t {
   kLaneError = 4,      // lane, status
   kClosed = 5,         // lane
   kControlIn = 6,      // slot + slot_bytes
-  kOfferIn = 7,        // slot + slot_bytes: the header, descriptor (0: arrived eagerly), bytes
-  kSendEnded = 8,      // token, status (0: ended well); a slot of the command is free again
-  kReceiveEnded = 9,   // token, status, bytes
+  // slot + slot_bytes: the header, bytes, descriptor (0: nothing is held: it arrived eagerly, or
+  // with status kStatusTooMany there are held_offers already)
+  kOfferIn = 7,
+  kSendEnded = 8,     // token, status (0: ended well); a slot of the command is free again
+  kReceiveEnded = 9,  // token, status, bytes
 };
 
 // Statuses that are ours; UCX's own are -1 to -100.
@@ -88,7 +90,7 @@ struct Limits {
   uint32_t inbound_small = 1024;      // per rail
   uint32_t inbound_large = 32;        // per rail
   uint32_t lanes = 1024;              // per rail
-  uint32_t held_offers = 4096;        // per rail; more are dropped unseen and counted
+  uint32_t held_offers = 4096;        // per rail; more are dropped, told and counted
   uint32_t operations = 8192;         // sends and receives under way, per rail
   uint64_t backlog_bytes = 8U << 20;  // per rail: messages that found no free slot
 };

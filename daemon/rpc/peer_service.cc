@@ -1,5 +1,6 @@
 #include "daemon/rpc/peer_service.h"
 
+#include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/resource_quota.h>
 
@@ -15,9 +16,14 @@
 namespace kvferry::rpc {
 namespace {
 
-constexpr int kMaxMessageBytes = 4 << 20;
+// Of all connections together.
 constexpr std::size_t kQuotaBytes = std::size_t{64} << 20;
 constexpr int kQuotaThreads = 32;
+constexpr int kMaxMetadataBytes = 8 << 10;
+
+int milliseconds_of(Duration time) {
+  return static_cast<int>(std::chrono::ceil<std::chrono::milliseconds>(time).count());
+}
 
 // "ipv4:127.0.0.1:5000", "ipv6:[::1]:5000", with the brackets perhaps as %5B and %5D.
 Caller parse_peer(const std::string& text) {
@@ -58,6 +64,16 @@ class Pending {
   Pending(const Pending&) = delete;
   Pending& operator=(const Pending&) = delete;
 
+  // Finishes it when the time is over, unless somebody has claimed it. `self` is this object.
+  void limit(const std::shared_ptr<Pending>& self, Duration time) {
+    const auto until = std::chrono::system_clock::now() +
+                       std::chrono::duration_cast<std::chrono::system_clock::duration>(time);
+    alarm_.Set(until, [weak = std::weak_ptr(self)](bool expired) {
+      const auto pending = expired ? weak.lock() : nullptr;
+      if (pending == nullptr || !pending->claim()) return;
+      pending->finish(peer_status({Code::kDeadlineExceeded, "TOO_SLOW", "no answer in time", {}}));
+    });
+  }
   // Whoever gets true must finish().
   bool claim() { return !claimed_.exchange(true); }
   void finish(const grpc::Status& status) {
@@ -71,19 +87,20 @@ class Pending {
   std::atomic<uint32_t>& count_;
   std::atomic<bool> claimed_{false};
   std::atomic<bool> finished_{false};
+  grpc::Alarm alarm_;
 };
 
 class Service final : public v1::PeerService::CallbackService {
  public:
-  Service(PeerBackend& backend, bool tls, uint32_t max_pending)
-      : backend_(backend), tls_(tls), max_pending_(max_pending) {}
+  Service(PeerBackend& backend, const PeerServerConfig& config)
+      : backend_(backend), config_(config), tls_(config.tls != nullptr) {}
 
   grpc::ServerUnaryReactor* Challenge(grpc::CallbackServerContext* context,
-                                      const v1::ChallengeRequest*,
+                                      const v1::ChallengeRequest* request,
                                       v1::ChallengeResponse* response) override {
     auto* reactor = context->DefaultReactor();
     auto pending = begin(reactor);
-    if (!pending) return reactor;
+    if (!pending || !small(*request, *pending)) return reactor;
     backend_.challenge(caller_of(*context), [pending, response](Result<Random32> random) {
       if (!pending->claim()) return;
       if (random) response->set_challenge(text_of(*random));
@@ -97,7 +114,7 @@ class Service final : public v1::PeerService::CallbackService {
                                       v1::HandshakeResponse* response) override {
     auto* reactor = context->DefaultReactor();
     auto pending = begin(reactor);
-    if (!pending) return reactor;
+    if (!pending || !small(*request, *pending)) return reactor;
     SignedHello hello;
     hello.bytes = request->hello();
     if (!take(request->tag(), hello.tag)) {
@@ -150,13 +167,24 @@ class Service final : public v1::PeerService::CallbackService {
  private:
   // Null, with the call finished, when too much is waiting.
   std::shared_ptr<Pending> begin(grpc::ServerUnaryReactor* reactor) {
-    if (pending_.fetch_add(1) >= max_pending_) {
+    if (pending_.fetch_add(1) >= config_.max_pending) {
       pending_.fetch_sub(1);
       reactor->Finish(
           peer_status({Code::kResourceExhausted, "BUSY", "too many calls at a time", {}}));
       return nullptr;
     }
-    return std::make_shared<Pending>(reactor, pending_);
+    auto pending = std::make_shared<Pending>(reactor, pending_);
+    pending->limit(pending, config_.call_limit);
+    return pending;
+  }
+
+  // Of who has no link yet; else the call is finished.
+  bool small(const google::protobuf::Message& request, Pending& pending) const {
+    if (request.ByteSizeLong() <= config_.max_hello_bytes) return true;
+    if (pending.claim())
+      pending.finish(peer_status(
+          {Code::kResourceExhausted, "MESSAGE_TOO_LARGE", "too large for who has no link", {}}));
+    return false;
   }
 
   Caller caller_of(const grpc::CallbackServerContext& context) const {
@@ -195,8 +223,8 @@ class Service final : public v1::PeerService::CallbackService {
   }
 
   PeerBackend& backend_;
+  const PeerServerConfig config_;
   const bool tls_;
-  const uint32_t max_pending_;
   std::atomic<uint32_t> pending_{0};
 };
 
@@ -204,7 +232,7 @@ class Service final : public v1::PeerService::CallbackService {
 
 class PeerServer::Impl {
  public:
-  Impl(PeerBackend& backend, bool tls, uint32_t max_pending) : service(backend, tls, max_pending) {}
+  Impl(PeerBackend& backend, const PeerServerConfig& config) : service(backend, config) {}
 
   Service service;
   std::shared_ptr<grpc::ServerCredentials> credentials;
@@ -217,13 +245,18 @@ PeerServer::PeerServer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Result<std::unique_ptr<PeerServer>> PeerServer::start(const PeerServerConfig& config,
                                                       PeerBackend& backend) {
-  auto impl = std::make_unique<Impl>(backend, config.tls != nullptr, config.max_pending);
+  auto impl = std::make_unique<Impl>(backend, config);
   grpc::ServerBuilder builder;
   impl->credentials = config.tls == nullptr ? grpc::InsecureServerCredentials()
                                             : tls_server_credentials(config.tls);
   builder.AddListeningPort(config.listen, impl->credentials, &impl->port);
   builder.RegisterService(&impl->service);
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
+  builder.SetMaxReceiveMessageSize(config.max_message_bytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_streams);
+  builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
+                             milliseconds_of(config.connect_limit));
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, milliseconds_of(config.idle_limit));
   // Two daemons on one port would take turns in answering.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   grpc::ResourceQuota quota("peers");

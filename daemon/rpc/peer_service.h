@@ -37,7 +37,16 @@ class PeerBackend {
 struct PeerServerConfig {
   std::string listen;                       // host:port; port 0: any free one
   std::shared_ptr<const PeerTls> tls = {};  // null: plain
-  uint32_t max_pending = 256;  // calls at the backend at a time; more are RESOURCE_EXHAUSTED
+  uint32_t max_pending = 256;  // calls at the backend at a time; more are RESOURCE_EXHAUSTED BUSY
+  int max_streams = 8;         // calls of a connection at a time; its client keeps more back
+  // A request, and one before there is a link: beyond, RESOURCE_EXHAUSTED.
+  int max_message_bytes = 1 << 20;
+  std::size_t max_hello_bytes = 64 << 10;
+  // A call that the backend has not answered by then: DEADLINE_EXCEEDED, whatever its client says.
+  Duration call_limit = std::chrono::seconds(60);
+  // From a connection's beginning until TLS and HTTP/2 have shaken hands, and without a call.
+  Duration connect_limit = std::chrono::seconds(10);
+  Duration idle_limit = std::chrono::minutes(10);
 };
 
 class PeerServer {

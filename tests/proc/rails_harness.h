@@ -37,6 +37,7 @@ class Node : public RailsEvents {
     DescriptorId descriptor;
     std::vector<uint8_t> header;
     uint64_t bytes = 0;
+    bool too_many = false;
   };
   struct Receive {
     bool ok = false;
@@ -80,8 +81,11 @@ class Node : public RailsEvents {
     controls.push_back(text_of(message));
   }
   void on_offer(const OfferIn& offer) override {
-    Offer copy = {
-        offer.rail, offer.descriptor, {offer.header.begin(), offer.header.end()}, offer.data_bytes};
+    Offer copy = {offer.rail,
+                  offer.descriptor,
+                  {offer.header.begin(), offer.header.end()},
+                  offer.data_bytes,
+                  offer.too_many};
     offers.push_back(copy);
     if (offer_handler) offer_handler(copy);
   }

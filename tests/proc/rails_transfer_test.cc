@@ -154,6 +154,36 @@ TEST_CASE("Offers are accepted and dropped in any order and every accepted byte 
   REQUIRE(b.client->drop(b.offers[0].descriptor).error().reason == "OFFER_UNKNOWN");
 }
 
+TEST_CASE("Offers beyond those that may be held are told, and leave room for later ones") {
+  RailsConfig few = loopback();
+  few.limits.held_offers = 4;
+  Node a(loopback());
+  Node b(few);
+  start({&a, &b});
+  join(a, b, kLane);
+  constexpr uint64_t kBytes = 64 << 10;
+  const auto offer = [&](uint64_t i) {
+    REQUIRE(a.client->send_offer(LaneKey{kLane}, Node::bytes_of(std::to_string(i)),
+                                 {0, i * kBytes, kBytes}, SendToken{i + 1}));
+  };
+  for (uint64_t i = 0; i < 6; ++i) offer(i);
+  // Its sender cannot tell: what is not held counts as sent there.
+  REQUIRE(pump({&a, &b}, [&] { return b.offers.size() == 6 && a.sends.size() == 2; }));
+  for (uint64_t i = 0; i < 6; ++i) {
+    const bool held = i < 4;
+    CHECK(static_cast<bool>(b.offers[i].descriptor) == held);
+    CHECK(b.offers[i].too_many == !held);
+    CHECK(Node::text_of(b.offers[i].header) == std::to_string(i));
+  }
+  CHECK(b.client->stats(0).held_offers == 4);
+  CHECK(b.client->stats(0).dropped == 2);
+  REQUIRE(b.client->drop(b.offers[0].descriptor));
+  REQUIRE(pump({&a, &b}, [&] { return a.sends.size() == 3; }));
+  offer(6);
+  REQUIRE(pump({&a, &b}, [&] { return b.offers.size() == 7; }));
+  CHECK(b.offers[6].descriptor);
+}
+
 TEST_CASE("Two rails of different transports work side by side") {
   RailsConfig both = loopback();
   both.rails.push_back({"shm", ""});

@@ -407,6 +407,18 @@ TEST_CASE("Connections are limited, and those that have shown no token more so")
   world.fence();
 }
 
+TEST_CASE("As many daemons of this host are served as there are processes looked after") {
+  World world([](ArenaLenderConfig& config) { config.token_timeout = std::chrono::hours(1); });
+  std::vector<std::unique_ptr<RawClient>> clients;
+  for (uint8_t boot = 1; boot <= 80; ++boot) {
+    clients.push_back(std::make_unique<RawClient>(world.path));
+    REQUIRE(clients.back()->show(world.token(boot, boot)));
+    REQUIRE(world.gets(*clients.back()));
+  }
+  CHECK(soon([&] { return world.lender->stats().connections == 80; }));
+  CHECK(world.lender->stats().refused == 0);
+}
+
 TEST_CASE("A process that has been told enough lives of daemons is told no more") {
   World world([](ArenaLenderConfig& config) { config.max_processes = 2; });
   std::vector<std::unique_ptr<RawClient>> clients;

@@ -371,11 +371,15 @@ ucs_status_t Rail::take_offer(std::span<const uint8_t> header, void* data, uint6
                               bool rendezvous) {
   Record record = answer(Event::kOfferIn);
   record.bytes = bytes;
-  if (rendezvous) record.descriptor = next_descriptor_;
-  const bool good = !header.empty() && header.size() <= kMaxOfferHeaderBytes &&
-                    (!rendezvous || held_.size() < limits_.held_offers);
-  // OK tells UCX to drop the offer, which the sender takes as sent.
-  if (!good || !outbox_.emit_message(record, header)) {
+  const bool too_many = rendezvous && held_.size() >= limits_.held_offers;
+  if (too_many)
+    record.status = kStatusTooMany;
+  else if (rendezvous)
+    record.descriptor = next_descriptor_;
+  const bool good = !header.empty() && header.size() <= kMaxOfferHeaderBytes;
+  // OK tells UCX to drop the offer, which the sender takes as sent: so main is told even of those
+  // that are not held, as far as there is room.
+  if (!good || !outbox_.emit_message(record, header) || too_many) {
     count(counters_.dropped);
     return UCS_OK;
   }
