@@ -113,6 +113,7 @@ void Core::by_handle(const Op& op, void (Sender::*on_send)(uint64_t, const OpRef
 }
 
 void Core::handle(Event event) {
+  flushed = false;
   std::visit([this](auto& of) { on(of); }, event);
 }
 
@@ -290,6 +291,7 @@ void Core::on(Drain& event) {
 }
 
 void Core::advance() {
+  flushed = false;
   while (const auto key = timers.pop_due(now)) timer(*key);
 }
 
@@ -348,6 +350,7 @@ void Core::flush() {
   answers_.clear();
   tell_quiet_layouts();
   tell_drained();
+  flushed = true;
 }
 
 void Core::tell_quiet_layouts() {

@@ -73,6 +73,7 @@ class Core {
   uint64_t last_number = 0;
   bool draining = false;
   bool drained_told = false;
+  bool flushed = true;  // since the last event: grants are what they should be
 
   Timers timers;
   std::vector<Arena> arenas;

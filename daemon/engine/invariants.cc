@@ -4,6 +4,7 @@
 
 #include "daemon/base/check.h"
 #include "daemon/engine/core.h"
+#include "daemon/engine/grants.h"
 
 namespace kvferry::engine {
 
@@ -382,20 +383,30 @@ void Receiver::check_shares() const {
   }
   for (std::size_t arena = 0; arena < turns_.size(); ++arena)
     turns_[arena].shares.verify(counted[arena]);
-  // Who waits within his share, with a slice to bring, waits for nothing that others hold unused
-  // beyond theirs.
-  for (const auto& [waiter, leg] : legs_) {
-    if (!leg.queued || leg.queued_idle || leg.local) continue;
-    const Turns& turns = turns_[leg.arena];
-    if (!turns.shares.somebody_spares(leg.holder())) continue;
+  if (!core_.flushed) return;
+  // Whose turn it is waits for nothing that others hold unused beyond their shares.
+  for (std::size_t number = 0; number < turns_.size(); ++number) {
+    const Turns& turns = turns_[number];
+    const RxLeg* next = nullptr;
+    visit_in_turn(
+        turns.waiting, turns.shares, turns.starving,
+        [&](const FairKey& key) { return legs_.at(key.leg).holder(); },
+        [&](const FairKey& key) {
+          return core_.arenas[number].region_bytes(legs_.at(key.leg).credit_bytes);
+        },
+        [&](const FairKey& key) {
+          next = &legs_.at(key.leg);
+          return true;
+        });
+    if (next == nullptr || !turns.shares.somebody_spares(next->holder())) continue;
     for (const uint64_t pull : turns.withdrawable) {
       const RxLeg& other = legs_.at(pull);
       const auto loose = loose_region(other);
-      if (pull == waiter || !loose || other.credits.size() <= other.refused.size()) continue;
+      if (pull == next->pull || !loose || other.credits.size() <= other.refused.size()) continue;
       const uint64_t bytes = regions_.at(*loose).region.bytes;
-      KVFERRY_CHECK(
-          bytes < leg.credit_bytes || !turns.shares.may_move(other.holder(), leg.holder(), bytes),
-          "nobody holds more than his share unused while another waits");
+      KVFERRY_CHECK(other.credit_bytes < next->credit_bytes ||
+                        !turns.shares.may_move(other.holder(), next->holder(), bytes),
+                    "nobody holds more than his share unused while another waits");
     }
   }
 }

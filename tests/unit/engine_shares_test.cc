@@ -262,7 +262,8 @@ TEST_CASE("of more than two, none loses what is within his share") {
   CHECK(l.arena().granted_bytes == 8 * kChunk);
   const MsgPull c = l.receive("c", 4, 1);
   CHECK(l.credits_of(c) == 2);
-  CHECK(l.withdrawn() == 2);
+  // One of them came by way of the tenant from the second worker, which had it back from the first.
+  CHECK(l.withdrawn() == 3);
 }
 
 TEST_CASE("shares of 1 leave all to the turns") {
