@@ -10,7 +10,7 @@
 namespace kvferry::engine {
 namespace {
 
-constexpr uint64_t kMaxHeldBytes = 4 << 20;  // of a link's lane, behind a gap
+constexpr uint64_t kMaxHeldBytes = 4 << 20;  // of a link's lanes together, behind gaps
 
 // Roughly what a held message takes.
 uint64_t size_of(const ControlMessage& message) {
@@ -25,6 +25,11 @@ uint64_t size_of(const ControlMessage& message) {
     if (slice->aux) bytes += slice->aux->size();
   }
   return bytes;
+}
+
+void forget_held(Link& link, Lane& lane) {
+  for (const auto& [number, message] : lane.held) link.held_bytes -= size_of(message);
+  lane.held.clear();
 }
 
 TimerKey lane_timer(TimerKind kind, LinkId link, uint32_t lane) {
@@ -171,8 +176,7 @@ void Lanes::connect(Link& link, uint32_t index) {
   lane.state = LaneState::kConnecting;
   lane.next_out = 0;
   lane.next_in = 0;
-  lane.held.clear();
-  lane.held_bytes = 0;
+  forget_held(link, lane);
   lane.flow = LaneFlow(link.chunk_bytes);
   lane.hello_seen = false;
   lane.heard = core_.now;
@@ -232,8 +236,7 @@ void Lanes::lane_down(Link& link, uint32_t index, bool tell) {
   if (lane.state == LaneState::kDown) return;
   lane.state = LaneState::kDown;
   ++core_.stats.lane_downs;
-  lane.held.clear();
-  lane.held_bytes = 0;
+  forget_held(link, lane);
   lane.flow = LaneFlow(link.chunk_bytes);
   core_.timers.cancel(lane_timer(TimerKind::kLaneSilence, link.id, index));
   core_.timers.cancel(lane_timer(TimerKind::kGap, link.id, index));
@@ -407,9 +410,9 @@ void Lanes::message_in(MessageIn& event) {
     return;
   }
   if (event.sequence > lane->next_in) {
-    lane->held_bytes += size_of(event.message);
+    link->held_bytes += size_of(event.message);
     lane->held.emplace(event.sequence, std::move(event.message));
-    if (lane->held.size() > core_.config.max_held_messages || lane->held_bytes > kMaxHeldBytes) {
+    if (lane->held.size() > core_.config.max_held_messages || link->held_bytes > kMaxHeldBytes) {
       core_.dropped(DropCause::kLimit);
       lane_down(*link, index, true);
       return;
@@ -429,7 +432,7 @@ void Lanes::message_in(MessageIn& event) {
     if (lane == nullptr) return;
     const auto next = lane->held.begin();
     if (next == lane->held.end() || next->first != lane->next_in) break;
-    lane->held_bytes -= std::min(lane->held_bytes, size_of(next->second));
+    link->held_bytes -= size_of(next->second);
     message = std::move(next->second);
     lane->held.erase(next);
   }

@@ -46,8 +46,7 @@ struct Lane {
   uint64_t next_out = 0;                    // number of the next control message
   uint64_t next_in = 0;                     // ... and of the one that is due from the peer
   std::map<uint64_t, ControlMessage> held;  // behind a gap
-  uint64_t held_bytes = 0;
-  bool hello_seen = false;  // the peer's HELLO came before we were connected
+  bool hello_seen = false;                  // the peer's HELLO came before we were connected
   Time heard;
   Duration backoff{};
   LaneFlow flow;  // of this epoch
@@ -100,6 +99,7 @@ struct Link {
   bool dying = false;  // no control lane is chosen any more
   LaneChoice choice;
   uint32_t protocol_errors = 0;
+  uint64_t held_bytes = 0;  // of all lanes
   Time heard;
 
   // As sender.

@@ -225,6 +225,21 @@ TEST_CASE("an end of either side waits for running copies, and begins no other")
   home.check_nothing_left_home();
 }
 
+TEST_CASE("a sender that is cancelled while the last copy ends cannot know what has arrived") {
+  Home home;
+  home.call(home.send_op("t", 0, {0, 64}, true));
+  home.call(home.receive_op("t"));
+  for (int i = 0; i < 9; ++i) home.end_copy();
+  REQUIRE(home.running() == 1);
+  CancelOp cancel;
+  cancel.op = {kSender, ++home.ops};
+  cancel.client_handle = Pair::handle_of("t");
+  home.post_all({cancel, CopyEnded{home.seen<LocalCopy>().back().copy, CopyOutcome::kOk, {}}});
+  CHECK(home.received("t").state == TransferState::kCompleted);
+  CHECK(home.sent("t").state == TransferState::kCancelled);
+  CHECK(home.sent("t").delivery == Delivery::kUnknown);
+}
+
 TEST_CASE("a worker that dies leaves its pages to the copies that run") {
   Home home;
   const WorkerId dies = GENERATE(kSender, kReceiver);

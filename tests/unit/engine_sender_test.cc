@@ -471,6 +471,25 @@ TEST_CASE("a pull that is turned away may be history at once, among too many end
   CHECK(s.drops(DropCause::kLate) == 1);
 }
 
+TEST_CASE("what is held behind gaps is bounded for all lanes of a link together") {
+  Lone s;
+  uint64_t sequence = 100;
+  const auto hold = [&](uint32_t lane) {
+    MsgSlice slice;
+    slice.pull = {boot_of(1), 1};
+    slice.aux.emplace(60 << 10, 'x');
+    s.post(MessageIn{{{1}, lane, 0}, ++sequence, std::move(slice)});
+  };
+  for (int i = 0; i < 40; ++i) hold(0);  // 2.4 MiB
+  REQUIRE(s.drops(DropCause::kLimit) == 0);
+  for (int i = 0; i < 40 && s.drops(DropCause::kLimit) == 0; ++i) hold(1);
+  CHECK(s.drops(DropCause::kLimit) == 1);
+  CHECK(s.seen<CloseLane>().back().lane.lane == 1);
+  // What that lane held is forgotten, so the other one may hold more.
+  for (int i = 0; i < 20; ++i) hold(0);
+  CHECK(s.drops(DropCause::kLimit) == 1);
+}
+
 TEST_CASE("parked pulls are bounded: the oldest goes") {
   EngineConfig config = small_config(1);
   config.max_parked_pulls = 2;

@@ -107,7 +107,9 @@ TEST_CASE("the peers' port takes no large messages, and smaller ones of who has 
   CHECK(stranger.handshake(60 << 10).reason == "HEARD");
   CHECK(stranger.handshake(64 << 10).reason == "MESSAGE_TOO_LARGE");
   CHECK(stranger.call((1 << 20) - 100).reason == "HEARD");
-  CHECK(stranger.call(1 << 20).code == Code::kResourceExhausted);
+  // It ends while its client still writes, who may see no more than that.
+  const Code code = stranger.call(1 << 20).code;
+  CHECK((code == Code::kResourceExhausted || code == Code::kUnavailable));
   CHECK(stranger.call(100).reason == "HEARD");
 }
 
