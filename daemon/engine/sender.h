@@ -123,6 +123,7 @@ class Sender {
   void reply(const OpRef& op, const Send& send, bool existing);
   void start(Send& send);
   void end_send(Send& send, TransferState state, Reason reason);
+  bool may_arrive(const TxChunk& chunk) const;
   Delivery delivery_of(const Send& send) const;
   bool source_read(const Send& send) const;
   void evaluate(Send& send);

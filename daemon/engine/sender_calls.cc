@@ -334,6 +334,12 @@ void Sender::start(Send& send) {
 }
 
 // DELIVERED is known by ENDs and acks alone; else, whether everything may have arrived.
+// Whether the receiver may have the chunk, or get it before it hears of our end: the copy of one
+// that is lent goes on.
+bool Sender::may_arrive(const TxChunk& chunk) const {
+  return chunk.offered_once || (chunk.staging != 0 && stagings_.at(chunk.staging).lent);
+}
+
 Delivery Sender::delivery_of(const Send& send) const {
   if (!send.last || send.places.empty() || !send.all_offered) return Delivery::kNo;
   for (const auto& [key, place] : send.places) {
@@ -346,7 +352,7 @@ Delivery Sender::delivery_of(const Send& send) const {
       for (const auto& [ordinal, slice] : leg.slices) {
         if (slice.dropped) continue;
         for (const TxChunk& chunk : slice.chunks)
-          if (!chunk.offered_once) return Delivery::kNo;
+          if (!may_arrive(chunk)) return Delivery::kNo;
       }
     }
   }

@@ -266,9 +266,7 @@ void Sender::end_leg(TxLeg& leg, Outcome outcome, Reason reason) {
   for (auto& [ordinal, slice] : leg.slices) {
     compiles_.erase(slice.compile);
     for (const TxChunk& chunk : slice.chunks) {
-      // The copy of one that is lent may end well before the receiver hears of this end.
-      const bool lent = chunk.staging != 0 && stagings_.at(chunk.staging).lent;
-      if (!slice.dropped && !chunk.offered_once && !lent) all_offered = false;
+      if (!slice.dropped && !may_arrive(chunk)) all_offered = false;
       if (chunk.staging != 0) unwant(chunk.staging);
     }
     leave_stream(leg, slice);
