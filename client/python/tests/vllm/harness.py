@@ -3,6 +3,7 @@ model runner that writes to the pages what a model would have to, and checks wha
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -40,7 +41,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
 
 BLOCK, HEADS, DIM, LAYERS, WINDOW = 16, 4, 8, 4, 32
-SECONDS = 30.0
+SECONDS = 10.0
 init_none_hash(sha256)
 
 
@@ -137,7 +138,6 @@ class Engine:
                     enable_chunked_prefill=True,
                     is_encoder_decoder=False,
                     async_scheduling=False,
-                    disable_hybrid_kv_cache_manager=False,
                 ),
                 device_config=DeviceConfig("cpu"),
                 kv_transfer_config=KVTransferConfig(
@@ -156,6 +156,8 @@ class Engine:
                 ),
             )
             out.parallel_config = parallel
+            # Behind the check for a platform, of which there is none here.
+            out.scheduler_config.disable_hybrid_kv_cache_manager = False
             out.cache_config.num_gpu_blocks = blocks
             return out
 
@@ -191,6 +193,8 @@ class Engine:
         self.tables: dict[str, list[list[int]]] = {}
         self.outputs: dict[str, Any] = {}
         self.reported: list[tuple[str, str]] = []
+        self.computed: dict[str, int] = {}  # tokens that were run here
+        self.loads: dict[str, Any] = {}  # what the connector was told to load
 
     def add(
         self,
@@ -219,11 +223,15 @@ class Engine:
 
     def step(self) -> None:
         output = self.scheduler.schedule()
+        self.loads.update({r.request_id: r for r in output.kv_connector_metadata.receives})
+        for request_id, count in output.num_scheduled_tokens.items():
+            self.computed[request_id] = self.computed.get(request_id, 0) + count
         results = []
         for rank in self.ranks:
             # One process holds several engines here; each driver has its own connector.
             if output.total_num_scheduled_tokens == 0:
-                results.append(rank.driver.no_forward(output))
+                # A copy, as comes from another process: the aggregator changes what it gets.
+                results.append(copy.copy(rank.driver.no_forward(output)))
                 continue
             rank.driver.pre_forward(output)
             sampled = self._forward(rank, output)

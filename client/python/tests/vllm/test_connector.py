@@ -18,7 +18,6 @@ from harness import BLOCK, Engine, run  # noqa: E402
 
 PROMPT = [(i * 37 + 11) % 1000 for i in range(75)]
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
-MAKE: Any = None
 
 
 class Site:
@@ -76,7 +75,8 @@ def test_decode_reads_what_prefill_wrote(
     assert reports(source, "finished_sending") == ["p0"]
     assert reports(target, "finished_recving") == ["d0"]
     assert reports(target, "failed_recving") == []
-    assert target.requests["d0"].num_external_computed_tokens == len(PROMPT)
+    # The prompt's last token, for its logits, and three of the four new ones.
+    assert target.computed["d0"] == 4
     assert source.free_blocks() == free
     assert target.idle
 
@@ -117,7 +117,8 @@ def test_a_partial_local_hit_loads_the_rest(site: Site) -> None:
     run(lambda: target.idle, target)
     target.add("d0", PROMPT, prefill(source, "p0"))
     run(lambda: "d0" in target.outputs and source.idle, source, target)
-    assert target.requests["d0"].num_external_computed_tokens == len(PROMPT) - 2 * BLOCK
+    assert target.loads["d0"].cached == 2 * BLOCK
+    assert target.computed["d0"] == 4
 
 
 def test_a_full_local_hit_declines_and_is_not_reported(site: Site) -> None:
@@ -237,7 +238,7 @@ def test_many_requests_at_once(site: Site) -> None:
 def test_a_daemon_that_dies_fails_the_load_and_the_next_one_works(tmp_path: Path) -> None:
     with Pair() as pair:
         site = Site(pair, tmp_path)
-        source, target = site.engine("prefill"), site.engine("decode")
+        source, target = site.engine("prefill"), site.engine("decode", receive_wait=1.0)
         params = prefill(source, "p0")
         pair.prefill.kill()
         run(lambda: source.idle, source)  # its blocks are free again
@@ -251,3 +252,13 @@ def test_a_daemon_that_dies_fails_the_load_and_the_next_one_works(tmp_path: Path
         assert reports(target, "failed_recving") == ["d0"]
         for engine in site.engines:
             engine.close()
+
+
+def test_the_harness_notices_pages_that_are_not_what_was_computed(site: Site) -> None:
+    source, target = site.engine("prefill"), site.engine("decode")
+    params = prefill(source, "p0")
+    sent = source.ranks[0].pages["model.layers.2.self_attn"]
+    sent[1:, 1, 3, 2] += 1.0
+    target.add("d0", PROMPT, params)
+    with pytest.raises(AssertionError, match="layer 2, position .*: not what was computed"):
+        run(lambda: "d0" in target.outputs, source, target)

@@ -23,8 +23,6 @@ from kvferry.vllm._steps import Coming, Handshake, News, Receive, Send, Step
 
 logger = logging.getLogger("vllm.kvferry")
 
-_RELEASES = (EventKind.SOURCE_RELEASED, EventKind.DEST_RELEASED)
-
 
 @dataclass
 class _Sending:
@@ -419,7 +417,8 @@ class WorkerSide:
         mine = sending if sending is not None and sending.transfer is transfer else receiving
         status = event.status
         if mine is not None and mine.transfer is transfer and status is not None:
-            if event.kind in _RELEASES:
+            # The status is the page's, and may be ahead of the event that is told first.
+            if status.released and not mine.released:
                 mine.released = True
                 if isinstance(mine, _Receiving):
                     mine.ok = status.state is TransferState.COMPLETED
