@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 pytest.importorskip("vllm", reason="vllm is not installed: deploy/test-vllm.sh")
 
-from daemons import Pair  # noqa: E402
-from harness import BLOCK, Engine, run  # noqa: E402
+from daemons import Pair
+from harness import BLOCK, Engine, run
 
 PROMPT = [(i * 37 + 11) % 1000 for i in range(75)]
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -238,7 +238,7 @@ def test_many_requests_at_once(site: Site) -> None:
 def test_a_daemon_that_dies_fails_the_load_and_the_next_one_works(tmp_path: Path) -> None:
     with Pair() as pair:
         site = Site(pair, tmp_path)
-        source, target = site.engine("prefill"), site.engine("decode", receive_wait=1.0)
+        source, target = site.engine("prefill"), site.engine("decode", receive_wait=3.0)
         params = prefill(source, "p0")
         pair.prefill.kill()
         run(lambda: source.idle, source)  # its blocks are free again
@@ -246,7 +246,10 @@ def test_a_daemon_that_dies_fails_the_load_and_the_next_one_works(tmp_path: Path
         run(lambda: "d0" in target.outputs, target)
         assert "error" in str(target.outputs["d0"].finish_reason).lower()
         pair.prefill.start()
-        params = prefill(source, "p1")  # waits for the new ticket
+        old = params["kvferry_ticket"]
+        scheduler = source.scheduler.get_kv_connector()._scheduler
+        run(lambda: scheduler._ticket not in ("", old), source)
+        params = prefill(source, "p1")
         target.add("d1", PROMPT, params)
         run(lambda: "d1" in target.outputs and source.idle, source, target)
         assert reports(target, "failed_recving") == ["d0"]
