@@ -263,5 +263,5 @@ def test_the_harness_notices_pages_that_are_not_what_was_computed(site: Site) ->
     sent = source.ranks[0].pages["model.layers.2.self_attn"]
     sent[1:, 1, 3, 2] += 1.0
     target.add("d0", PROMPT, params)
-    with pytest.raises(AssertionError, match="layer 2, position .*: not what was computed"):
+    with pytest.raises(AssertionError, match=r"layer 2, position .*: not what was computed"):
         run(lambda: "d0" in target.outputs, source, target)

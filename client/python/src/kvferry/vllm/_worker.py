@@ -93,8 +93,8 @@ class WorkerSide:
                 continue  # host memory is the client's own, or the layout says where it is missing
             known.add(storage)
             name = f"kv{len(known) - 1}"
-            # Without a place for the proof: after a restart it is made between two steps, since what
-            # a null block holds is multiplied by masked attention too.
+            # Without a place for the proof: after a restart it is made between two steps, since
+            # what a null block holds is multiplied by masked attention too.
             self.client.export_tensor(name, tensor)
             self._device_pools.append(name)
 
