@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests of the vLLM connector (client/python/tests/vllm) with the pinned vLLM, whose
+# Runs the tests of the vLLM connector (client/python/tests/vllm_connector) with the pinned vLLM, whose
 # scheduler runs without a GPU. Optional, as it fetches some 3 GB from PyPI; skipped (exit status
 # 77), with the reason, where that cannot be installed. Environment as of test-python.sh.
 set -euo pipefail
@@ -26,4 +26,4 @@ if ! step "installing vLLM $version (3 GB)" "$out/vllm.log" install_vllm; then
 fi
 deploy/test-python.sh --wheel
 "$out/vllm/bin/python" -m pip install --quiet --no-deps --force-reinstall "$out"/dist/kvferry-*.whl
-"$out/vllm/bin/python" -m pytest -q -p no:cacheprovider -W ignore client/python/tests/vllm
+"$out/vllm/bin/python" -m pytest -q -p no:cacheprovider -W ignore client/python/tests/vllm_connector
