@@ -101,7 +101,8 @@ TEST_CASE("several connections by each device meet their like at a peer with one
 }
 
 // Transfers of eight chunks, which are all under way at once: nothing but what was measured before
-// can keep them off the slow rail.
+// can keep them off the slow rail. Both roads run on this machine's processors: while these are
+// taken the fast road is slower than it should be, and the slow one rightly gets more.
 TEST_CASE("a rail that is forty times slower gets few chunks") {
   constexpr uint64_t kTokens = 512;
   constexpr double kBytes = kTokens * 4096;
