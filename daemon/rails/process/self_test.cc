@@ -347,7 +347,9 @@ Status SelfTest::run_trial(Trial& trial, const gpu::Device* device) {
   if (!address) return tl::unexpected<Error>(address.error());
   const auto theirs = receive_bytes(trial.channel.get(), kStartLimit);
   if (theirs.empty() || !send_bytes(trial.channel.get(), *address))
-    return failed("the peer did not start");
+    return failed(
+        "the peer did not start; is a port of rails.port_range free? One is not for a minute after "
+        "the end of a process that had connections there");
   auto endpoint = worker.connect(theirs, &ignore_error, nullptr);
   if (!endpoint) return tl::unexpected<Error>(endpoint.error());
   progress_until(worker, kStepLimit, [&] { return receiver.offer != nullptr || receiver.eager; });
