@@ -2,6 +2,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -11,10 +12,13 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <thread>
 
 #include "client/ctl/doctor.h"
+#include "client/ctl/live.h"
 #include "client/ctl/plan.h"
 #include "client/ctl/render.h"
+#include "client/ctl/screen.h"
 #include "kvferry/v1/admin.grpc.pb.h"
 
 namespace kvferry::ctl {
@@ -24,8 +28,12 @@ enum ExitCode : int {
   kOk = 0,
   kRefused = 1,      // health: unhealthy or out of reach; else: the daemon answered with an error
   kUsage = 64,       // the command line is wrong
+  kUnwritten = 74,   // standard output takes no more
   kUnavailable = 69  // no daemon answers, or it does not serve what was asked
 };
+
+// For the busiest of them.
+constexpr uint32_t kAllTransfers = 100'000;
 
 struct Arguments {
   std::string socket = "/run/kvferry/admin.sock";
@@ -36,6 +44,10 @@ struct Arguments {
   std::string node;
   std::string boot;
   std::optional<double> drain_seconds;
+  // Of live views: between pictures, and how many; 0: until the daemon is gone, or a signal.
+  double interval_seconds = 1;
+  uint32_t pictures = 0;
+  uint32_t rows = 15;
   PlanOptions plan;
   DoctorOptions doctor;
 };
@@ -118,6 +130,21 @@ class Session {
     return doctor_exit(findings) == 0 ? kOk : kRefused;
   }
 
+  // Transfers with their progress, again and again.
+  int watch() {
+    return live([this](Sample& sample) { return take_transfers(sample, arguments_.limit); },
+                watch_json, watch_text);
+  }
+
+  // All there is to see of the daemon, again and again.
+  int top() {
+    return live([this](Sample& sample) { return take_all(sample); },
+                [this](const Sample& before, const Sample& now) {
+                  return top_json(before, now, arguments_.rows);
+                },
+                top_text);
+  }
+
   // Waits as long as the daemon does, whatever --timeout says.
   int drain(std::optional<double> limit_seconds) {
     constexpr std::chrono::hours kLongest(25);
@@ -136,15 +163,57 @@ class Session {
     return kOk;
   }
 
-  // For what only succeeds or fails.
-  template <typename Request, typename Response>
-  int order(Method<Request, Response> method, const Request& request) {
-    Response response;
-    const grpc::Status status = call(method, request, response);
-    return status.ok() ? kOk : tell(status);
+ private:
+  // Every picture is of two samples, so the first one comes after an interval.
+  template <typename Take, typename Make>
+  int live(const Take& take, const Make& make, std::string (*text)(const Json&)) {
+    const Screen screen;
+    const auto interval = std::chrono::duration_cast<std::chrono::steady_clock::duration>(
+        std::chrono::duration<double>(arguments_.interval_seconds));
+    Sample before;
+    if (const grpc::Status status = take(before); !status.ok()) return tell(status);
+    auto next = std::chrono::steady_clock::now();
+    for (uint32_t shown = 0; arguments_.pictures == 0 || shown < arguments_.pictures; ++shown) {
+      next = std::max(next + interval, std::chrono::steady_clock::now());
+      std::this_thread::sleep_until(next);
+      Sample now;
+      if (const grpc::Status status = take(now); !status.ok()) return tell(status);
+      const Json picture = make(before, now);
+      if (arguments_.json)
+        std::cout << picture.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n"
+                  << std::flush;
+      else
+        screen.show(text(picture));
+      if (!std::cout) return kUnwritten;
+      before = std::move(now);
+    }
+    return kOk;
   }
 
- private:
+  template <typename Request, typename Response>
+  grpc::Status take(Method<Request, Response> method, const Request& request, Json& out) {
+    Response response;
+    grpc::Status status = call(method, request, response);
+    if (status.ok()) out = to_json(response);
+    return status;
+  }
+  grpc::Status take_transfers(Sample& sample, uint32_t limit) {
+    v1::ListTransfersRequest request;
+    request.set_limit(limit);
+    sample.seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return take(&v1::Admin::Stub::ListTransfers, request, sample.transfers);
+  }
+  grpc::Status take_all(Sample& sample) {
+    using Stub = v1::Admin::Stub;
+    grpc::Status status = take_transfers(sample, kAllTransfers);
+    if (status.ok()) status = take(&Stub::Status, v1::StatusRequest(), sample.status);
+    if (status.ok()) status = take(&Stub::ListWorkers, v1::ListWorkersRequest(), sample.workers);
+    if (status.ok()) status = take(&Stub::ListRails, v1::ListRailsRequest(), sample.rails);
+    if (status.ok()) status = take(&Stub::ListArenas, v1::ListArenasRequest(), sample.arenas);
+    return status;
+  }
+
   void print(const Json& json, std::string (*text)(const Json&)) const {
     std::cout << (arguments_.json ? json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n"
                                   : text(json));
@@ -152,7 +221,9 @@ class Session {
 
   int tell(const grpc::Status& status) const {
     const grpc::StatusCode code = status.error_code();
-    const bool out_of_reach = code == grpc::StatusCode::UNAVAILABLE;
+    // A daemon that stops cancels what is asked of it.
+    const bool out_of_reach =
+        code == grpc::StatusCode::UNAVAILABLE || code == grpc::StatusCode::CANCELLED;
     std::cerr << "kvferryctl: "
               << (out_of_reach ? "no daemon answers on " + arguments_.socket + ": " : std::string())
               << status.error_message() << "\n";
@@ -175,6 +246,19 @@ struct Verb {
 template <typename Request, typename Response>
 Run shows(Session::Method<Request, Response> method, std::string (*text)(const Json&)) {
   return [=](Session& session) { return session.show(method, Request(), text); };
+}
+
+constexpr double kShortestInterval = 0.05;
+constexpr double kLongestInterval = 3600;
+
+double parse_interval(const std::string& text) {
+  double seconds = 0;
+  const char* const end = text.data() + text.size();
+  const auto read = std::from_chars(text.data(), end, seconds);
+  if (read.ec != std::errc{} || read.ptr != end || !(seconds >= kShortestInterval) ||
+      seconds > kLongestInterval)
+    throw CLI::ValidationError("--watch", "must be from 0.05 to 3600 seconds");
+  return seconds;
 }
 
 int run(int argc, const char* const* argv) {
@@ -220,13 +304,37 @@ int run(int argc, const char* const* argv) {
 
   auto* transfers = app.add_subcommand("transfers", "Transfers with a side on this daemon");
   transfers->add_option("--limit", arguments.limit, "At most so many (default 1000)");
-  transfers->callback([&] {
+  std::string watch;
+  auto* watching = transfers->add_option(
+      "--watch", watch, "Show progress, again and again: each SECONDS (default 1)");
+  watching->expected(0, 1)->type_name("[SECONDS]");
+  transfers->add_option("--count", arguments.pictures, "With --watch: so often, then end")
+      ->needs(watching)
+      ->check(CLI::Range(1U, 1'000'000U));
+  transfers->callback([&, watching] {
+    if (watching->count() > 0) {
+      if (!watch.empty()) arguments.interval_seconds = parse_interval(watch);
+      chosen = [](Session& session) { return session.watch(); };
+      return;
+    }
     chosen = [&](Session& session) {
       v1::ListTransfersRequest request;
       request.set_limit(arguments.limit);
       return session.show(&Stub::ListTransfers, request, transfers_text);
     };
   });
+  auto* top = app.add_subcommand("top", "A live view of the daemon: rates, rails, transfers");
+  top->add_option("--interval", arguments.interval_seconds, "Seconds between pictures")
+      ->capture_default_str()
+      ->check(CLI::Range(kShortestInterval, kLongestInterval));
+  auto* count = top->add_option("--count", arguments.pictures, "End after so many pictures")
+                    ->check(CLI::Range(1U, 1'000'000U));
+  top->add_flag_callback(
+         "--once", [&] { arguments.pictures = 1; }, "End after one picture")
+      ->excludes(count);
+  top->add_option("--rows", arguments.rows, "Show so many transfers, the busiest")
+      ->capture_default_str();
+  top->callback([&] { chosen = [](Session& session) { return session.top(); }; });
   auto* arenas = app.add_subcommand("arenas", "Bounce memory by state");
   auto* release = arenas->add_subcommand(
       "release", "Say that a peer on another machine is gone: what was lent to it is used again");
@@ -261,14 +369,15 @@ int run(int argc, const char* const* argv) {
       return session.show(&Stub::CancelTransfer, request, cancel_text);
     };
   });
-  auto* trace = app.add_subcommand("trace", "A transfer's history here and at its peers");
+  auto* trace =
+      app.add_subcommand("trace", "When each step of a transfer was taken, here and at its peers");
   trace->add_option("transfer", arguments.selector, "A handle or hash from \"transfers\"")
       ->required();
   trace->callback([&] {
     chosen = [&](Session& session) {
       v1::TraceRequest request;
       request.set_selector(arguments.selector);
-      return session.order(&Stub::Trace, request);
+      return session.show(&Stub::Trace, request, trace_text);
     };
   });
   auto* plan = app.add_subcommand("plan", "What a transfer between two layouts would move");

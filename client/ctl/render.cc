@@ -1,11 +1,10 @@
 #include "client/ctl/render.h"
 
 #include <algorithm>
-#include <array>
-#include <cstdio>
-#include <functional>
 #include <map>
 #include <vector>
+
+#include "client/ctl/table.h"
 
 namespace kvferry::ctl {
 namespace {
@@ -14,80 +13,10 @@ double seconds_of(const google::protobuf::Duration& duration) {
   return static_cast<double>(duration.seconds()) + static_cast<double>(duration.nanos()) * 1e-9;
 }
 
-template <typename... Args>
-std::string format(const char* pattern, Args... args) {
-  std::array<char, 64> text{};
-  std::snprintf(text.data(), text.size(), pattern, args...);
-  return text.data();
-}
-
-using Format = std::function<std::string(const Json& row)>;
-
-struct Column {
-  std::string title;
-  Format format;
-  bool right = false;
-};
-
-// Nothing that a daemon tells may move the terminal's cursor.
-std::string printable(std::string text) {
-  for (char& c : text)
-    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
-  return text;
-}
-
-Format plain(const char* key) {
-  return [key](const Json& row) -> std::string {
-    const Json& value = row.at(key);
-    if (value.is_null()) return "-";
-    if (value.is_boolean()) return value.get<bool>() ? "yes" : "no";
-    if (value.is_string()) {
-      const std::string text = printable(value.get<std::string>());
-      return text.empty() ? "-" : text;
-    }
-    return value.dump();
-  };
-}
-Format bytes(const char* key) {
-  return [key](const Json& row) { return human_bytes(row.at(key).get<double>()); };
-}
-Format duration(const char* key) {
-  return [key](const Json& row) -> std::string {
-    return row.at(key).is_null() ? "-" : human_duration(row.at(key).get<double>());
-  };
-}
-
-std::string table(const Json& rows, const std::vector<Column>& columns, const char* none) {
-  if (rows.empty()) return std::string(none) + "\n";
-  std::vector<std::vector<std::string>> cells(1);
-  for (const Column& column : columns) cells[0].push_back(column.title);
-  for (const Json& row : rows) {
-    cells.emplace_back();
-    for (const Column& column : columns) cells.back().push_back(column.format(row));
-  }
-  std::vector<std::size_t> widths(columns.size());
-  for (const auto& line : cells)
-    for (std::size_t i = 0; i < line.size(); ++i) widths[i] = std::max(widths[i], line[i].size());
-  std::string out;
-  for (const auto& line : cells) {
-    std::string text;
-    for (std::size_t i = 0; i < line.size(); ++i) {
-      const std::string pad(widths[i] - line[i].size(), ' ');
-      if (i > 0) text += "  ";
-      text += columns[i].right ? pad + line[i] : line[i] + pad;
-    }
-    text.erase(text.find_last_not_of(' ') + 1);
-    out += text + "\n";
-  }
-  return out;
-}
-
 std::string line(const char* name, const std::string& value) {
-  return format("%-12s ", name) + printable(value) + "\n";
-}
-
-std::string percent(double part, double whole) {
-  return whole > 0 ? format("%.0f%%", 100.0 * part / whole) : "-";
+  std::string label(name);
+  label.resize(std::max<std::size_t>(label.size(), 12), ' ');
+  return label + " " + printable(value) + "\n";
 }
 
 }  // namespace
@@ -124,6 +53,9 @@ Json to_json(const v1::StatusResponse& r) {
           {"protocol_max", r.protocol_max()},
           {"peer_address", r.peer_address()},
           {"http_address", r.http_address()},
+          {"sent_bytes", r.sent_bytes()},
+          {"received_bytes", r.received_bytes()},
+          {"local_bytes", r.local_bytes()},
           {"workers", r.workers()},
           {"transfers", r.transfers()},
           {"links", r.links()},
@@ -288,31 +220,44 @@ Json to_json(const v1::ReloadResponse& r) {
   return {{"peers", r.peers()}, {"restart_keys", std::move(keys)}};
 }
 
+Json to_json(const v1::TraceResponse& r) {
+  Json parts = Json::array();
+  for (const auto& part : r.parts()) {
+    Json steps = Json::array();
+    for (const auto& step : part.steps())
+      steps.push_back({{"name", step.name()},
+                       {"first_seconds", seconds_of(step.first())},
+                       {"last_seconds", seconds_of(step.last())},
+                       {"count", step.count()}});
+    Json peers = Json::array();
+    for (const std::string& peer : part.peers()) peers.push_back(peer);
+    parts.push_back({{"node_id", part.node_id()},
+                     {"handle", part.handle()},
+                     {"id_hash", part.id_hash()},
+                     {"role", part.role()},
+                     {"rank", part.rank()},
+                     {"state", part.state()},
+                     {"reason", part.reason()},
+                     {"bytes_done", part.bytes_done()},
+                     {"bytes_total", part.bytes_total()},
+                     {"fragments", part.fragments()},
+                     {"chunks", part.chunks()},
+                     {"peers", std::move(peers)},
+                     {"clock_error_seconds", seconds_of(part.clock_error())},
+                     {"steps", std::move(steps)}});
+  }
+  Json gaps = Json::array();
+  for (const auto& gap : r.gaps())
+    gaps.push_back({{"node_id", gap.node_id()}, {"detail", gap.detail()}});
+  return {
+      {"parts", std::move(parts)}, {"gaps", std::move(gaps)}, {"age_seconds", seconds_of(r.age())}};
+}
+
 Json to_json(const v1::HealthResponse& r) {
   Json list = Json::array();
   for (const auto& check : r.checks())
     list.push_back({{"name", check.name()}, {"ok", check.ok()}, {"detail", check.detail()}});
   return {{"healthy", r.healthy()}, {"checks", std::move(list)}};
-}
-
-std::string human_bytes(double value) {
-  static constexpr std::array<const char*, 5> kUnits{"B", "KiB", "MiB", "GiB", "TiB"};
-  std::size_t unit = 0;
-  while (value >= 1024 && unit + 1 < kUnits.size()) {
-    value /= 1024;
-    ++unit;
-  }
-  return format(unit == 0 || value >= 100 ? "%.0f %s" : "%.1f %s", value, kUnits.at(unit));
-}
-
-std::string human_duration(double seconds) {
-  if (seconds < 1e-3) return format("%.0fus", seconds * 1e6);
-  if (seconds < 1) return format("%.0fms", seconds * 1e3);
-  if (seconds < 60) return format("%.1fs", seconds);
-  const auto whole = static_cast<long long>(seconds);
-  if (whole < 3600) return format("%lldm%02llds", whole / 60, whole % 60);
-  if (whole < 86400) return format("%lldh%02lldm", whole / 3600, whole / 60 % 60);
-  return format("%lldd%02lldh", whole / 86400, whole / 3600 % 24);
 }
 
 std::string status_text(const Json& s) {
@@ -535,6 +480,38 @@ std::string health_text(const Json& json) {
     const std::string detail = printable(check.at("detail").get<std::string>());
     out += detail.empty() ? "\n" : ": " + detail + "\n";
   }
+  return out;
+}
+
+std::string trace_text(const Json& json) {
+  const auto at = [](const char* key) {
+    return [key](const Json& row) { return "+" + human_duration(row.at(key).get<double>()); };
+  };
+  std::string out;
+  for (const Json& part : json.at("parts")) {
+    const auto text = [&](const char* key) { return printable(part.at(key).get<std::string>()); };
+    out += (out.empty() ? "" : "\n") + text("role") + " rank " + part.at("rank").dump() + " on " +
+           text("node_id");
+    if (!text("handle").empty()) out += ", " + text("handle");
+    out += " (" + text("id_hash") + "): " + text("state");
+    if (!text("reason").empty()) out += " " + text("reason");
+    out += "\n" + human_bytes(part.at("bytes_done").get<double>()) + " of " +
+           human_bytes(part.at("bytes_total").get<double>()) + ", " + part.at("chunks").dump() +
+           " chunks of " + part.at("fragments").dump() + " pieces of memory\n";
+    if (const auto error = part.at("clock_error_seconds").get<double>(); error > 0)
+      out += "times may be wrong by " + human_duration(error) + "\n";
+    out += table(part.at("steps"),
+                 {{"STEP", plain("name")},
+                  {"FIRST", at("first_seconds"), true},
+                  {"LAST", at("last_seconds"), true},
+                  {"COUNT", plain("count"), true}},
+                 "no steps");
+  }
+  for (const Json& gap : json.at("gaps"))
+    out +=
+        "\n" + printable(gap.at("node_id").get<std::string>()) +
+        " did not tell of its side; ask there: " + printable(gap.at("detail").get<std::string>()) +
+        "\n";
   return out;
 }
 

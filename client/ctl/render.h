@@ -1,14 +1,12 @@
 // From the daemon's answers to JSON for programs and tables for people. Pure functions.
 #pragma once
 
-#include <nlohmann/json.hpp>
 #include <string>
 
+#include "client/ctl/table.h"
 #include "kvferry/v1/admin.pb.h"
 
 namespace kvferry::ctl {
-
-using Json = nlohmann::ordered_json;
 
 // Sizes are bytes, durations seconds; a list stands under its name ({"workers": [...]}).
 Json to_json(const v1::StatusResponse& response);
@@ -21,6 +19,7 @@ Json to_json(const v1::ReleaseArenasResponse& response);
 Json to_json(const v1::CancelTransferResponse& response);
 Json to_json(const v1::HealthResponse& response);
 Json to_json(const v1::ReloadResponse& response);
+Json to_json(const v1::TraceResponse& response);
 
 // The same for people, made from the JSON; each ends with a line break.
 std::string status_text(const Json& status);
@@ -33,8 +32,6 @@ std::string released_text(const Json& released);
 std::string cancel_text(const Json& cancelled);
 std::string reload_text(const Json& reloaded);
 std::string health_text(const Json& health);
-
-std::string human_bytes(double bytes);       // "1.5 GiB"
-std::string human_duration(double seconds);  // "2m05s", "340ms"
+std::string trace_text(const Json& trace);
 
 }  // namespace kvferry::ctl

@@ -29,6 +29,7 @@
 #include "daemon/engine/sender.h"
 #include "daemon/engine/snapshot.h"
 #include "daemon/engine/timers.h"
+#include "daemon/engine/traces.h"
 #include "daemon/engine/workers.h"
 
 namespace kvferry::engine {
@@ -43,6 +44,7 @@ class Core {
   void advance();
   void flush();
   EngineSnapshot snapshot(Time at) const;
+  std::vector<TransferTrace> find_traces(const TraceQuery& query, Time at) const;
   void check_invariants() const;
 
   template <typename Any>
@@ -84,6 +86,7 @@ class Core {
   Claims claims;
   Reservations reservations;
   ReuseIndex reuse;
+  Traces traces;
 
  private:
   // One for each event.

@@ -22,8 +22,8 @@ TransferEnded ended(const Transfer& transfer, Role role, Time now) {
   end.gather = transfer.gather;
   end.wire = transfer.wire;
   end.scatter = transfer.scatter;
-  end.label = short_hash(transfer.name) + (role == Role::kSender ? " S" : " R") +
-              std::to_string(transfer.layout->rank);
+  end.label =
+      transfer.hash + (role == Role::kSender ? " S" : " R") + std::to_string(transfer.layout->rank);
   return end;
 }
 

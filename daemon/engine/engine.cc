@@ -43,6 +43,10 @@ EngineSnapshot Engine::snapshot(Time now) const {
   return core_->snapshot(now);
 }
 
+std::vector<TransferTrace> Engine::traces(const TraceQuery& query, Time now) const {
+  return core_->find_traces(query, now);
+}
+
 const EngineStats& Engine::stats() const {
   return core_->stats;
 }

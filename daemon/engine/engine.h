@@ -14,6 +14,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "daemon/base/units.h"
 #include "daemon/engine/commands.h"
@@ -41,6 +42,8 @@ class Engine {
   Time next_timer() const;
 
   EngineSnapshot snapshot(Time now) const;
+  // Also of transfers that are gone, kMostKeptTraces of them for kTraceLife (traces.h).
+  std::vector<TransferTrace> traces(const TraceQuery& query, Time now) const;
   const EngineStats& stats() const;
 
   // For tests: who may write that region of a mapped arena by itself now.

@@ -57,9 +57,10 @@ struct Plan {
   // equal digests alone are no proof, as a receiver has a say in the text. Cheap next to a
   // compilation.
   virtual bool same_source(const Plan& /*other*/) const { return false; }
-  uint64_t bytes = 0;     // of the stream
-  uint64_t digest = 0;    // of the stream's text
-  bool has_tail = false;  // receiver: cells to be cleared once the whole stream is scattered
+  uint64_t bytes = 0;      // of the stream
+  uint64_t digest = 0;     // of the stream's text
+  uint64_t fragments = 0;  // contiguous pieces of this side's memory
+  bool has_tail = false;   // receiver: cells to be cleared once the whole stream is scattered
 };
 
 }  // namespace kvferry::engine

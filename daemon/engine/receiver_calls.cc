@@ -97,6 +97,8 @@ void Receiver::receive(const ReceiveOp& op) {
   fresh.worker = op.op.worker;
   fresh.key = op.key;
   fresh.name = name.transfer;
+  fresh.hash = short_hash(fresh.name);
+  fresh.timeline.note(Step::kAsked, core_.now);
   fresh.layout = op.layout;
   fresh.created = core_.now;
   fresh.record.client_handle = op.client_handle;
@@ -158,6 +160,12 @@ bool Receiver::resolved(Resolved& event) {
     return true;
   }
   receive.sender_incarnation = event.sender_incarnation;
+  receive.timeline.note(Step::kResolved, core_.now);
+  // A ticket by name does not tell the incarnation, of which the sender's name for it has.
+  if (TransferName known = receive.name; known.incarnation != event.sender_incarnation) {
+    known.incarnation = event.sender_incarnation;
+    receive.hash = short_hash(known);
+  }
   for (const ReceiverLeg& leg : event.legs) {
     receive.groups.insert(leg.sender_dp_group);
     make_leg(receive, *core_.lanes.find_node(leg.node), leg, event.cards);
@@ -214,6 +222,7 @@ void Receiver::make_leg(Receive& receive, Link& link, const ReceiverLeg& of,
   fields.cards = cards;
   message->proof = receiver_proof(receive.key.secret, fields);
   leg.message = std::move(message);
+  note_node(receive, link);
   link.own_pulls.insert(leg.pull);
   receive.legs.insert(leg.pull);
   unsent_.insert(leg.pull);
@@ -281,6 +290,7 @@ void Receiver::end_receive(Receive& receive, TransferState state, Reason reason)
   KVFERRY_CHECK(!receive.terminal(), "a receive ends once");
   receive.record.state = state;
   receive.record.reason = reason;
+  receive.timeline.note(Step::kEnded, core_.now);
   if (state == TransferState::kCompleted) {
     receive.record.delivery = Delivery::kDelivered;
     if (receive.done && receive.attached)
@@ -369,6 +379,7 @@ void Receiver::release(Receive& receive) {
   }
   if (receive.record.released || writing || !receive.terminal()) return;
   receive.record.released = true;
+  receive.timeline.note(Step::kReleased, core_.now);
   for (const BlockPlace& place : std::exchange(receive.writes, {})) core_.reuse.write_ended(place);
   receive.record.released_reason = receive.record.reason;
   core_.workers.changed(receive, Role::kReceiver);
@@ -380,6 +391,7 @@ void Receiver::forget_if_done(uint64_t id) {
   const RankKey key = rank_key(receive.name, *receive.layout);
   core_.workers.bury(Role::kReceiver, key, receive.record.reason);
   by_name_.erase(key);
+  core_.traces.keep(trace_of(receive, Role::kReceiver, core_.now), core_.now);
   receives_.erase(id);
 }
 

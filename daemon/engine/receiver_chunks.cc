@@ -15,6 +15,7 @@ constexpr std::size_t kMostRefusedEarly = 1024;
 }  // namespace
 
 void Receiver::drop_offer(const HeldOffer& offer) {
+  ++core_.stats.offers_dropped;
   core_.emit(DropOffer{offer.lane, offer.descriptor});
 }
 
@@ -109,7 +110,7 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
 void Receiver::refuse(RxLeg& leg, const HeldOffer& offer) {
   ++core_.stats.offers_refused;
   leg.refused.insert({offer.offer.slice, offer.offer.chunk});
-  drop_offer(offer);
+  core_.emit(DropOffer{offer.lane, offer.descriptor});
   core_.lanes.refuse(offer.lane, {offer.offer.pull, offer.offer.offer});
   update(leg);
 }
@@ -118,6 +119,7 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
   const auto credit = leg.credits.find(offer.offer.credit.value);
   RxRegion& region = regions_.at(credit->second);
   leg.credits.erase(credit);
+  ++core_.stats.credits_ended;
   if (leg.credits.empty()) note_credits(leg);
   leg.refused.erase({offer.offer.slice, offer.offer.chunk});
   note_needy(leg);
@@ -131,6 +133,7 @@ void Receiver::accept(RxLeg& leg, RxSlice& slice, const HeldOffer& offer) {
   region.since = core_.now;
   slice.chunks.at(region.chunk) = RxState::kLanding;
   ++core_.stats.offers_accepted;
+  receives_.at(leg.receive).timeline.note(Step::kOffered, core_.now);
   const auto by_rate = std::chrono::nanoseconds(static_cast<int64_t>(
       static_cast<double>(region.bytes) * 1e9 /
       static_cast<double>(std::max<uint64_t>(core_.config.landing_min_rate, 1))));
@@ -217,8 +220,10 @@ void Receiver::landed(RxRegion& region) {
   RxLeg& leg = legs_.at(region.leg);
   Receive& receive = receives_.at(leg.receive);
   region.state = RegionState::kLanded;
+  ++core_.stats.chunks_landed;
   leg.slices.at(region.slice).chunks.at(region.chunk) = RxState::kLanded;
   receive.wire += core_.now - region.since;
+  receive.timeline.note(Step::kArrived, core_.now);
   region.since = core_.now;
   receive.landed.insert(region.id);
   drop_held(leg, region.slice, region.chunk);
@@ -265,6 +270,7 @@ void Receiver::scatter_landed(Receive& receive) {
     region.state = RegionState::kScattering;
     slice.chunks.at(region.chunk) = RxState::kScattering;
     region.since = core_.now;
+    receive.timeline.note(Step::kScattering, core_.now);
     ++receive.scatters;
     Scatter command;
     command.copy = CopyId{core_.next_number()};
@@ -321,6 +327,8 @@ void Receiver::scattered(RxRegion& region, const CopyEnded& event) {
   Receive& receive = receives_.at(id);
   --receive.scatters;
   receive.scatter += core_.now - region.since;
+  if (event.outcome == CopyOutcome::kOk) receive.timeline.note(Step::kScattered, core_.now);
+  if (event.outcome == CopyOutcome::kCheckMismatch) ++core_.stats.chunks_corrupt;
   const auto it = legs_.find(pull);
   const bool live = it != legs_.end() && it->second.state == RxLegState::kOpen;
   if (live && of_dropped) --it->second.dropped_scatters;

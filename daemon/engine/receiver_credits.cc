@@ -137,6 +137,7 @@ void Receiver::grant(RxLeg& leg, const memory::Region& region) {
     receive.moved = true;
     receive.first_move = core_.now;
   }
+  receive.timeline.note(Step::kGranted, core_.now);
   ++core_.stats.credits_granted;
   changed(leg);
   update(leg);
@@ -336,6 +337,7 @@ void Receiver::spend(RxLeg& leg, uint64_t credit) {
   if (it == leg.credits.end()) return;
   const uint64_t region = it->second;
   leg.credits.erase(it);
+  ++core_.stats.credits_ended;
   if (leg.credits.empty()) note_credits(leg);
   std::erase_if(leg.new_credits,
                 [&](const CreditGrant& grant) { return grant.credit.value == credit; });
@@ -446,6 +448,7 @@ void Receiver::flush() {
       continue;
     }
     leg.state = RxLegState::kOpen;
+    receive.timeline.note(Step::kPulled, core_.now);
     leg.new_acks.clear();
     to_update_.erase(pull);
     send_pull(*core_.lanes.find(leg.link), leg, std::exchange(leg.new_credits, {}));

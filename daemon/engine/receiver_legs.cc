@@ -80,6 +80,7 @@ void Receiver::wait_is_over(Receive& receive, RxLeg& leg) {
   }
   if (!receive.first_slice) {
     receive.first_slice = true;
+    receive.timeline.note(Step::kMatched, core_.now);
     receive.record.state = TransferState::kActive;
     receive.must_end = core_.now + receive.deadline;
     core_.timers.cancel({TimerKind::kWait, receive.id, 0});
@@ -143,6 +144,7 @@ void Receiver::slice_in(Link& link, MsgSlice& message) {
     return;
   }
   wait_is_over(receive, *leg);
+  receive.timeline.note(Step::kSlice, core_.now);
   RxSlice& slice = leg->slices[message.ordinal];
   slice.bytes = message.bytes;
   slice.digest = message.digest;
@@ -197,6 +199,8 @@ bool Receiver::compiled(Compiled& event) {
   --leg.compiling;
   slice.state = RxSlice::State::kCounts;
   slice.plan = std::move(event.plan);
+  receive.fragments += slice.plan->fragments;
+  core_.stats.fragments_received += slice.plan->fragments;
   slice.count = count;
   slice.chunks.assign(slice.count, RxState::kNeeded);
   leg.known_bytes += slice.bytes;

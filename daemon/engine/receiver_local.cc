@@ -75,6 +75,7 @@ void Receiver::copy_chunk(RxLeg& leg) {
   ++leg.regions_held;
   ++receive.scatters;
   ++local_copies_;
+  receive.timeline.note(Step::kScattering, core_.now);
   if (!receive.moved) {
     receive.moved = true;
     receive.first_move = core_.now;

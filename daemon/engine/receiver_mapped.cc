@@ -26,8 +26,12 @@ void Receiver::mapped_in(Link& link, const MsgMapped& message) {
 void Receiver::choose_mapped(RxLeg& leg, const Receive& receive, const Link& link) const {
   const std::optional<uint32_t>& beside = receive.layout->mapped_arena;
   if (!beside || !link.lent.contains(*beside) || leg.expected_bytes == 0) return;
-  if (receive.reservation != 0 || core_.arenas[*beside].lost()) return;
-  if (link.check != CheckKind::kNone && core_.config.arenas[*beside].on_device) return;
+  if (receive.reservation != 0) return;
+  if (core_.arenas[*beside].lost() ||
+      (link.check != CheckKind::kNone && core_.config.arenas[*beside].on_device)) {
+    ++core_.stats.mapped_unused;
+    return;
+  }
   leg.mapped = true;
   leg.arena = *beside;
   leg.lent_over = link.id;
@@ -87,6 +91,7 @@ void Receiver::written(RxLeg& leg, const MsgWritten& of) {
   }
   RxRegion& region = regions_.at(credit->second);
   leg.credits.erase(credit);
+  ++core_.stats.credits_ended;
   region.slice = of.slice;
   region.chunk = of.chunk;
   region.bytes = chunk_size(link.chunk_bytes, slice.bytes, of.chunk);
@@ -121,6 +126,7 @@ void Receiver::end_credits(RxLeg& leg) {
       spend(leg, credit);
     } else {
       leg.credits.erase(leg.credits.begin());
+      ++core_.stats.credits_ended;
       quarantine(regions_.at(region));
     }
   }

@@ -130,6 +130,7 @@ void Receiver::may_be_ready(Receive& receive) {
   if (receive.ready || receive.terminal() || !receive.signalled) return;
   if (!receive.read_by_others.empty()) return;
   receive.ready = true;
+  receive.timeline.note(Step::kReady, core_.now);
   core_.timers.cancel({TimerKind::kReady, receive.id, 0});
   queue_copies(receive);
   scatter_landed(receive);
@@ -221,10 +222,12 @@ bool Receiver::chunk_copied(const CopyEnded& event) {
   --copy.running;
   --receive.copying;
   copy.done += chunk.bytes;
-  if (event.outcome == CopyOutcome::kOk)
+  if (event.outcome == CopyOutcome::kOk) {
     core_.stats.reuse_bytes += chunk.bytes;
-  else if (!receive.terminal())
+    receive.timeline.note(Step::kReused, core_.now);
+  } else if (!receive.terminal()) {
     end_receive(receive, TransferState::kFailed, Reason::kScatterFailed);
+  }
   // Ending the receive has ended all its copies of which no chunk was under way.
   const auto left = receive.copies.find(chunk.copy);
   if (left != receive.copies.end() && left->second.running == 0 &&

@@ -77,6 +77,7 @@ Send* Sender::admit(const OpRef& op, uint64_t handle, const TransferKey& key,
   fresh.worker = op.worker;
   fresh.key = key;
   fresh.name = name.first;
+  fresh.hash = short_hash(fresh.name);
   fresh.layout = layout;
   fresh.created = core_.now;
   fresh.record.client_handle = handle;
@@ -109,6 +110,7 @@ void Sender::open_send(const OpenSendOp& op) {
                       "the transfer exists with another " + std::string(field), field);
     return;
   }
+  if (!existing) send->timeline.note(Step::kAsked, core_.now);
   reply(op.op, *send, existing);
   if (!existing) meet(*send);
 }
@@ -204,6 +206,7 @@ uint64_t Sender::end_of(const SendOp& op) {
 void Sender::add_slice(Send& send, const SendOp& op) {
   const auto index = static_cast<uint32_t>(send.sends.size());
   SendSlice& slice = send.sends.emplace_back();
+  send.timeline.note(Step::kAsked, core_.now);
   slice.op = std::make_shared<const SendOp>(op);
   if (op.done) send.done = op.done;
   if (!send.lease_over && !send.terminal()) {
@@ -223,6 +226,7 @@ void Sender::add_slice(Send& send, const SendOp& op) {
     ++send.paged;
   slice.ready = op.ready.kind == ReadyCondition::Kind::kHostSynced;
   if (slice.ready) {
+    send.timeline.note(Step::kReady, core_.now);
     make_packed(send, index);
     return;
   }
@@ -238,6 +242,7 @@ bool Sender::condition_met(ConditionId condition) {
   conditions_.erase(it);
   Send& send = sends_.at(id);
   send.sends[index].ready = true;
+  send.timeline.note(Step::kReady, core_.now);
   make_packed(send, index);
   const std::set<uint64_t> legs = send.legs;
   for (const uint64_t leg : legs) {
@@ -365,6 +370,8 @@ void Sender::end_send(Send& send, TransferState state, Reason reason) {
       state == TransferState::kDelivered ? Delivery::kDelivered : delivery_of(send);
   send.record.state = state;
   send.record.reason = reason;
+  send.timeline.note(Step::kEnded, core_.now);
+  if (reason == Reason::kExpired) ++core_.stats.leases_expired;
   core_.timers.cancel({TimerKind::kLease, send.id, 0});
   core_.timers.cancel({TimerKind::kSendDeadline, send.id, 0});
   const Outcome outcome = state == TransferState::kDelivered   ? Outcome::kDelivered
@@ -412,6 +419,7 @@ void Sender::release(Send& send) {
   }
   if (send.record.released || reading || !(send.terminal() || source_read(send))) return;
   send.record.released = true;
+  send.timeline.note(Step::kReleased, core_.now);
   send.record.released_reason = send.terminal() ? send.record.reason : Reason::kNone;
   if (send.done && send.attached)
     core_.emit(SetDoneWord{send.worker, send.done->word, send.done->value});
@@ -459,6 +467,7 @@ void Sender::forget_if_done(uint64_t id) {
   const Reason reason = send.record.reason == Reason::kNone ? Reason::kRefused : send.record.reason;
   core_.workers.bury(Role::kSender, sender_key(send.name, send.layout->rank), reason);
   by_name_.erase({send.name, send.layout->rank});
+  core_.traces.keep(trace_of(send, Role::kSender, core_.now), core_.now);
   sends_.erase(id);
 }
 

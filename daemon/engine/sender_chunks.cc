@@ -156,6 +156,7 @@ StagingRegion& Sender::begin_gather(TxLeg& leg, uint64_t ordinal, uint64_t chunk
   region.chunk = chunk;
   region.packed = slice.packed;
   region.since = core_.now;
+  send.timeline.note(Step::kGathering, core_.now);
   ++send.gathers;
   if (slice.packed)
     ++send.sends[send.by_ordinal[ordinal]].packed.gathers;
@@ -266,6 +267,7 @@ void Sender::gathered(StagingRegion& region, const CopyEnded& event) {
     --send.reads;
   }
   send.gather += core_.now - region.since;
+  if (event.outcome == CopyOutcome::kOk) send.timeline.note(Step::kGathered, core_.now);
   if (event.outcome != CopyOutcome::kOk) {
     unlist(region);
   } else if (region.ours) {
@@ -386,6 +388,7 @@ void Sender::offer(TxLeg& leg) {
     slice.chunks[chunk].offered_again = slice.chunks[chunk].offered_once;
     slice.chunks[chunk].offered_once = slice.chunks[chunk].offered_once || !asks;
     ++core_.stats.offers_sent;
+    sends_.at(leg.send).timeline.note(Step::kOffered, core_.now);
     SendOffer command;
     command.lane = {link.id, *lane, staging.epoch};
     command.offer.pull = leg.pull->pull;
@@ -436,7 +439,9 @@ void Sender::chunk_acked(TxLeg& leg, TxSlice& slice, uint64_t ordinal, uint64_t 
   if (!staging.lent) core_.stats.bytes_sent += staging.bytes;
   send.record.bytes_done += staging.bytes;
   ++send.chunks;
+  ++core_.stats.chunks_acked;
   send.wire += core_.now - staging.since;
+  send.timeline.note(Step::kArrived, core_.now);
   core_.workers.changed(send, Role::kSender);
   unwant(staging.id);
   if (++slice.acked == slice.count) {
@@ -538,6 +543,7 @@ void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
     if (!staging.offered) continue;
     if (flawed(Flaw::kErrorOnly) && !staging.newest_send_out) continue;
     touched.insert(staging.leg);
+    ++core_.stats.chunks_requeued;
     lost_offer(staging, true);
   }
   for (auto& [id, leg] : legs_) {

@@ -118,6 +118,8 @@ bool Sender::compiled(Compiled& event) {
   slice.chunks.resize(slice.count);
   enter_stream(leg, ordinal, slice);
   send.record.bytes_total += slice.plan->bytes;
+  send.fragments += slice.plan->fragments;
+  core_.stats.fragments_sent += slice.plan->fragments;
   core_.workers.changed(send, Role::kSender);
   pump(leg);
   return true;
@@ -147,6 +149,7 @@ bool Sender::tell_slice(TxLeg& leg, uint64_t ordinal, const TxSlice& slice) {
 
 void Sender::announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice) {
   slice.state = TxSlice::State::kAnnounced;
+  sends_.at(leg.send).timeline.note(Step::kSlice, core_.now);
   (void)tell_slice(leg, ordinal, slice);
   if (slice.count > 0) return;
   if (!slice.packed) --leg.ungathered;  // nothing to gather
@@ -166,6 +169,7 @@ void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>
     // A credit is told again by each resync; it is used once.
     if (!enter_number(leg.seen_credits, credit.credit.value)) continue;
     leg.credits.push_back(credit);
+    sends_.at(leg.send).timeline.note(Step::kGranted, core_.now);
     // More than may be LIVE: the oldest have been withdrawn, as a mapped leg's never are.
     if (leg.mapped && leg.credits.size() > link.max_credits) core_.lanes.protocol_error(link.id);
     if (leg.credits.size() > link.max_credits) leg.credits.pop_front();

@@ -75,6 +75,7 @@ void Sender::gather_into_peer(TxLeg& leg) {
 // The chunk lies in its region. Its record stays until the ack.
 void Sender::written(TxLeg& leg, TxSlice& slice, Staging& staging) {
   ++core_.stats.chunks_written;
+  sends_.at(leg.send).timeline.note(Step::kOffered, core_.now);
   TxChunk& chunk = slice.chunks[staging.chunk];
   chunk.state = TxState::kWritten;
   chunk.offered_once = true;

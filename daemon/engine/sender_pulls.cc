@@ -195,6 +195,8 @@ void Sender::accept_pull(Send& send, Link& link, std::shared_ptr<const MsgPull> 
   entry.leg = leg.id;
   ++link.legs_out;
   core_.timers.set({TimerKind::kLegDeadline, leg.id, 0}, expires);
+  note_node(send, link);
+  send.timeline.note(Step::kPulled, core_.now);
   take_credits(link, leg, credits);
   start(send);
   send.record.state = TransferState::kActive;
@@ -272,6 +274,7 @@ void Sender::pull_resolved(PullResolved& event) {
     return;
   }
   leg.resolved = true;
+  send.timeline.note(Step::kMatched, core_.now);
   leg.dp_group = event.receiver_dp_group;
   leg.context = event.context;
   Place::Leg& of = place->legs.at(leg.pull->receiver_rank);

@@ -2,31 +2,8 @@
 #include <algorithm>
 
 #include "daemon/engine/core.h"
-#include "daemon/engine/ended.h"
 
 namespace kvferry::engine {
-namespace {
-
-TransferView view_of(const Transfer& transfer, Role role, Time now) {
-  TransferView view;
-  view.worker = transfer.worker;
-  view.client_handle = transfer.record.client_handle;
-  view.role = role;
-  view.instance = transfer.name.instance;
-  view.id = transfer.name.id;
-  view.hash = short_hash(transfer.name);
-  view.rank = transfer.layout->rank;
-  view.state = transfer.record.state;
-  view.reason = transfer.record.reason;
-  view.released = transfer.record.released;
-  view.memory_in_use = transfer.record.memory_in_use;
-  view.bytes_done = transfer.record.bytes_done;
-  view.bytes_total = transfer.record.bytes_total;
-  view.age = now - transfer.created;
-  return view;
-}
-
-}  // namespace
 
 EngineSnapshot Core::snapshot(Time at) const {
   EngineSnapshot snapshot;
@@ -121,6 +98,18 @@ EngineSnapshot Core::snapshot(Time at) const {
   snapshot.reuse_pins = reuse.pins();
   snapshot.draining = draining;
   return snapshot;
+}
+
+std::vector<TransferTrace> Core::find_traces(const TraceQuery& query, Time at) const {
+  std::vector<TransferTrace> found;
+  for (const auto& [id, send] : sender.sends())
+    if (found.size() < query.most && wanted(query, send, Role::kSender))
+      found.push_back(trace_of(send, Role::kSender, at));
+  for (const auto& [id, receive] : receiver.receives())
+    if (found.size() < query.most && wanted(query, receive, Role::kReceiver))
+      found.push_back(trace_of(receive, Role::kReceiver, at));
+  traces.find(query, at, found);
+  return found;
 }
 
 }  // namespace kvferry::engine

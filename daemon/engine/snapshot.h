@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "daemon/base/reason.h"
 #include "daemon/base/units.h"
 #include "daemon/engine/commands.h"
+#include "daemon/engine/timeline.h"
 
 namespace kvferry::engine {
 
@@ -17,8 +19,9 @@ struct TransferView {
   uint64_t client_handle = 0;
   Role role = Role::kSender;
   std::string instance;
-  std::string id;    // as given; may hold any bytes
-  std::string hash;  // short hash, safe to log
+  std::string id;                  // as given; may hold any bytes
+  std::string hash;                // short hash, safe to log; the same at sender and receiver
+  std::vector<std::string> nodes;  // where its legs go to, as far as known; empty name: this one
   uint32_t rank = 0;
   TransferState state = TransferState::kOpen;
   Reason reason = Reason::kNone;
@@ -26,9 +29,31 @@ struct TransferView {
   bool memory_in_use = false;
   uint64_t bytes_done = 0;
   uint64_t bytes_total = 0;
+  uint64_t fragments = 0;  // of this side's memory, of all slices that were compiled
+  uint64_t chunks = 0;     // that arrived
   uint32_t legs = 0;
   uint32_t legs_ended = 0;
   Duration age{};
+};
+
+// One rank's part of a transfer, open or over.
+struct TransferTrace {
+  TransferView view;  // of one that is gone: as it was when it went
+  Timeline timeline;
+};
+
+// All that is given must fit.
+struct TraceQuery {
+  struct Part {
+    Role role = Role::kSender;
+    WorkerId worker;
+    uint64_t client_handle = 0;
+    bool operator==(const Part&) const = default;
+  };
+  std::string hash;  // empty: any
+  std::optional<Part> part;
+  std::optional<std::string> node;  // a leg of it goes there
+  std::size_t most = 256;           // of the answer
 };
 
 struct LaneView {
@@ -124,13 +149,24 @@ struct EngineStats {
   uint64_t offers_sent = 0;
   uint64_t offers_accepted = 0;
   uint64_t offers_refused = 0;
+  uint64_t offers_dropped = 0;  // without an answer: of what has ended, or is here
   uint64_t credits_granted = 0;
+  uint64_t credits_ended = 0;  // granted and LIVE no more: used, withdrawn, or their leg has ended
   uint64_t credits_withdrawn = 0;
   uint64_t quarantines = 0;
   uint64_t chunks_gathered = 0;
   uint64_t chunks_ahead = 0;   // of those: begun without a credit in hand
   uint64_t chunks_shared = 0;  // staged without a gather, for another leg had the same ones there
+  uint64_t chunks_acked = 0;
+  uint64_t chunks_requeued = 0;  // offered, and their lane went down
+  uint64_t chunks_landed = 0;
   uint64_t chunks_scattered = 0;
+  uint64_t chunks_corrupt = 0;  // their check was wrong
+  // Contiguous pieces of memory that slices were compiled to, before they became chunks.
+  uint64_t fragments_sent = 0;
+  uint64_t fragments_received = 0;
+  uint64_t leases_expired = 0;  // sends whose pages were given back as nobody came
+  uint64_t mapped_unused = 0;   // legs that could not land in the mapped arena of their layout
   uint64_t packed_made = 0;
   uint64_t packed_refused = 0;    // Sends, for want of room
   uint64_t chunks_local = 0;      // from page to page, of legs within this daemon

@@ -22,6 +22,7 @@
 #include "daemon/engine/messages.h"
 #include "daemon/engine/reuse_types.h"
 #include "daemon/engine/shares.h"
+#include "daemon/engine/timeline.h"
 
 namespace kvferry::engine {
 
@@ -143,6 +144,9 @@ struct Transfer {
   uint32_t slot = 0;
   TransferKey key;
   TransferName name;
+  std::string hash;                // short_hash() of the name that the sender knows it by
+  std::vector<std::string> nodes;  // of its legs, each once; empty: this daemon
+  Timeline timeline;
   std::shared_ptr<const LayoutHandle> layout;
   TransferRecord record;
   std::optional<DoneWord> done;
@@ -150,6 +154,7 @@ struct Transfer {
   Time first_move;  // when its first region was taken
   bool moved = false;
   uint64_t chunks = 0;
+  uint64_t fragments = 0;
   Duration gather{};
   Duration wire{};
   Duration scatter{};

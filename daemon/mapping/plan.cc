@@ -457,6 +457,15 @@ uint64_t Plan::run_count() const {
   return count;
 }
 
+uint64_t Plan::piece_count() const {
+  uint64_t count = 0;
+  kernels::for_each_tile(form_, 0, bytes(),
+                         [&](const kernels::Tile& tile, uint64_t begin, uint64_t end, uint64_t) {
+                           count += tile.dim_count == 0 ? 1 : (end - begin) / tile.piece_bytes;
+                         });
+  return count;
+}
+
 Result<Plan> bind_plan(const Stream& stream, Side side, const RankLayout& layout,
                        std::span<const GroupBlocks> blocks) {
   return Binder(stream, side, layout, blocks).bind();

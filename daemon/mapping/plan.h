@@ -32,6 +32,9 @@ class Plan {
     kernels::for_each_run(form_, stream_offset, bytes, fn);
   }
   uint64_t run_count() const;
+  // Contiguous pieces that the plan names; some may follow each other in memory, which run_count()
+  // would make one. Takes as long as looking at each block of each plane once, not at each piece.
+  uint64_t piece_count() const;
   // Whether every stream offset lies at the same place of the same pool numbers in both: then, for
   // one layout, both are the same bytes in the same order. May answer false where that is so but
   // the two were made from unlike texts. Takes as long as comparing their arrays.

@@ -11,6 +11,15 @@
 namespace kvferry::node {
 namespace {
 
+// "tenant/name" in two.
+std::pair<std::string, std::string> split_instance(const std::string& full) {
+  const std::size_t slash = full.find('/');
+  if (slash == std::string::npos) return {"", full};
+  return {full.substr(0, slash), full.substr(slash + 1)};
+}
+
+}  // namespace
+
 std::string_view name_of_state(engine::TransferState state) {
   using engine::TransferState;
   switch (state) {
@@ -29,15 +38,6 @@ std::string_view name_of_state(engine::TransferState state) {
   }
   return "UNKNOWN";
 }
-
-// "tenant/name" in two.
-std::pair<std::string, std::string> split_instance(const std::string& full) {
-  const std::size_t slash = full.find('/');
-  if (slash == std::string::npos) return {"", full};
-  return {full.substr(0, slash), full.substr(slash + 1)};
-}
-
-}  // namespace
 
 std::string transfer_handle(const engine::TransferView& view) {
   return (view.role == engine::Role::kSender ? "s" : "r") + std::to_string(view.worker.value) +
@@ -118,8 +118,13 @@ ops::HealthReport Admin::ready_now() const {
 }
 
 void Admin::status(Time, rpc::Reply<rpc::StatusInfo> done) {
-  with_snapshot([this, done = std::move(done)](const engine::EngineSnapshot& snapshot) {
+  engine_.ask([this, done = std::move(done)](const engine::Engine& engine, Time now) {
+    const engine::EngineSnapshot snapshot = engine.snapshot(now);
+    const engine::EngineStats& stats = engine.stats();
     rpc::StatusInfo info;
+    info.sent_bytes = stats.bytes_sent;
+    info.received_bytes = stats.bytes_received;
+    info.local_bytes = stats.bytes_local + stats.reuse_bytes;
     info.version = facts_.version;
     info.commit = facts_.commit;
     info.boot = facts_.boot;
@@ -194,6 +199,7 @@ void Admin::list_transfers(Time, rpc::Reply<std::vector<rpc::TransferInfo>> done
       row.legs = view.legs;
       row.legs_done = view.legs_ended;
       row.age = view.age;
+      if (!view.nodes.empty()) row.peer = view.nodes.front().empty() ? "local" : view.nodes.front();
     }
     done(std::move(rows));
   });

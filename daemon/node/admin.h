@@ -2,16 +2,19 @@
 // the links and the rails. Thread-safe; nothing blocks.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "daemon/gpu/device.h"
 #include "daemon/node/arena_lender.h"
 #include "daemon/node/engine_thread.h"
 #include "daemon/node/link_manager.h"
+#include "daemon/node/peer_links.h"
 #include "daemon/node/registry.h"
 #include "daemon/ops/config.h"
 #include "daemon/ops/http.h"
@@ -20,7 +23,7 @@
 
 namespace kvferry::node {
 
-class Admin final : public rpc::AdminBackend {
+class Admin final : public rpc::AdminBackend, public TraceAnswers {
  public:
   struct Facts {
     std::string version;
@@ -67,7 +70,12 @@ class Admin final : public rpc::AdminBackend {
                        rpc::Reply<std::vector<rpc::CancelledTransfer>> done) override;
   void drain(std::optional<Duration> limit, rpc::Reply<bool> done) override;
   void reload(rpc::Reply<rpc::ReloadedInfo> done) override;
+  void trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo> done) override;
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
+
+  // TraceAnswers. Some tens of times a second at most; else RESOURCE_EXHAUSTED TRACE_BUSY.
+  void answer_trace(const PeerRef& peer, const rpc::TraceQuery& query,
+                    std::function<void(Result<rpc::TraceReply>)> done) override;
 
  private:
   std::vector<rpc::GpuInfo> gpus() const;
@@ -83,9 +91,11 @@ class Admin final : public rpc::AdminBackend {
   const Orders orders_;
   const Time started_ = monotonic_now();
   std::atomic<bool> draining_{false};
+  std::atomic<int64_t> traces_paid_ns_{0};  // answers to peers are paid for until then
 };
 
 // The handle that tools show and take, such as s3x17: side, worker, the worker's own number.
 std::string transfer_handle(const engine::TransferView& view);
+std::string_view name_of_state(engine::TransferState state);
 
 }  // namespace kvferry::node

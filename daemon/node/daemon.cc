@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "daemon/base/crypto.h"
+#include "daemon/base/huge_pages.h"
 #include "daemon/base/mutex.h"
 #include "daemon/copy/copy_pool.h"
 #include "daemon/node/admin.h"
@@ -245,6 +246,7 @@ struct Daemon::Impl {
   std::atomic<bool> looking{false};
 
   Status make_arenas();
+  void count_fallbacks();
   Status make_core();
   Status make_engine(std::unique_ptr<rails::RailsClient> rails, const std::string& advertise,
                      std::shared_ptr<const rpc::PeerTls> tls);
@@ -288,6 +290,28 @@ Status Daemon::Impl::make_arenas() {
   return {};
 }
 
+// What make_arenas() could not have as it would be fastest.
+void Daemon::Impl::count_fallbacks() {
+  using ops::Fallback;
+  metrics->of(Fallback::kGpuUnused).add(gpu.unused);
+  for (const Arenas::Arena& arena : arenas->all()) {
+    uint64_t bytes = 0;
+    for (const uint64_t segment : arena.segment_bytes) bytes += segment;
+    // Smaller ones have no use for them.
+    const bool host = arena.choice.device == "host" && bytes >= kHugePageBytes;
+    if (host && arena.choice.huge_page_bytes < round_down(bytes, kHugePageBytes))
+      metrics->of(Fallback::kSmallPages).add();
+  }
+  if (config.arena.kind != ops::ArenaKind::kAuto) return;
+  for (const ops::GpuLabels& label : gpu.labels()) {
+    const auto own = [&](const Arenas::Arena& arena) {
+      return !arena.mapped && arena.choice.device == label.device;
+    };
+    if (std::none_of(arenas->all().begin(), arenas->all().end(), own))
+      metrics->of(Fallback::kHostArena).add();
+  }
+}
+
 // Memory, threads and the rails; the peers' listener for its port.
 Status Daemon::Impl::make_core() {
   random_bytes(boot.bytes);
@@ -305,6 +329,7 @@ Status Daemon::Impl::make_core() {
   metrics = std::make_unique<ops::Metrics>(
       ops::BuildLabels{std::string(ops::version()), std::string(ops::commit()), ""},
       std::move(arena_labels), rail_labels, gpu.labels());
+  count_fallbacks();
   if (gpu.counting) gpu.counting->metrics.store(metrics.get(), std::memory_order_release);
 
   auto segments = arenas->for_rails();
@@ -330,9 +355,11 @@ Status Daemon::Impl::make_core() {
   }
   dialer = rpc::grpc_peer_dialer(tls);
 
-  const bool mtls = config.peer.mode == ops::PeerMode::kMtls;
-  auto listener =
-      rpc::PeerServer::start({config.peer.listen, mtls ? tls : nullptr, 256}, late_peers);
+  rpc::PeerServerConfig peer_config;
+  peer_config.listen = config.peer.listen;
+  if (config.peer.mode == ops::PeerMode::kMtls) peer_config.tls = tls;
+  peer_config.on_answer = [this](Code code) { metrics->rpc_ended(code); };
+  auto listener = rpc::PeerServer::start(std::move(peer_config), late_peers);
   KVFERRY_RETURN_IF_ERROR(listener);
   peer_server = std::move(*listener);
   const std::string advertise =
@@ -428,10 +455,13 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   facts.gpus = gpu.labels();
   facts.devices = gpu.devices;
   facts.numa = numa->describe(*arenas, copies->binding_errno());
+  for (const rpc::NumaInfo& row : facts.numa)
+    if (!row.problem.empty()) metrics->of(ops::Fallback::kNumaUnbound).add();
   for (std::size_t i = 0; i < rails_config(config).rails.size(); ++i)
     facts.rails_numa.push_back(numa->describe_rail(i));
   facts.lender = lender.get();
   admin = std::make_unique<Admin>(facts, config, *engine, *links, *registry, watchdog, orders());
+  links->set_trace_answers(admin.get());
   late_peers.set(links.get());
   return engine->start();
 }
@@ -467,6 +497,7 @@ Status Daemon::Impl::share_arenas(const EventSink& sink) {
 }
 
 void Daemon::Impl::export_sharing() {
+  metrics->handshakes_failed.store(links->handshakes_failed());
   if (lender) {
     const ArenaLender::Stats stats = lender->stats();
     metrics->lent_connections.set(stats.connections);
@@ -476,6 +507,9 @@ void Daemon::Impl::export_sharing() {
   const ArenaBorrower::Stats stats = borrower->stats();
   metrics->borrowed_arenas.set(stats.arenas);
   metrics->borrowed_bytes.set_bytes(stats.bytes);
+  metrics->of(ops::Fallback::kPeerArena)
+      .store(stats.failed_ask + stats.failed_socket + stats.failed_device + stats.failed_import +
+             stats.skipped_check + stats.failed_gather);
   using ops::BorrowFailure;
   metrics->of(BorrowFailure::kAsk).store(stats.failed_ask);
   metrics->of(BorrowFailure::kSocket).store(stats.failed_socket);

@@ -428,8 +428,10 @@ void EngineThread::refresh_views(Time now) {
     metrics.up.set(view.ready ? 1 : 0);
     metrics.sent_bytes.store(view.stats.back().bytes_sent);
     metrics.received_bytes.store(view.stats.back().bytes_received);
+    metrics.errors.store(view.stats.back().refused + view.stats.back().dropped);
   }
   parts_.metrics->rails_process_up.set(view.ready ? 1 : 0);
+  parts_.metrics->set_rails_pid(view.pid);
   parts_.metrics->rails_process_restarts.store(view.restarts);
   parts_.metrics->engine_queue.set(static_cast<int64_t>(inbox_.waiting()));
 
@@ -524,14 +526,28 @@ void EngineThread::export_stats() {
   metrics.of(ops::ChunkEvent::kOffered).store(stats.offers_sent);
   metrics.of(ops::ChunkEvent::kAccepted).store(stats.offers_accepted);
   metrics.of(ops::ChunkEvent::kRefused).store(stats.offers_refused);
+  metrics.of(ops::ChunkEvent::kAcked).store(stats.chunks_acked);
+  metrics.of(ops::ChunkEvent::kRequeued).store(stats.chunks_requeued);
+  metrics.of(ops::ChunkEvent::kDropped).store(stats.offers_dropped);
+  metrics.of(ops::ChunkEvent::kLanded).store(stats.chunks_landed);
   metrics.of(ops::ChunkEvent::kScattered).store(stats.chunks_scattered);
+  metrics.of(ops::ChunkEvent::kCorrupt).store(stats.chunks_corrupt);
   metrics.of(ops::ChunkEvent::kWritten).store(stats.chunks_written);
   metrics.of(ops::ChunkEvent::kMapped).store(stats.chunks_mapped);
   metrics.of(ops::Evidence::kDrained).store(stats.regions_drained);
   metrics.of(ops::Evidence::kProcess).store(stats.regions_proven);
   metrics.of(ops::Evidence::kOperator).store(stats.regions_released);
   metrics.of(ops::CreditEvent::kGranted).store(stats.credits_granted);
+  metrics.of(ops::CreditEvent::kSpent).store(stats.credits_ended - stats.credits_withdrawn);
   metrics.of(ops::CreditEvent::kWithdrawn).store(stats.credits_withdrawn);
+  metrics.credits_live.set_bytes(stats.credits_granted - stats.credits_ended);
+  metrics.fragments(ops::TransferRole::kSend).store(stats.fragments_sent);
+  metrics.fragments(ops::TransferRole::kReceive).store(stats.fragments_received);
+  metrics.leases_expired.store(stats.leases_expired);
+  metrics.of(ops::Fallback::kMappedArena).store(stats.mapped_unused);
+  const copy::Stats& copies = parts_.copies->stats();
+  metrics.copies_outstanding.set_bytes(copies.outstanding.load(std::memory_order_relaxed));
+  metrics.copy_busy_ns.store(copies.busy_ns.load(std::memory_order_relaxed));
   metrics.control_resyncs.store(stats.resyncs);
   metrics.lane_downs.store(stats.lane_downs);
   metrics.links_lost.store(stats.links_lost);

@@ -217,6 +217,10 @@ void EngineThread::on_ready(const rails::RailsReady& ready) {
       ops::log_warning("not bound to its NUMA node",
                        {ops::field("what", "rail " + std::to_string(i)),
                         ops::field("error", binding_error(error))});
+  parts_.metrics->of(ops::Fallback::kNumaUnbound)
+      .add(static_cast<uint64_t>(
+          std::count_if(ready.rails.begin(), ready.rails.end(),
+                        [](const rails::RailInfo& rail) { return rail.binding_errno != 0; })));
   parts_.metrics->set_ucx_version(release);
   {
     MutexLock lock(view_mutex_);
@@ -338,6 +342,8 @@ void EngineThread::on_died(const rails::RailsExit& exit) {
   ops::log_error("rails process ended",
                  {ops::field("why", exit.why), ops::field("status", exit.status),
                   ops::field("signal", exit.signal)});
+  for (std::size_t rail = 0; rail < parts_.metrics->rail_count(); ++rail)
+    parts_.metrics->rail(rail).downs.add();
   controls_under_way_ = 0;
   backlog_.clear();
   lanes_.clear();

@@ -67,6 +67,7 @@ Result<Gpu> open_all(const ops::Config& config, std::shared_ptr<const gpu::Devic
   out.queues = std::move(*queues);
   KVFERRY_RETURN_IF_ERROR(arenas.pin(*out.devices));
   log_devices(*out.devices, *out.imports);
+  out.unused = static_cast<uint32_t>(out.devices->problems().size());
   return out;
 }
 
@@ -119,10 +120,12 @@ Result<Gpu> open_gpu(const ops::Config& config, Result<std::shared_ptr<const gpu
     const ops::LogField why = ops::field("why", opened.error().to_string());
     // A GPU that is there and could not be used is worth a look.
     if (config.gpu.enabled == ops::GpuUse::kOff || shared_arena ||
-        opened.error().reason == "NO_CUDA_DRIVER")
+        opened.error().reason == "NO_CUDA_DRIVER") {
       ops::log_info("no gpu", {why});
-    else
+    } else {
       ops::log_warning("gpu not used", {why});
+      out.unused = 1;  // at least
+    }
   }
   if (config.pools.automatic()) return out;
   const std::vector<rpc::PoolKind> wanted = pool_kinds(config);

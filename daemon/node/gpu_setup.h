@@ -29,6 +29,7 @@ struct Gpu {
   std::unique_ptr<GpuCounting> counting;
   std::unique_ptr<gpu::Queues> queues;
   std::string why_not;  // why none is used
+  uint32_t unused = 0;  // that are there and cannot be used
 
   // Devices in the order of their numbers; empty without GPUs.
   std::vector<ops::GpuLabels> labels() const;

@@ -94,9 +94,10 @@ Result<ops::PeerMode> LinkManager::Impl::check_caller(const rpc::Caller& from) c
 }
 
 void LinkManager::Impl::note_refusal(const rpc::Caller& from, const Error& error) {
-  if (error.code != Code::kPermissionDenied && error.code != Code::kFailedPrecondition) return;
   const bool known = from.certificate && *from.certificate;
   MutexLock lock(mutex);
+  if (!is_daily_life(error)) ++handshakes_failed;
+  if (error.code != Code::kPermissionDenied && error.code != Code::kFailedPrecondition) return;
   if (!refusals.allow(monotonic_now())) return;
   ops::log_warning("peer refused",
                    {ops::field("from", from.host),
@@ -210,6 +211,23 @@ Result<std::string> LinkManager::Impl::answer_arenas(const PeerRef& peer, const 
   return rpc::encode(offer);
 }
 
+void LinkManager::Impl::answer_trace(const PeerRef& peer, const std::string& body,
+                                     std::function<void(Result<std::string>)> done) {
+  TraceAnswers* answers = nullptr;
+  {
+    MutexLock lock(mutex);
+    if (!stopped) answers = trace_answers;
+  }
+  if (answers == nullptr)
+    return done(fail(Code::kUnimplemented, "UNKNOWN_METHOD", "no trace is served"));
+  Result<rpc::TraceQuery> query = rpc::decode_trace_query(body);
+  if (!query) return done(tl::unexpected<Error>(std::move(query).error()));
+  answers->answer_trace(peer, *query, [done = std::move(done)](Result<rpc::TraceReply> reply) {
+    if (!reply) return done(tl::unexpected<Error>(std::move(reply).error()));
+    done(rpc::encode(*reply));
+  });
+}
+
 Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& peer,
                                                    rpc::LinkMethod method,
                                                    const rpc::LinkCall& call,
@@ -240,6 +258,8 @@ Result<std::string> LinkManager::Impl::answer_call(LinkId id, const PeerRef& pee
       return answer_reopen(id, body);
     case rpc::LinkMethod::kGetArenas:
       return answer_arenas(peer, call, out_key);
+    case rpc::LinkMethod::kGetTrace:
+      break;  // answer_trace()
     case rpc::LinkMethod::kLaneDown: {
       Result<rpc::LaneDownNotice> notice = rpc::decode_lane_down(body);
       if (!notice) return tl::unexpected<Error>(std::move(notice).error());
@@ -306,11 +326,16 @@ void LinkManager::call(const rpc::Caller& from, rpc::LinkMethod method, rpc::Lin
   auto work =
       std::make_shared<std::pair<rpc::LinkCall, decltype(done)>>(std::move(call), std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, peer, out_key, method, work] {
-        Result<std::string> body = impl->answer_call(peer.link, peer, method, work->first, out_key);
-        if (!body) return work->second(tl::unexpected<Error>(std::move(body).error()));
-        rpc::LinkReply reply{std::move(*body), {}};
-        reply.tag = call_reply_tag(out_key, work->first.tag, reply.body);
-        work->second(std::move(reply));
+        const auto finish = [out_key, work](Result<std::string> body) {
+          if (!body) return work->second(tl::unexpected<Error>(std::move(body).error()));
+          rpc::LinkReply reply{std::move(*body), {}};
+          reply.tag = call_reply_tag(out_key, work->first.tag, reply.body);
+          work->second(std::move(reply));
+        };
+        if (method == rpc::LinkMethod::kGetTrace)
+          impl->answer_trace(peer, work->first.body, finish);
+        else
+          finish(impl->answer_call(peer.link, peer, method, work->first, out_key));
       }))
     work->second(busy());
 }

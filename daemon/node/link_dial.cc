@@ -243,9 +243,8 @@ void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Err
     dial.not_before = monotonic_now() + dial.backoff;
     dial.last_error = error;
     waiters.swap(dial.waiters);
-    // Those two are part of daily life.
-    if (error.reason != "ALREADY_LINKED" && error.reason != "RAILS_DOWN" &&
-        refusals.allow(monotonic_now()))
+    if (!is_daily_life(error)) ++handshakes_failed;
+    if (!is_daily_life(error) && refusals.allow(monotonic_now()))
       ops::log_warning(
           "peer not linked",
           {ops::field("peer", dial.target.node), ops::field("address", dial.target.address),

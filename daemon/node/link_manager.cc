@@ -194,6 +194,11 @@ void LinkManager::set_questions(PeerQuestions* questions) {
   impl_->questions = questions;
 }
 
+void LinkManager::set_trace_answers(TraceAnswers* answers) {
+  MutexLock lock(impl_->mutex);
+  impl_->trace_answers = answers;
+}
+
 void LinkManager::set_arena_offers(ArenaOffers* offers) {
   MutexLock lock(impl_->mutex);
   impl_->offers = offers;
@@ -310,6 +315,11 @@ std::vector<LinkInfo> LinkManager::links() const {
   return out;
 }
 
+uint64_t LinkManager::handshakes_failed() const {
+  MutexLock lock(impl_->mutex);
+  return impl_->handshakes_failed;
+}
+
 void LinkManager::reopen_lane(const engine::ReopenLane& command) {
   const engine::LaneRef lane = command.lane;
   rpc::ReopenLaneRequest request{lane.lane, lane.epoch, {}, {}};
@@ -420,6 +430,22 @@ void LinkManager::get_arenas(LinkId id, rpc::ArenasQuery query, Time deadline,
                                 }
                                 done(std::move(offer));
                               });
+}
+
+void LinkManager::get_trace(const std::string& node, rpc::TraceQuery query, Time deadline,
+                            std::function<void(Result<rpc::TraceReply>)> done) {
+  LinkId id;
+  {
+    MutexLock lock(impl_->mutex);
+    const auto it = impl_->by_node.find(node);
+    if (it != impl_->by_node.end()) id = it->second;
+  }
+  if (!id) return done(fail(Code::kUnavailable, "LINK_DOWN", "there is no link to that node"));
+  impl_->send_call(id, rpc::LinkMethod::kGetTrace, rpc::encode(query), deadline,
+                   [done = std::move(done)](Result<std::string> body) {
+                     if (!body) return done(tl::unexpected<Error>(std::move(body).error()));
+                     done(rpc::decode_trace_reply(*body));
+                   });
 }
 
 }  // namespace kvferry::node

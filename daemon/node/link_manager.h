@@ -78,7 +78,10 @@ struct LinkInfo {
   std::string last_error;
 };
 
-class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend {
+class LinkManager : public PeerLinks,
+                    public ArenaCalls,
+                    public TraceCalls,
+                    public rpc::PeerBackend {
  public:
   // `dialer` and `pool` outlive it; the pool is stopped before it is destroyed.
   LinkManager(LinkManagerConfig config, rpc::PeerDialer& dialer, TaskPool& pool, EventSink sink);
@@ -88,6 +91,8 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   void set_questions(PeerQuestions* questions);
   // Who answers GetArenas; null, as at first: nothing is lent.
   void set_arena_offers(ArenaOffers* offers);
+  // Who answers GetTrace; null, as at first: UNIMPLEMENTED.
+  void set_trace_answers(TraceAnswers* answers);
   // One more who is told of each link from its beginning to its end. Before the first link;
   // outlives the manager.
   void add_watch(LinkWatch& watch);
@@ -107,6 +112,8 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   // Nothing for a link that has ended.
   std::optional<link::LinkKeys> keys(LinkId link) const;
   std::vector<LinkInfo> links() const;
+  // Refused or broken off, by either side.
+  uint64_t handshakes_failed() const;
 
   // The engine's commands. The first is answered by LaneReopened or LaneReopenFailed.
   void reopen_lane(const engine::ReopenLane& command);
@@ -132,6 +139,10 @@ class LinkManager : public PeerLinks, public ArenaCalls, public rpc::PeerBackend
   // ArenaCalls.
   void get_arenas(LinkId link, rpc::ArenasQuery query, Time deadline,
                   std::function<void(Result<rpc::ArenasOffer>)> done) override;
+
+  // TraceCalls.
+  void get_trace(const std::string& node, rpc::TraceQuery query, Time deadline,
+                 std::function<void(Result<rpc::TraceReply>)> done) override;
 
   // rpc::PeerBackend.
   void challenge(const rpc::Caller& from, std::function<void(Result<rpc::Random32>)> done) override;

@@ -17,6 +17,11 @@
 
 namespace kvferry::node {
 
+// Handshakes that end so are no failures.
+inline bool is_daily_life(const Error& error) {
+  return error.reason == "ALREADY_LINKED" || error.reason == "RAILS_DOWN";
+}
+
 struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   using EnsureDone = std::function<void(Result<PeerRef>)>;
 
@@ -72,8 +77,10 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   mutable Mutex mutex;
   PeerQuestions* questions KVFERRY_GUARDED_BY(mutex) = nullptr;
   ArenaOffers* offers KVFERRY_GUARDED_BY(mutex) = nullptr;
+  TraceAnswers* trace_answers KVFERRY_GUARDED_BY(mutex) = nullptr;
   std::vector<LinkWatch*> watches KVFERRY_GUARDED_BY(mutex);
   bool stopped KVFERRY_GUARDED_BY(mutex) = false;
+  uint64_t handshakes_failed KVFERRY_GUARDED_BY(mutex) = 0;
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   // Counts changes of whom we link: a handshake that began under other rules makes no link.
   uint64_t rules KVFERRY_GUARDED_BY(mutex) = 0;
@@ -169,6 +176,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
       KVFERRY_EXCLUDES(mutex);
   Result<std::string> answer_arenas(const PeerRef& peer, const rpc::LinkCall& call,
                                     const link::KeyBytes& out_key) KVFERRY_EXCLUDES(mutex);
+  // The only call whose answer comes later.
+  void answer_trace(const PeerRef& peer, const std::string& body,
+                    std::function<void(Result<std::string>)> done) KVFERRY_EXCLUDES(mutex);
   Result<std::string> answer_reopen(LinkId link, const std::string& body) KVFERRY_EXCLUDES(mutex);
 };
 

@@ -71,6 +71,26 @@ class ArenaOffers {
   virtual rpc::ArenasOffer offer(const PeerRef& peer, const rpc::ArenasQuery& query) = 0;
 };
 
+// What a peer knows of a transfer, asked for over its link.
+class TraceCalls {
+ public:
+  virtual ~TraceCalls() = default;
+  // UNAVAILABLE LINK_DOWN without a link to that node; UNIMPLEMENTED from a peer that does not know
+  // the call; RESOURCE_EXHAUSTED TRACE_BUSY.
+  virtual void get_trace(const std::string& node, rpc::TraceQuery query, Time deadline,
+                         std::function<void(Result<rpc::TraceReply>)> done) = 0;
+};
+
+// Who answers GetTrace. Any thread; must not block. `done` may be called later, from any thread, or
+// be dropped while the daemon stops.
+class TraceAnswers {
+ public:
+  virtual ~TraceAnswers() = default;
+  // Only of parts with a leg to that peer.
+  virtual void answer_trace(const PeerRef& peer, const rpc::TraceQuery& query,
+                            std::function<void(Result<rpc::TraceReply>)> done) = 0;
+};
+
 // Who is told of links. Called under the link manager's lock, on any thread: must only take notes.
 class LinkWatch {
  public:

@@ -61,9 +61,11 @@ constexpr Words<kCopyKinds> kCopyWords{"gather", "scatter", "fused", "clear", "p
 constexpr Words<kRegionStates> kRegionWords{"free",       "granted",     "landing", "landed",
                                             "scattering", "quarantined", "staging"};
 constexpr Words<kStages> kStageWords{"wait", "gather", "wire", "scatter"};
-constexpr Words<kDropCauses> kDropWords{
-    "malformed", "bad_tag", "unknown_link", "old_epoch", "out_of_order", "unknown_pull",
-    "duplicate", "late",    "protocol",     "proof",     "limit",        "queue_full"};
+constexpr Words<kDropCauses> kDropWords{"malformed",    "bad_tag",   "unknown_link", "old_epoch",
+                                        "unknown_pull", "duplicate", "late",         "protocol",
+                                        "proof",        "limit",     "queue_full"};
+constexpr Words<kFallbacks> kFallbackWords{"gpu_unused",   "host_arena", "small_pages",
+                                           "numa_unbound", "peer_arena", "mapped_arena"};
 constexpr Words<kGpuCopyKinds> kGpuCopyWords{"gather", "scatter", "transfer", "clear"};
 constexpr Words<kLaneStates> kLaneWords{"up", "down"};
 
@@ -204,6 +206,14 @@ class Metrics::Collector {
              "KV bytes delivered to peers, received from peers, and moved within the node.",
              "direction", kDirectionWords, m_.moved_);
     counters("kvferry_chunks_total", "What happened to chunks.", "event", kChunkWords, m_.chunks_);
+    counters(
+        "kvferry_fragments_total",
+        "Contiguous pieces of workers' memory that slices were compiled to, before they became "
+        "chunks.",
+        "role", kRoleWords, m_.fragments_);
+    counters("kvferry_fallbacks_total",
+             "Slower ways that were taken since the fast one could not be had.", "way",
+             kFallbackWords, m_.fallbacks_);
     counters("kvferry_credits_total", "What happened to credits.", "event", kCreditWords,
              m_.credits_);
     gauge("kvferry_credits_live", "Credits granted and not yet spent.", m_.credits_live);
@@ -212,8 +222,13 @@ class Metrics::Collector {
     counters("kvferry_copy_bytes_total", "Bytes copied.", "kind", kCopyWords, m_.copy_bytes_);
     counters("kvferry_copy_errors_total", "Copies that failed.", "kind", kCopyWords,
              m_.copy_errors_);
-    gauge("kvferry_copies_running", "Copies that run now.", m_.copies_running);
-    gauge("kvferry_copies_waiting", "Copies that wait for a thread.", m_.copies_waiting);
+    gauge("kvferry_copies_outstanding", "Copies that the copy threads have taken and not ended.",
+          m_.copies_outstanding);
+    out_.push_back(Family("kvferry_copy_busy_seconds_total",
+                          "What the copy threads have spent copying, all together.",
+                          MetricType::Counter)
+                       .add({}, as_double(m_.copy_busy_ns.value()) * kNanosecond)
+                       .done());
     Family stages("kvferry_stage_duration_seconds",
                   "Where time goes: wait is of a transfer, gather, wire and scatter of a chunk.",
                   MetricType::Histogram);
@@ -354,6 +369,18 @@ class Metrics::Collector {
     gauge("kvferry_rails_process_up", "1 while the rails process runs.", m_.rails_process_up);
     counter("kvferry_rails_process_restarts_total", "Times that it had to be started again.",
             m_.rails_process_restarts.value());
+    const int pid = m_.rails_pid_.load(std::memory_order_relaxed);
+    const ProcessStats stats = pid > 0 ? read_process_stats(pid) : ProcessStats{};
+    out_.push_back(Family("kvferry_rails_process_cpu_seconds_total",
+                          "User and system time of the rails process; from 0 at each restart.",
+                          MetricType::Counter)
+                       .add({}, stats.cpu_seconds)
+                       .done());
+    gauge("kvferry_rails_process_resident_memory_bytes",
+          "Resident memory of the rails process, the arenas that it shares included.",
+          as_double(stats.resident_bytes));
+    gauge("kvferry_rails_process_threads", "Threads of the rails process.",
+          as_double(stats.threads));
 
     gauge("kvferry_links", "Peer daemons with a completed handshake.", m_.links);
     counter("kvferry_links_lost_total", "Links given up.", m_.links_lost.value());

@@ -153,7 +153,6 @@ enum class DropCause : uint8_t {
   kBadTag,       // its tag is wrong
   kUnknownLink,  // another link, boot id or key
   kOldEpoch,     // an older life of the lane
-  kOutOfOrder,   // beyond what is held until a gap is filled
   kUnknownPull,  // a pull that was never made or is forgotten
   kDuplicate,    // told before
   kLate,         // for something that has ended
@@ -162,7 +161,18 @@ enum class DropCause : uint8_t {
   kLimit,        // beyond a limit of the handshake
   kQueueFull,    // no room in a bounded queue
 };
-inline constexpr std::size_t kDropCauses = 12;
+inline constexpr std::size_t kDropCauses = 11;
+
+// A slower way that was taken since the fast one could not be had.
+enum class Fallback : uint8_t {
+  kGpuUnused,    // a GPU is there and no copy can use it: what is asked of it goes by the host
+  kHostArena,    // a GPU without an arena of its own: its chunks pass through host memory
+  kSmallPages,   // an arena in host memory that is not wholly in huge pages
+  kNumaUnbound,  // memory, a thread or a rail that is not on its NUMA node
+  kPeerArena,    // an arena that a peer lends and that is not, or no more, written: rails instead
+  kMappedArena,  // a leg that could not land in the mapped arena beside its layout's: rails instead
+};
+inline constexpr std::size_t kFallbacks = 6;
 
 enum class LaneState : uint8_t { kUp, kDown };
 inline constexpr std::size_t kLaneStates = 2;
@@ -237,6 +247,9 @@ class Metrics {
   Counter& of(CreditEvent event) { return credits_[static_cast<std::size_t>(event)]; }
   Counter& of(Evidence evidence) { return evidences_[static_cast<std::size_t>(evidence)]; }
   Counter& of(BorrowFailure failure) { return borrow_failures_[static_cast<std::size_t>(failure)]; }
+  Counter& of(Fallback what) { return fallbacks_[static_cast<std::size_t>(what)]; }
+  // Of memory on this side that slices were compiled to.
+  Counter& fragments(TransferRole role) { return fragments_[static_cast<std::size_t>(role)]; }
   Counter& of(DropCause cause) { return dropped_[static_cast<std::size_t>(cause)]; }
   Gauge& of(LaneState state) { return lanes_[static_cast<std::size_t>(state)]; }
   void copy_ended(CopyKind kind, uint64_t bytes, bool failed);
@@ -282,14 +295,16 @@ class Metrics {
   Counter reuse_lookup_hits;  // groups
   Counter reuse_withdrawn;    // entries
   Counter reuse_evicted;      // entries
-  Counter handshakes_failed;
+  Counter handshakes_failed;  // either way
   Counter messages_sent;
   Counter messages_received;
   Counter control_resyncs;
   Gauge rails_process_up;
   Counter rails_process_restarts;
-  Gauge copies_running;
-  Gauge copies_waiting;
+  // Of the rails process, which is read at each scrape; 0: none runs.
+  void set_rails_pid(int pid) { rails_pid_.store(pid, std::memory_order_relaxed); }
+  Gauge copies_outstanding;  // of the copy threads: taken and not yet ended
+  Counter copy_busy_ns;      // of all copy threads together
   Counter engine_events;
   Gauge engine_queue;  // events waiting now
   Counter leases_expired;
@@ -332,6 +347,9 @@ class Metrics {
   std::array<Counter, kCopyKinds> copy_errors_;
   std::array<std::unique_ptr<Histogram>, kStages> stages_;
   std::array<Counter, kDropCauses> dropped_;
+  std::array<Counter, kFallbacks> fallbacks_;
+  std::array<Counter, kTransferRoles> fragments_;
+  std::atomic<int> rails_pid_{0};
   std::array<Gauge, kLaneStates> lanes_;
   std::array<Counter, 17> rpcs_;  // by Code, gRPC's UNAUTHENTICATED included
   mutable Mutex ucx_mutex_;

@@ -13,10 +13,10 @@
 namespace kvferry::ops {
 namespace {
 
-// The words of /proc/self/stat behind the process's name, which may hold blanks and brackets. The
-// first one is field 3 of proc(5).
-std::vector<std::string> stat_words() {
-  std::ifstream in("/proc/self/stat");
+// The words of /proc/PROCESS/stat behind the process's name, which may hold blanks and brackets.
+// The first one is field 3 of proc(5).
+std::vector<std::string> stat_words(const std::string& process) {
+  std::ifstream in("/proc/" + process + "/stat");
   std::string line;
   std::getline(in, line);
   const std::size_t close = line.rfind(')');
@@ -39,20 +39,30 @@ double boot_time_seconds() {
   return 0;
 }
 
-}  // namespace
-
-ProcessStats read_process_stats() {
+// Nothing but zeros of a process that is gone.
+ProcessStats read_stat(const std::string& process) {
   ProcessStats out;
   const auto ticks = static_cast<double>(::sysconf(_SC_CLK_TCK));
   const auto page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const std::vector<std::string> words = stat_words();
+  const std::vector<std::string> words = stat_words(process);
+  if (words.empty()) return out;
   static const double kBootTime = boot_time_seconds();
   out.cpu_seconds = static_cast<double>(number(words, 14) + number(words, 15)) / ticks;
   out.threads = number(words, 20);
   out.start_time_seconds = kBootTime + static_cast<double>(number(words, 22)) / ticks;
   out.virtual_bytes = number(words, 23);
   out.resident_bytes = number(words, 24) * page;
+  return out;
+}
 
+}  // namespace
+
+ProcessStats read_process_stats(int pid) {
+  return read_stat(std::to_string(pid));
+}
+
+ProcessStats read_process_stats() {
+  ProcessStats out = read_stat("self");
   rusage usage{};
   // Finer than the clock ticks of /proc.
   if (::getrusage(RUSAGE_SELF, &usage) == 0) {

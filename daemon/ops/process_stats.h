@@ -1,4 +1,5 @@
-// What the kernel tells of this process, for the process_* metrics. Any thread; reads /proc/self.
+// What the kernel tells of this process, for the process_* metrics, and of the rails process. Any
+// thread; reads /proc.
 #pragma once
 
 #include <cstdint>
@@ -17,5 +18,7 @@ struct ProcessStats {
 };
 
 ProcessStats read_process_stats();
+// Of another process, without its descriptors; zeros once it is gone.
+ProcessStats read_process_stats(int pid);
 
 }  // namespace kvferry::ops

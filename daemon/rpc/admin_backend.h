@@ -68,6 +68,9 @@ struct StatusInfo {
   uint32_t rails_restarts = 0;
   std::string peer_address;  // what peers dial
   std::string http_address;  // host:port really bound
+  uint64_t sent_bytes = 0;   // of KV, since the start
+  uint64_t received_bytes = 0;
+  uint64_t local_bytes = 0;  // within the node
 };
 
 struct PoolInfo {
@@ -214,6 +217,39 @@ struct HealthCheckInfo {
   std::string detail;
 };
 
+struct TraceStepInfo {
+  std::string name;
+  Duration first{};
+  Duration last{};
+  uint64_t count = 0;
+};
+struct TracePartInfo {
+  std::string node;
+  std::string handle;  // of this daemon's parts alone
+  std::string id_hash;
+  std::string role;  // "send", "receive"
+  uint32_t rank = 0;
+  std::string state;
+  Reason reason = Reason::kNone;
+  uint64_t bytes_done = 0;
+  uint64_t bytes_total = 0;
+  uint64_t fragments = 0;
+  uint64_t chunks = 0;
+  std::vector<std::string> peers;
+  std::vector<TraceStepInfo> steps;
+  Duration clock_error{};
+};
+struct TraceGapInfo {
+  std::string node;
+  std::string detail;
+};
+// Times count from the first step of all.
+struct TraceInfo {
+  std::vector<TracePartInfo> parts;
+  std::vector<TraceGapInfo> gaps;
+  Duration age{};
+};
+
 struct ReloadedInfo {
   uint32_t peers = 0;
   std::vector<std::string> restart_keys;
@@ -239,6 +275,8 @@ class AdminBackend {
   // TRANSFER_UNKNOWN when nothing matches; ended transfers answer their state.
   virtual void cancel_transfer(std::string selector, Time deadline,
                                Reply<std::vector<CancelledTransfer>> done) = 0;
+  // `selector` as above; of the whole transfer, here and at its peers. NOT_FOUND TRANSFER_UNKNOWN.
+  virtual void trace(std::string selector, Time deadline, Reply<TraceInfo> done) = 0;
   virtual void health(Time deadline, Reply<std::vector<HealthCheckInfo>> done) = 0;
   // No new work from now on; `done` when all transfers have ended, which they have at the limit.
   // Without a limit the configured one counts.

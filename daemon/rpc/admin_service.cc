@@ -89,6 +89,9 @@ void fill(const StatusInfo& from, pb::StatusResponse& to) {
   to.set_rails_restarts(from.rails_restarts);
   to.set_peer_address(from.peer_address);
   to.set_http_address(from.http_address);
+  to.set_sent_bytes(from.sent_bytes);
+  to.set_received_bytes(from.received_bytes);
+  to.set_local_bytes(from.local_bytes);
 }
 
 void fill(const WorkerInfo& from, pb::Worker& to) {
@@ -224,6 +227,41 @@ Time deadline_of(const grpc::CallbackServerContext& context) {
   return monotonic_now() + limit;
 }
 
+void fill(const TracePartInfo& from, pb::TracePart& to) {
+  to.set_node_id(escape_bytes(from.node));
+  to.set_handle(from.handle);
+  to.set_id_hash(from.id_hash);
+  to.set_role(from.role);
+  to.set_rank(from.rank);
+  to.set_state(from.state);
+  if (from.reason != Reason::kNone) to.set_reason(std::string(name_of(from.reason)));
+  to.set_bytes_done(from.bytes_done);
+  to.set_bytes_total(from.bytes_total);
+  to.set_fragments(from.fragments);
+  to.set_chunks(from.chunks);
+  for (const std::string& peer : from.peers) to.add_peers(escape_bytes(peer));
+  for (const TraceStepInfo& step : from.steps) {
+    auto& out = *to.add_steps();
+    out.set_name(step.name);
+    fill(step.first, out.mutable_first());
+    fill(step.last, out.mutable_last());
+    out.set_count(step.count);
+  }
+  fill(from.clock_error, to.mutable_clock_error());
+}
+
+// A handle, or an id hash.
+bool is_selector(const std::string& text) {
+  return !text.empty() && text.size() <= kMaxSelectorBytes &&
+         std::all_of(text.begin(), text.end(),
+                     [](char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z'); });
+}
+
+Error bad_selector() {
+  return {Code::kInvalidArgument, "BAD_SELECTOR", "must be a handle such as s1x12, or an id hash",
+          "selector"};
+}
+
 class AdminService final : public pb::Admin::CallbackService {
  public:
   AdminService(AdminBackend& backend, ops::Metrics& metrics)
@@ -330,21 +368,37 @@ class AdminService final : public pb::Admin::CallbackService {
                                            const pb::CancelTransferRequest* request,
                                            pb::CancelTransferResponse* response) override {
     auto* reactor = context->DefaultReactor();
-    const std::string& selector = request->selector();
-    const bool word = !selector.empty() && selector.size() <= kMaxSelectorBytes &&
-                      std::all_of(selector.begin(), selector.end(), [](char c) {
-                        return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z');
-                      });
-    if (!word) {
-      finish(reactor, Error{Code::kInvalidArgument, "BAD_SELECTOR",
-                            "must be a handle such as s12, or an id hash", "selector"});
+    if (!is_selector(request->selector())) {
+      finish(reactor, bad_selector());
       return reactor;
     }
     backend_.cancel_transfer(
-        selector, deadline_of(*context),
+        request->selector(), deadline_of(*context),
         answer<std::vector<CancelledTransfer>>(reactor, [response](auto& list) {
           for (const CancelledTransfer& info : list) fill(info, *response->add_transfers());
         }));
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* Trace(grpc::CallbackServerContext* context,
+                                  const pb::TraceRequest* request,
+                                  pb::TraceResponse* response) override {
+    auto* reactor = context->DefaultReactor();
+    if (!is_selector(request->selector())) {
+      finish(reactor, bad_selector());
+      return reactor;
+    }
+    backend_.trace(request->selector(), deadline_of(*context),
+                   answer<TraceInfo>(reactor, [response](const TraceInfo& info) {
+                     for (const TracePartInfo& part : info.parts)
+                       fill(part, *response->add_parts());
+                     for (const TraceGapInfo& gap : info.gaps) {
+                       auto& out = *response->add_gaps();
+                       out.set_node_id(escape_bytes(gap.node));
+                       out.set_detail(escape_bytes(gap.detail));
+                     }
+                     fill(info.age, response->mutable_age());
+                   }));
     return reactor;
   }
 
@@ -391,22 +445,11 @@ class AdminService final : public pb::Admin::CallbackService {
     }));
     return reactor;
   }
-  grpc::ServerUnaryReactor* Trace(grpc::CallbackServerContext* context, const pb::TraceRequest*,
-                                  pb::TraceResponse*) override {
-    return not_served(context, "trace");
-  }
 
  private:
   void finish(grpc::ServerUnaryReactor* reactor, const Error& error) {
     metrics_.rpc_ended(error.code);
     reactor->Finish(to_grpc(error));
-  }
-
-  grpc::ServerUnaryReactor* not_served(grpc::CallbackServerContext* context, const char* feature) {
-    auto* reactor = context->DefaultReactor();
-    finish(reactor, Error{Code::kUnimplemented, "NOT_SERVED",
-                          std::string("this release does not serve ") + feature, ""});
-    return reactor;
   }
 
   // What the backend calls with its answer: `into` fills the response, which lives until Finish.

@@ -247,6 +247,8 @@ class GrpcPeerStub final : public PeerStub {
                                   std::move(finish));
       case LinkMethod::kGetArenas:
         return async->GetArenas(&call->context, &call->request, &call->response, std::move(finish));
+      case LinkMethod::kGetTrace:
+        return async->GetTrace(&call->context, &call->request, &call->response, std::move(finish));
     }
     finish(grpc::Status(grpc::StatusCode::UNIMPLEMENTED, "no such method"));
   }

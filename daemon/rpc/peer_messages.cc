@@ -123,6 +123,8 @@ std::string_view name_of(LinkMethod method) {
       return "JoinForward";
     case LinkMethod::kGetArenas:
       return "GetArenas";
+    case LinkMethod::kGetTrace:
+      return "GetTrace";
   }
   return "Unknown";
 }
@@ -409,6 +411,86 @@ Result<ArenasOffer> decode_arenas_offer(std::string_view bytes) {
     last = from.number();
     if (!is_known(from.kind())) continue;
     if (!arena_from_proto(from, out.arenas.emplace_back())) return bad("arenas.segments");
+  }
+  return out;
+}
+
+std::string encode(const TraceQuery& query) {
+  v1::TraceQuery out;
+  out.set_id_hash(query.hash);
+  return out.SerializeAsString();
+}
+
+Result<TraceQuery> decode_trace_query(std::string_view bytes) {
+  v1::TraceQuery in;
+  if (!parse(bytes, in) || in.id_hash().size() != 8 ||
+      in.id_hash().find_first_not_of("0123456789abcdef") != std::string::npos)
+    return bad("trace.id_hash");
+  return TraceQuery{in.id_hash()};
+}
+
+std::string encode(const TraceReply& reply) {
+  v1::TraceReply out;
+  for (const TraceReplyPart& part : reply.parts) {
+    v1::TraceReply::Part& to = *out.add_parts();
+    to.set_role(part.role);
+    to.set_rank(part.rank);
+    to.set_state(part.state);
+    to.set_reason(static_cast<uint32_t>(part.reason));
+    to.set_bytes_done(part.bytes_done);
+    to.set_bytes_total(part.bytes_total);
+    to.set_fragments(part.fragments);
+    to.set_chunks(part.chunks);
+    for (const TraceReplyStep& step : part.steps) {
+      v1::TraceReply::Step& row = *to.add_steps();
+      row.set_name(step.name);
+      row.set_first_ago_ns(step.first_ago.count());
+      row.set_last_ago_ns(step.last_ago.count());
+      row.set_count(step.count);
+    }
+  }
+  return out.SerializeAsString();
+}
+
+namespace {
+
+// What is shown to operators as it is.
+bool is_word(const std::string& text) {
+  return !text.empty() && text.size() <= 32 && std::all_of(text.begin(), text.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_';
+  });
+}
+
+}  // namespace
+
+Result<TraceReply> decode_trace_reply(std::string_view bytes) {
+  v1::TraceReply in;
+  TraceReply out;
+  if (!parse(bytes, in) || static_cast<std::size_t>(in.parts_size()) > kMaxTraceParts)
+    return bad("trace.parts");
+  for (const v1::TraceReply::Part& from : in.parts()) {
+    if ((from.role() != "send" && from.role() != "receive") || !is_word(from.state()) ||
+        from.reason() >= kReasonCount ||
+        static_cast<std::size_t>(from.steps_size()) > kMaxTraceSteps)
+      return bad("trace.parts");
+    TraceReplyPart& part = out.parts.emplace_back();
+    part.role = from.role();
+    part.rank = from.rank();
+    part.state = from.state();
+    part.reason = static_cast<Reason>(from.reason());
+    part.bytes_done = from.bytes_done();
+    part.bytes_total = from.bytes_total();
+    part.fragments = from.fragments();
+    part.chunks = from.chunks();
+    for (const v1::TraceReply::Step& step : from.steps()) {
+      // So that sums of a few such times are times.
+      constexpr int64_t kDecade = int64_t{3660} * 86400 * 1'000'000'000;
+      const auto is_near = [](int64_t ns) { return ns >= -kDecade && ns <= kDecade; };
+      if (!is_word(step.name()) || !is_near(step.first_ago_ns()) || !is_near(step.last_ago_ns()))
+        return bad("trace.steps");
+      part.steps.push_back(
+          {step.name(), Duration(step.first_ago_ns()), Duration(step.last_ago_ns()), step.count()});
+    }
   }
   return out;
 }

@@ -15,6 +15,7 @@
 #include "daemon/base/ids.h"
 #include "daemon/base/reason.h"
 #include "daemon/base/result.h"
+#include "daemon/base/units.h"
 #include "daemon/mapping/layout.h"
 
 namespace kvferry::rpc {
@@ -73,6 +74,7 @@ enum class LinkMethod : uint8_t {
   kCloseLink = 4,
   kJoinForward = 5,
   kGetArenas = 6,
+  kGetTrace = 7,
 };
 std::string_view name_of(LinkMethod method);
 
@@ -212,6 +214,37 @@ struct ArenasOffer {
   bool operator==(const ArenasOffer&) const = default;
 };
 
+inline constexpr std::size_t kMaxTraceParts = 256;
+inline constexpr std::size_t kMaxTraceSteps = 64;  // of a part
+
+// "What do you know of that transfer of ours?"
+struct TraceQuery {
+  std::string hash;  // eight hexadecimal digits
+};
+// When a step was taken, as time before the answer.
+struct TraceReplyStep {
+  std::string name;
+  Duration first_ago{};
+  Duration last_ago{};
+  uint64_t count = 0;
+  bool operator==(const TraceReplyStep&) const = default;
+};
+struct TraceReplyPart {
+  std::string role;  // "send" or "receive"
+  uint32_t rank = 0;
+  std::string state;  // "ACTIVE"
+  Reason reason = Reason::kNone;
+  uint64_t bytes_done = 0;
+  uint64_t bytes_total = 0;
+  uint64_t fragments = 0;
+  uint64_t chunks = 0;
+  std::vector<TraceReplyStep> steps;
+  bool operator==(const TraceReplyPart&) const = default;
+};
+struct TraceReply {
+  std::vector<TraceReplyPart> parts;
+};
+
 std::string encode_hello(const PeerHello& hello);
 Result<PeerHello> decode_hello(std::string_view bytes);
 // RESOURCE_EXHAUSTED CARD_TOO_LARGE beyond kMaxCardBytes.
@@ -231,6 +264,8 @@ std::string encode(const CloseLinkNotice& notice);
 std::string encode(const JoinForward& forward);
 std::string encode(const ArenasQuery& query);
 std::string encode(const ArenasOffer& offer);
+std::string encode(const TraceQuery& query);
+std::string encode(const TraceReply& reply);
 Result<CardQuery> decode_card_query(std::string_view bytes);
 Result<CardPage> decode_card_page(std::string_view bytes);
 Result<ReopenLaneRequest> decode_reopen_request(std::string_view bytes);
@@ -241,5 +276,8 @@ Result<JoinForward> decode_join_forward(std::string_view bytes);
 Result<ArenasQuery> decode_arenas_query(std::string_view bytes);
 // Arenas of kinds that this release does not know are left out.
 Result<ArenasOffer> decode_arenas_offer(std::string_view bytes);
+Result<TraceQuery> decode_trace_query(std::string_view bytes);
+// Names and states are words of lower or upper case letters and underscores.
+Result<TraceReply> decode_trace_reply(std::string_view bytes);
 
 }  // namespace kvferry::rpc

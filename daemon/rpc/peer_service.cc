@@ -58,8 +58,9 @@ std::string text_of(const std::array<uint8_t, N>& bytes) {
 // no call outlives the daemon's parts.
 class Pending {
  public:
-  Pending(grpc::ServerUnaryReactor* reactor, std::atomic<uint32_t>& count)
-      : reactor_(reactor), count_(count) {}
+  Pending(grpc::ServerUnaryReactor* reactor, std::atomic<uint32_t>& count,
+          const std::function<void(Code)>& on_answer)
+      : reactor_(reactor), count_(count), on_answer_(on_answer) {}
   ~Pending() { finish({grpc::StatusCode::UNAVAILABLE, "the daemon is stopping"}); }
   Pending(const Pending&) = delete;
   Pending& operator=(const Pending&) = delete;
@@ -79,12 +80,14 @@ class Pending {
   void finish(const grpc::Status& status) {
     if (finished_.exchange(true)) return;
     count_.fetch_sub(1);
+    if (on_answer_) on_answer_(static_cast<Code>(status.error_code()));
     reactor_->Finish(status);
   }
 
  private:
   grpc::ServerUnaryReactor* const reactor_;
   std::atomic<uint32_t>& count_;
+  const std::function<void(Code)>& on_answer_;
   std::atomic<bool> claimed_{false};
   std::atomic<bool> finished_{false};
   grpc::Alarm alarm_;
@@ -163,17 +166,23 @@ class Service final : public v1::PeerService::CallbackService {
                                       v1::LinkResponse* response) override {
     return link_call(context, LinkMethod::kGetArenas, *request, response);
   }
+  grpc::ServerUnaryReactor* GetTrace(grpc::CallbackServerContext* context,
+                                     const v1::LinkRequest* request,
+                                     v1::LinkResponse* response) override {
+    return link_call(context, LinkMethod::kGetTrace, *request, response);
+  }
 
  private:
   // Null, with the call finished, when too much is waiting.
   std::shared_ptr<Pending> begin(grpc::ServerUnaryReactor* reactor) {
     if (pending_.fetch_add(1) >= config_.max_pending) {
       pending_.fetch_sub(1);
+      if (config_.on_answer) config_.on_answer(Code::kResourceExhausted);
       reactor->Finish(
           peer_status({Code::kResourceExhausted, "BUSY", "too many calls at a time", {}}));
       return nullptr;
     }
-    auto pending = std::make_shared<Pending>(reactor, pending_);
+    auto pending = std::make_shared<Pending>(reactor, pending_, config_.on_answer);
     pending->limit(pending, config_.call_limit);
     return pending;
   }

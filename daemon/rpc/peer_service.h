@@ -47,6 +47,8 @@ struct PeerServerConfig {
   // From a connection's beginning until TLS and HTTP/2 have shaken hands, and without a call.
   Duration connect_limit = std::chrono::seconds(10);
   Duration idle_limit = std::chrono::minutes(10);
+  // Called with the code of each answer, on any thread; may be empty.
+  std::function<void(Code)> on_answer = {};
 };
 
 class PeerServer {

@@ -144,6 +144,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
     case 12:
       check_stable(rpc::decode_arenas_offer(bytes), rpc::decode_arenas_offer);
       break;
+    case 13:
+      check_stable(rpc::decode_trace_query(bytes), rpc::decode_trace_query);
+      break;
+    case 14:
+      check_stable(rpc::decode_trace_reply(bytes), rpc::decode_trace_reply);
+      break;
     default:
       break;
   }

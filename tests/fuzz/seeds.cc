@@ -154,6 +154,10 @@ void peers() {
   offer.token.bytes.fill(2);
   offer.arenas = {{1, rpc::LentKind::kHostMemfd, {}, {{4, 4096, {}}, {5, 4096, {}}}}};
   write("peer", "offer", kind(12, rpc::encode(offer)));
+  write("peer", "trace_query", kind(13, rpc::encode(rpc::TraceQuery{"0badcafe"})));
+  rpc::TraceReply trace;
+  trace.parts = {{"send", 1, "ACTIVE", Reason::kNone, 2, 3, 4, 5, {{"asked", Duration(9), {}, 1}}}};
+  write("peer", "trace", kind(14, rpc::encode(trace)));
   node::InstanceTicket ticket;
   ticket.node = card.node;
   ticket.address = card.address;

@@ -4,10 +4,12 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <catch2/catch.hpp>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <sstream>
 #include <string>
 #include <thread>
 
@@ -17,6 +19,7 @@
 
 using namespace kvferry;
 using namespace kvferry::rpc;
+using std::chrono::microseconds;
 using std::chrono::milliseconds;
 using std::chrono::seconds;
 
@@ -30,7 +33,8 @@ class FakeBackend : public AdminBackend {
   }
   bool healthy = true;
   std::string cancelled;
-  bool drops = false;  // answers nothing, as a daemon does that stops
+  std::atomic<uint64_t> listed{0};
+  std::atomic<bool> drops{false};  // answers nothing, as a daemon does that stops
   std::string released_node;
   std::optional<BootId> released_boot;
 
@@ -63,10 +67,15 @@ class FakeBackend : public AdminBackend {
   }
   void list_transfers(Time, Reply<std::vector<TransferInfo>> done) override {
     std::vector<TransferInfo> list(3);
-    for (std::size_t i = 0; i < list.size(); ++i) list[i].handle = "s" + std::to_string(i);
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      list[i].handle = "s" + std::to_string(i);
+      list[i].role = "send";
+      list[i].state = "ACTIVE";
+    }
     list[0].id = std::string("a\n\x00\xff\"", 5);
     list[0].reason = Reason::kPeerLost;
-    list[0].bytes_done = 1 << 20;
+    list[0].bytes_done = ++listed << 20;  // it moves
+    list[0].bytes_total = uint64_t{1} << 40;
     done(std::move(list));
   }
   void list_peers(Time, Reply<std::vector<PeerInfo>> done) override {
@@ -122,6 +131,35 @@ class FakeBackend : public AdminBackend {
     else
       done(std::vector<CancelledTransfer>{{selector, "CANCELLED", true}});
   }
+  void trace(std::string selector, Time, Reply<TraceInfo> done) override {
+    traced = selector;
+    if (selector == "r9") {
+      done(fail(Code::kNotFound, "TRANSFER_UNKNOWN", "there is no r9"));
+      return;
+    }
+    TracePartInfo own;
+    own.node = "node-a";
+    own.handle = "s3x17";
+    own.id_hash = "0badcafe";
+    own.role = "send";
+    own.state = "DELIVERED";
+    own.bytes_done = own.bytes_total = 3 << 20;
+    own.fragments = 96;
+    own.chunks = 3;
+    own.peers = {"node-b"};
+    own.steps = {{"asked", Duration(0), milliseconds(5), 2},
+                 {"arrived", milliseconds(30), milliseconds(42), 3}};
+    TracePartInfo other;
+    other.node = "node-b";
+    other.id_hash = own.id_hash;
+    other.role = "receive";
+    other.rank = 4;
+    other.state = "FAILED";
+    other.reason = Reason::kDeadline;
+    other.clock_error = microseconds(250);
+    done(TraceInfo{{own, other}, {{"node-c", "LINK_DOWN: there is\x1b no link"}}, seconds(2)});
+  }
+  std::string traced;
   void health(Time, Reply<std::vector<HealthCheckInfo>> done) override {
     done(std::vector<HealthCheckInfo>{{"engine", true, ""},
                                       {"rails", healthy, healthy ? "" : "all down"}});
@@ -255,10 +293,10 @@ TEST_CASE_METHOD(Fixture, "errors carry their code and reason, and are counted")
         grpc::StatusCode::NOT_FOUND);
   v1::TraceResponse trace;
   const grpc::Status status = call(&v1::Admin::Stub::Trace, v1::TraceRequest(), trace);
-  CHECK(status.error_code() == grpc::StatusCode::UNIMPLEMENTED);
-  CHECK(status.error_message().find("trace") != std::string::npos);
+  CHECK(status.error_code() == grpc::StatusCode::INVALID_ARGUMENT);
+  CHECK(backend.traced.empty());
   const std::string page = metrics.text();
-  CHECK(page.find("kvferry_rpcs_total{code=\"INVALID_ARGUMENT\"} 4\n") != std::string::npos);
+  CHECK(page.find("kvferry_rpcs_total{code=\"INVALID_ARGUMENT\"} 5\n") != std::string::npos);
   CHECK(page.find("kvferry_rpcs_total{code=\"NOT_FOUND\"} 1\n") != std::string::npos);
 }
 
@@ -333,12 +371,92 @@ TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
   CHECK(ctl("nonsense").second == 64);
   CHECK(ctl("--help").second == 0);
   CHECK(ctl("--version").second == 0);
-  const auto [words, exit_code] = ctl("trace s1");
-  CHECK(exit_code == 69);
-  CHECK(words.find("does not serve trace") != std::string::npos);
+  CHECK(ctl("trace r9").second == 1);
   server.reset();
+  CHECK(ctl("top --once").second == 69);
+  CHECK(ctl("transfers --watch 0.05").second == 69);
   CHECK(ctl("status").second == 69);
   CHECK(ctl("health").second == 1);
+}
+
+TEST_CASE_METHOD(Fixture, "a trace is told part by part, and what could not be had") {
+  const auto [text, code] = ctl("trace s3x17");
+  CHECK(code == 0);
+  CHECK(backend.traced == "s3x17");
+  CHECK(text ==
+        "send rank 0 on node-a, s3x17 (0badcafe): DELIVERED\n"
+        "3.0 MiB of 3.0 MiB, 3 chunks of 96 pieces of memory\n"
+        "STEP     FIRST   LAST  COUNT\n"
+        "asked     +0us   +5ms      2\n"
+        "arrived  +30ms  +42ms      3\n"
+        "\n"
+        "receive rank 4 on node-b (0badcafe): FAILED DEADLINE\n"
+        "0 B of 0 B, 0 chunks of 0 pieces of memory\n"
+        "times may be wrong by 250us\n"
+        "no steps\n"
+        "\n"
+        "node-c did not tell of its side; ask there: LINK_DOWN: there is\\x1b no link\n");
+  const auto json = nlohmann::json::parse(ctl("--json trace s3x17").first);
+  CHECK(json["age_seconds"] == 2);
+  CHECK(json["parts"][0]["peers"][0] == "node-b");
+  CHECK(json["parts"][0]["steps"][1]["name"] == "arrived");
+  CHECK(json["parts"][0]["steps"][1]["last_seconds"] == 0.042);
+  CHECK(json["parts"][0]["steps"][1]["count"] == 3);
+  CHECK(json["parts"][1]["clock_error_seconds"] == 0.00025);
+  CHECK(json["gaps"][0]["node_id"] == "node-c");
+}
+
+TEST_CASE_METHOD(Fixture, "live views print one picture after the other and end when told") {
+  // Each list of transfers says a MiB more.
+  const auto lines = [](const std::string& text) {
+    std::vector<nlohmann::json> out;
+    std::istringstream in(text);
+    for (std::string line; std::getline(in, line);) out.push_back(nlohmann::json::parse(line));
+    return out;
+  };
+  const auto [watched, code] = ctl("--json transfers --watch 0.05 --count 2");
+  CHECK(code == 0);
+  const auto pictures = lines(watched);
+  REQUIRE(pictures.size() == 2);
+  for (const auto& picture : pictures) {
+    const double interval = picture["interval_seconds"];
+    CHECK(interval >= 0.05);
+    CHECK(picture["transfers"][0]["bytes_per_second"].get<double>() * interval == Approx(1 << 20));
+    CHECK(picture["transfers"][1]["bytes_per_second"] == 0);
+    CHECK(picture["total"] == 3);
+  }
+  CHECK(pictures[1]["transfers"][0]["bytes_done"].get<uint64_t>() ==
+        pictures[0]["transfers"][0]["bytes_done"].get<uint64_t>() + (1 << 20));
+  const auto text = ctl("transfers --count 1 --watch 0.05");
+  CHECK(text.second == 0);
+  CHECK(text.first.find("RATE") != std::string::npos);
+  CHECK(text.first.find("\033") == std::string::npos);  // it is no terminal
+
+  const auto top = lines(ctl("--json top --interval 0.05 --count 3 --rows 2").first);
+  REQUIRE(top.size() == 3);
+  CHECK(top[2]["transfers"].size() == 2);
+  CHECK(top[2]["transfers_total"] == 3);
+  CHECK(top[2]["transfers"][0]["handle"] == "s0");
+  CHECK(top[2]["rates"]["sent_bytes_per_second"] == 0);
+  CHECK(top[2]["transfers_by_state"]["send"]["ACTIVE"] == 3);
+  const auto [page, top_code] = ctl("top --once --interval 0.05");
+  CHECK(top_code == 0);
+  CHECK(page.find("kvferryd 1.2.3 on node-a") != std::string::npos);
+  CHECK(page.find("QUARANTINED") != std::string::npos);
+  CHECK(page.find("prefill-0") != std::string::npos);
+
+  for (const char* wrong : {"transfers --watch 0", "transfers --watch x", "transfers --count 2",
+                            "top --once --count 2", "top --interval 0", "top --count 0"})
+    CHECK(ctl(wrong).second == 64);
+  // An answer that fails ends the view.
+  backend.drops = true;
+  CHECK(ctl("top --interval 0.05").second == 69);
+}
+
+TEST_CASE_METHOD(Fixture, "--watch alone looks once a second") {
+  const auto [text, code] = ctl("--json transfers --watch --count 1");
+  CHECK(code == 0);
+  CHECK(nlohmann::json::parse(text)["interval_seconds"] >= 1.0);
 }
 
 TEST_CASE("bytes and durations read well") {

@@ -384,6 +384,56 @@ TEST_CASE("what a daemon lends is told to its peer, and its secrets to nobody on
   }
 }
 
+TEST_CASE("a peer is asked for its side of a transfer over the link alone") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("bb")}, "secret of the cluster");
+  Daemon b("bb", 2, dialer, {allow("a")}, "secret of the cluster");
+  dialer.serve(1, a.manager.get());
+  dialer.serve(2, b.manager.get());
+  CHECK(a.trace("bb", "0badcafe").error().reason == "LINK_DOWN");
+  REQUIRE(a.link("bb", 2));
+  REQUIRE(b.event<engine::LinkUp>());
+
+  CHECK(a.trace("bb", "0badcafe").error().code == Code::kUnimplemented);  // nobody answers yet
+  TraceAnswerer answerer;
+  b.manager->set_trace_answers(&answerer);
+  const auto reply = a.trace("bb", "0badcafe");
+  REQUIRE(reply);
+  REQUIRE(reply->parts.size() == 1);
+  // Who asks is who the link was made with.
+  CHECK(reply->parts[0].rank == 1);
+  CHECK(reply->parts[0].steps ==
+        std::vector<rpc::TraceReplyStep>{{"asked", Duration(5), Duration(-3), 2}});
+  CHECK(a.trace("bb", "1badcafe").error().reason == "TRACE_BUSY");
+  CHECK(a.trace("bb", "0").error().reason == "BAD_MESSAGE");
+  CHECK(a.trace("bb", "0BADCAFE").error().reason == "BAD_MESSAGE");
+  CHECK(a.trace("nobody", "0badcafe").error().reason == "LINK_DOWN");
+  b.manager->set_trace_answers(nullptr);
+}
+
+TEST_CASE("a trace is read as it was written, and nothing but a trace is") {
+  rpc::TraceReply reply;
+  reply.parts = {{"send", 1, "ACTIVE", Reason::kPeerLost, 2, 3, 4, 5, {{"asked", {}, {}, 1}}}};
+  const auto again = rpc::decode_trace_reply(rpc::encode(reply));
+  REQUIRE(again);
+  CHECK(again->parts == reply.parts);
+  const auto bad = [](rpc::TraceReply wrong, auto change) {
+    change(wrong);
+    return !rpc::decode_trace_reply(rpc::encode(wrong));
+  };
+  using R = rpc::TraceReply;
+  CHECK(bad(reply, [](R& r) { r.parts[0].role = "sends"; }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].state = ""; }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].state = "\x1b[2J"; }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].reason = static_cast<Reason>(kReasonCount); }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].name = "a b"; }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].first_ago = Duration::max(); }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].last_ago = Duration::min(); }));
+  CHECK(bad(reply, [](R& r) { r.parts[0].steps.resize(65, r.parts[0].steps[0]); }));
+  CHECK(bad(reply, [](R& r) { r.parts.resize(257, r.parts[0]); }));
+  CHECK_FALSE(rpc::decode_trace_reply("\xff"));
+}
+
 TEST_CASE("all of it works over gRPC") {
   const std::unique_ptr<rpc::PeerDialer> dialer = rpc::grpc_peer_dialer();
   // The port is known only after listening, so b learns to be dialled by what it tells.

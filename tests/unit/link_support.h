@@ -209,6 +209,23 @@ class Offers : public ArenaOffers {
   rpc::WelcomeProof proof_ KVFERRY_GUARDED_BY(mutex_);
 };
 
+// Knows one part of each transfer whose hash begins with 0, for whoever asks.
+class TraceAnswerer : public TraceAnswers {
+ public:
+  void answer_trace(const PeerRef& peer, const rpc::TraceQuery& query,
+                    std::function<void(Result<rpc::TraceReply>)> done) override {
+    if (query.hash.front() != '0')
+      return done(fail(Code::kResourceExhausted, "TRACE_BUSY", "ask again"));
+    rpc::TraceReply reply;
+    rpc::TraceReplyPart& part = reply.parts.emplace_back();
+    part.role = "send";
+    part.rank = static_cast<uint32_t>(peer.node.size());
+    part.state = "ACTIVE";
+    part.steps = {{"asked", Duration(5), Duration(-3), 2}};
+    done(std::move(reply));
+  }
+};
+
 // Notes of what it is told, in order: "+1", "-1".
 class Watch : public LinkWatch {
  public:
@@ -290,6 +307,14 @@ struct Daemon {
     auto offer = box->take();
     REQUIRE(offer);
     return std::move(*offer);
+  }
+  Result<rpc::TraceReply> trace(const std::string& node, const std::string& hash) {
+    auto box = std::make_shared<Box<Result<rpc::TraceReply>>>();
+    manager->get_trace(node, {hash}, monotonic_now() + kPatience,
+                       [box](Result<rpc::TraceReply> reply) { box->put(std::move(reply)); });
+    auto reply = box->take();
+    REQUIRE(reply);
+    return std::move(*reply);
   }
   template <typename T>
   std::optional<T> event(Duration patience = kPatience) {
