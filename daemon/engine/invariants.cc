@@ -298,6 +298,10 @@ void Receiver::check_invariants(std::vector<std::pair<RegionKind, memory::Region
         state == (region.state == RegionState::kLanding ? RxState::kLanding : RxState::kLanded),
         "a chunk's state fits its region");
   }
+  uint64_t live_in_all = 0;
+  for (const auto& [pull, count] : granted) live_in_all += count;
+  KVFERRY_CHECK(core_.stats.credits_granted - core_.stats.credits_ended == live_in_all,
+                "a credit is LIVE from its grant to its end");
   for (const auto& [pull, leg] : legs_) {
     const auto count = held.find(pull);
     KVFERRY_CHECK(leg.regions_held == (count == held.end() ? 0 : count->second),

@@ -45,6 +45,7 @@ TEST_CASE("KV goes through arenas on GPUs of each kind, also from and to pages o
     const bench::DaemonProcess& daemon = scene.pair->side(side);
     CHECK(metric(daemon, "kvferry_arena_info", "kind=\"" + std::string(row.kind) + "\"") == 2);
     CHECK(on_devices(daemon, "free") == 2 * (16 << 20));
+    CHECK(metric(daemon, "kvferry_fallbacks_total", "way=\"host_arena\"") == 0);
   }
   scene.start_workers(row.from, row.from_memory, row.to, row.to_memory);
   scene.require_hand_over();
@@ -96,6 +97,8 @@ TEST_CASE(
     GpuScene scene({"arena.device_bytes=16MiB", "arena.device_segment_bytes=8MiB"});
     CHECK(metric(scene.pair->side(0), "kvferry_arena_info", "kind=\"pinned_host\"") == 1);
     CHECK(metric(scene.pair->side(0), "kvferry_arena_info") == 1);
+    // Which is slower, of either GPU.
+    CHECK(metric(scene.pair->side(0), "kvferry_fallbacks_total", "way=\"host_arena\"") == 2);
   }
   bench::DaemonOptions options;
   options.binary_directory = binary_directory();

@@ -196,6 +196,7 @@ TEST_CASE("with a check nothing lands where the processor cannot read, and promi
     r.post(ArenaLent{r.link, 1});
     r.say(MsgMapped{1});
     CHECK(r.pull("a", 3).mapped.has_value() == (check == CheckKind::kNone));
+    CHECK(r.engine.stats().mapped_unused == (check == CheckKind::kNone ? 0 : 1));
   }
   Receiving r;
   ReserveOp reserve;
@@ -206,6 +207,7 @@ TEST_CASE("with a check nothing lands where the processor cannot read, and promi
   r.post(reserve);
   CHECK_FALSE(r.pull("b", 3).mapped);
   CHECK(r.pull("c", 3).mapped == 1);
+  CHECK(r.engine.stats().mapped_unused == 0);  // nothing is slower for want of anything
 }
 
 TEST_CASE("MAPPED of an arena that was not lent to that peer is a protocol error") {
@@ -525,6 +527,7 @@ TEST_CASE("when all of the mapped arena is quarantined, new pulls land beside it
   CHECK(r.arena(1).quarantined_bytes == 4 * kChunk);
   const MsgPull b = r.pull("b", 2);
   CHECK_FALSE(b.mapped);
+  CHECK(r.engine.stats().mapped_unused == 1);
   CHECK(b.credits.size() == 2);
   r.say(MsgDrained{a.pull});
   CHECK(r.pull("c", 2).mapped == 1);

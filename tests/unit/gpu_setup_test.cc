@@ -83,6 +83,7 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
     CHECK(gpu->imports != nullptr);
     CHECK(gpu->queues != nullptr);
     CHECK(gpu->why_not.empty());
+    CHECK(gpu->unused == 0);
     CHECK(gpu->labels().at(0).device == "gpu0");
     CHECK(gpu.arenas->all().at(0).choice.kind == "pinned_host");
     // The devices see the arena.
@@ -97,6 +98,7 @@ TEST_CASE("A GPU is used if it is there, unless it must be or must not be") {
   const auto none = open_gpu(with({"auto"}, ops::GpuUse::kAuto, kNone));
   REQUIRE(none);
   CHECK(none->imports == nullptr);
+  CHECK(none->unused == 0);  // it is not there
   CHECK_FALSE(none->why_not.empty());
   CHECK(open_gpu(with({"auto"}, ops::GpuUse::kOn, kNone)).error().reason == "CONFIGURATION_GPU");
   CHECK(machine->live().total() == 0);
@@ -203,6 +205,7 @@ TEST_CASE("The arena's kind follows the GPU, and one that is asked for must be t
     REQUIRE(unused);
     CHECK(unused->queues == nullptr);
     CHECK_FALSE(unused->why_not.empty());
+    CHECK(unused->unused == 1);
     config.gpu.enabled = ops::GpuUse::kOn;
     machine->fail(call, 1, cuda::CUDA_ERROR_UNKNOWN);
     CHECK(open_gpu(config).error().reason == "CONFIGURATION_GPU");
