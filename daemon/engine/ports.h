@@ -59,7 +59,7 @@ struct Plan {
   virtual bool same_source(const Plan& /*other*/) const { return false; }
   uint64_t bytes = 0;      // of the stream
   uint64_t digest = 0;     // of the stream's text
-  uint64_t fragments = 0;  // contiguous pieces of this side's memory
+  uint64_t fragments = 0;  // about: contiguous pieces of this side's memory
   bool has_tail = false;   // receiver: cells to be cleared once the whole stream is scattered
 };
 

@@ -457,13 +457,32 @@ uint64_t Plan::run_count() const {
   return count;
 }
 
-uint64_t Plan::piece_count() const {
-  uint64_t count = 0;
-  kernels::for_each_tile(form_, 0, bytes(),
-                         [&](const kernels::Tile& tile, uint64_t begin, uint64_t end, uint64_t) {
-                           count += tile.dim_count == 0 ? 1 : (end - begin) / tile.piece_bytes;
-                         });
-  return count;
+uint64_t Plan::estimate_pieces() const {
+  constexpr uint64_t kTiles = 64;     // of each bundle are looked at ...
+  constexpr uint64_t kCells = 4'096;  // ... where so many cells have that many
+  double pieces = 0;
+  for (const kernels::Bundle& bundle : form_.bundles) {
+    uint64_t tile_bytes = 0;
+    kernels::for_each_tile(form_, bundle.stream_offset, 1,
+                           [&](const kernels::Tile& tile, uint64_t, uint64_t, uint64_t) {
+                             tile_bytes = tile.piece_bytes;
+                             for (uint32_t d = 0; d < tile.dim_count; ++d)
+                               tile_bytes *= tile.dims[d].count;
+                           });
+    const uint64_t most = std::max(tile_bytes, kCells * bundle.cell_bytes);
+    const uint64_t some = tile_bytes > bundle.bytes / kTiles ? bundle.bytes : kTiles * tile_bytes;
+    const uint64_t sample = std::min({bundle.bytes, some, most});
+    uint64_t counted = 0;
+    kernels::for_each_tile(form_, bundle.stream_offset, sample,
+                           [&](const kernels::Tile& tile, uint64_t begin, uint64_t end, uint64_t) {
+                             counted +=
+                                 tile.dim_count == 0 ? 1 : ceil_div(end - begin, tile.piece_bytes);
+                           });
+    if (sample > 0)
+      pieces += static_cast<double>(counted) * static_cast<double>(bundle.bytes) /
+                static_cast<double>(sample);
+  }
+  return static_cast<uint64_t>(pieces + 0.5);
 }
 
 Result<Plan> bind_plan(const Stream& stream, Side side, const RankLayout& layout,

@@ -32,9 +32,11 @@ class Plan {
     kernels::for_each_run(form_, stream_offset, bytes, fn);
   }
   uint64_t run_count() const;
-  // Contiguous pieces that the plan names; some may follow each other in memory, which run_count()
-  // would make one. Takes as long as looking at each block of each plane once, not at each piece.
-  uint64_t piece_count() const;
+  // About as many contiguous pieces as the plan names: of each bundle the first ones are counted,
+  // and all is taken to be like them. Exact where blocks and planes are alike, but for the last
+  // block. Some pieces may follow each other in memory, which run_count() would make one. Costs
+  // microseconds at most, where run_count() looks at each piece.
+  uint64_t estimate_pieces() const;
   // Whether every stream offset lies at the same place of the same pool numbers in both: then, for
   // one layout, both are the same bytes in the same order. May answer false where that is so but
   // the two were made from unlike texts. Takes as long as comparing their arrays.

@@ -143,7 +143,7 @@ engine::Compiled compile_now(const engine::Compile& command) {
   plan->bytes = stream->bytes;
   plan->digest = stream->digest;
   plan->plan = std::make_shared<const mapping::Plan>(std::move(*bound));
-  plan->fragments = plan->plan->piece_count();
+  plan->fragments = plan->plan->estimate_pieces();
   if (!sender && clears_tails(layout->layout)) {
     Result<mapping::Plan> tail =
         mapping::bind_tail(*stream, layout->layout, blocks, prompts_of(layout->layout, needs));

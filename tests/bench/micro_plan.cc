@@ -35,6 +35,14 @@ void compile_receiver(benchmark::State& state) {
 }
 BENCHMARK(compile_receiver)->Unit(benchmark::kMicrosecond);
 
+// What the metrics' look at a compiled plan's pieces adds to that.
+void estimate_pieces(benchmark::State& state) {
+  const Plan plan = large().source(large().stream());
+  for (auto _ : state) benchmark::DoNotOptimize(plan.estimate_pieces());
+  state.counters["pieces"] = static_cast<double>(plan.estimate_pieces());
+}
+BENCHMARK(estimate_pieces)->Unit(benchmark::kMicrosecond);
+
 // What the worker's call itself costs: block ids checked, needs worked out.
 void needs_of_a_receive(benchmark::State& state) {
   const GroupReceive receive{LargeTransfer::kTokens, 0, large().to};

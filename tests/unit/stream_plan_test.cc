@@ -112,6 +112,24 @@ TEST_CASE("pp2 to tp4: each stage's layers land at their place") {
   }
 }
 
+TEST_CASE("the pieces of a large plan are estimated from its first ones") {
+  GroupSpec spec = cross_layer();
+  spec.block_count = 1000;
+  const auto senders = ranks_of({.tp = 2}, 32, 8, spec);
+  spec.memory = "lr|btu";
+  const auto receivers = ranks_of({.tp = 4}, 32, 8, spec);
+  std::vector<int32_t> blocks;
+  for (int32_t block = 0; block < 400; ++block) blocks.push_back(2 * block);  // none beside another
+  const uint64_t tokens = 32 * (blocks.size() - 1) + 5;  // the last one is begun
+  const Leg2 leg =
+      whole_leg(senders, receivers, 0, 0, tokens, blocks_with(blocks), blocks_with(blocks));
+  for (const Plan* plan : {&leg.source, &leg.destination}) {
+    const auto exact = static_cast<double>(plan->run_count());
+    CHECK(exact > 20'000);
+    CHECK(static_cast<double>(plan->estimate_pieces()) == Approx(exact).epsilon(0.01));
+  }
+}
+
 TEST_CASE("fragments of a block of 16 tokens and 32 layers") {
   const auto count = [](const std::string& from, const std::string& to) {
     GroupSpec spec;
@@ -120,6 +138,8 @@ TEST_CASE("fragments of a block of 16 tokens and 32 layers") {
     spec.memory = to;
     const auto receivers = ranks_of({}, 32, 8, spec);
     const Leg2 leg = whole_leg(senders, receivers, 0, 0, 16, blocks_with({3}), blocks_with({5}));
+    CHECK(leg.source.estimate_pieces() == leg.source.run_count());
+    CHECK(leg.destination.estimate_pieces() == leg.destination.run_count());
     return std::pair{fragment_count(leg.source, leg.destination), leg.destination.run_count()};
   };
   CHECK(count("lr|but", "lr|but") == std::pair<uint64_t, uint64_t>{64, 64});
