@@ -209,7 +209,7 @@ class Metrics::Collector {
     counters(
         "kvferry_fragments_total",
         "Contiguous pieces of workers' memory that slices were compiled to, before they became "
-        "chunks.",
+        "chunks; of large slices estimated.",
         "role", kRoleWords, m_.fragments_);
     counters("kvferry_fallbacks_total",
              "Slower ways that were taken since the fast one could not be had.", "way",
