@@ -37,8 +37,8 @@ class KvferryConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerSide(settings, kv_cache_config)
         else:
-            self._worker = WorkerSide(settings, kv_cache_config)
-            self._worker.total_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+            heads = vllm_config.model_config.get_total_num_kv_heads()
+            self._worker = WorkerSide(settings, kv_cache_config, heads)
 
     @property
     def worker(self) -> WorkerSide:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
+from kvferry._rank import RankSettings
 from kvferry.client import DEFAULT_SOCKET
 from kvferry.layout import KvPacking
 
@@ -14,7 +15,7 @@ _NAME = re.compile(r"[^A-Za-z0-9._:+-]")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(RankSettings):
     """Keys of kv_connector_extra_config; times are seconds.
 
     socket               the daemon's, /run/kvferry/kvferry.sock
@@ -32,21 +33,12 @@ class Settings:
     instance_key_file    16 bytes or more that the ranks share; a must on several nodes
     """
 
-    instance: str
-    rank: int
-    rank_count: int
-    tp_size: int
-    dp_group: int
-    spans_nodes: bool
-    socket: str
     kv_packing: Optional[KvPacking]
     trust_client_params: bool
     chunked_push: bool
     lease: float
     receive_wait: float
     receive_deadline: float
-    fingerprint: str
-    instance_key_file: Optional[Path]
 
     @classmethod
     def of(cls, vllm_config: Any) -> Settings:
