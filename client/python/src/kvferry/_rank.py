@@ -88,6 +88,11 @@ class Rank:
         self.client.export_device_memory(name, pointer, size)
         self._device_pools.append(name)
 
+    @property
+    def on_device(self) -> bool:
+        """Something was exported."""
+        return bool(self._device_pools)
+
     def builder(self) -> LayoutBuilder:
         s = self._settings
         return self.client.layout_builder(
@@ -225,11 +230,13 @@ class Rank:
         if transfer.side is Side.RECEIVER:
             half.ok = status.state is TransferState.COMPLETED
         else:
-            # A source is released before the receiver's end is known.
-            half.ok = status.state not in (TransferState.FAILED, TransferState.CANCELLED)
+            # A source is normally released before the receiver's end is known.
+            half.ok = status.state.terminal is status.ok and status.released_reason == "NONE"
         if not half.ok:
             half.reason = status.reason if status.state.terminal else status.released_reason
-            self._logger.warning("kvferry: %s: %s", half.name, half.reason)
+            # A sender may well be declined: the receiver's side knows what is wrong.
+            level = logging.WARNING if transfer.side is Side.RECEIVER else logging.INFO
+            self._logger.log(level, "kvferry: %s: %s", half.name, half.reason)
         elif half.wants_aux and status.aux_ready:
             try:
                 half.aux = transfer.aux()
