@@ -30,11 +30,14 @@ if [ "$quick" -eq 0 ]; then
     ctest --preset "$sanitizer" --no-tests=error -LE model
   done
   deploy/test-ucx-wheel.sh
-  if [ "${KVFERRY_VLLM:-0}" = 1 ]; then
-    deploy/test-vllm.sh || [ $? -eq 77 ]
-  else
-    echo "== vLLM connector: skipped, its wheels are 3 GB; KVFERRY_VLLM=1 runs deploy/test-vllm.sh"
-  fi
+  for engine in vllm sglang; do
+    switch=KVFERRY_${engine^^}
+    if [ "${!switch:-0}" = 1 ]; then
+      deploy/test-engine.sh "$engine" || [ $? -eq 77 ]
+    else
+      echo "== $engine: skipped, its wheels are 3 GB; $switch=1 runs deploy/test-engine.sh $engine"
+    fi
+  done
   if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then
     step "configuring with CUDA" "$logs/cuda-configure.log" \
       cmake -S . -B build/cuda -G Ninja -DKVFERRY_CUDA=ON -DKVFERRY_WERROR=ON -DKVFERRY_TESTS=OFF

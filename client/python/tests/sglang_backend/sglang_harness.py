@@ -158,7 +158,7 @@ class Server:
         self.address = f"127.0.0.1:{self.port}"
         key_file = folder / f"{name}.key"
         key_file.write_bytes(key)
-        os.environ["KVFERRY_SGLANG"] = json.dumps(
+        os.environ["KVFERRY_SGLANG_CONFIG"] = json.dumps(
             {"socket": socket, "key_file": str(key_file), "fingerprint": "fake", "instance": name}
         )
         self._config = get_context().override_server_args(

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sglang.srt.plugins", reason="sglang is not installed: deploy/test-sglang.sh")
+pytest.importorskip(
+    "sglang.srt.plugins", reason="sglang is not installed: deploy/test-engine.sh sglang"
+)
 
 import sglang_harness as harness
 from daemons import Pair
@@ -242,7 +244,7 @@ def test_settings_are_checked(site: Site, monkeypatch: pytest.MonkeyPatch, given
     from kvferry.sglang._config import Settings
 
     server = site.server(MODE.DECODE)
-    monkeypatch.setitem(os.environ, "KVFERRY_SGLANG", given)
+    monkeypatch.setitem(os.environ, "KVFERRY_SGLANG_CONFIG", given)
     with server.each() as ranks, ranks[0].placed(), pytest.raises(ValueError, match="kvferry"):
         Settings.of(ranks[0].manager.kv_args, "decode", server.args)
 

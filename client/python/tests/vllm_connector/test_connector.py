@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-pytest.importorskip("vllm.config", reason="vllm is not installed: deploy/test-vllm.sh")
+pytest.importorskip("vllm.config", reason="vllm is not installed: deploy/test-engine.sh vllm")
 
 from daemons import Pair
 from harness import BLOCK, Engine, run

@@ -1,7 +1,7 @@
 """An SGLang transfer backend: KV cache goes from prefill to decode servers through the kvferry
 daemon of the node. For SGLang 0.5.23.
 
-    export KVFERRY_SGLANG='{"key_file": "/etc/kvferry/sglang.key"}'
+    export KVFERRY_SGLANG_CONFIG='{"key_file": "/etc/kvferry/sglang.key"}'
     sglang serve --disaggregation-mode prefill --disaggregation-transfer-backend kvferry ...
 
 SGLang finds it by its plugin mechanism once this package is installed. Settings are in

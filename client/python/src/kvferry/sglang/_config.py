@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_disagg, get_parallel, get_serving
 from kvferry._rank import RankSettings
 from kvferry.client import DEFAULT_SOCKET
 
-VARIABLE = "KVFERRY_SGLANG"
+VARIABLE = "KVFERRY_SGLANG_CONFIG"
 _KEYS = {"socket", "key_file", "fingerprint", "instance", "instance_key_file"}
 _NAME = re.compile(r"[^A-Za-z0-9._:+-]")
 _SHORTEST_KEY = 16
@@ -24,7 +24,7 @@ _SHORTEST_KEY = 16
 
 @dataclass(frozen=True)
 class Settings(RankSettings):
-    """Keys of the JSON object in the environment variable KVFERRY_SGLANG.
+    """Keys of the JSON object in the environment variable KVFERRY_SGLANG_CONFIG.
 
     key_file           16 bytes or more that all prefill and decode servers share, and nobody else:
                        what proves that a transfer is theirs is made from it and the request's room
