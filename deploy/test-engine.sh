@@ -25,6 +25,7 @@ requirements=client/python/requirements-$engine.txt
 out=${KVFERRY_PYTHON_DIR:-$PWD/build/python}
 python=${KVFERRY_PYTHON:-/usr/bin/python3}
 export KVFERRY_BIN_DIR=${KVFERRY_BIN_DIR:-$PWD/build/dev/bin}
+export KVFERRY_FAKE_CUDA_LIBRARY=${KVFERRY_FAKE_CUDA_LIBRARY:-$PWD/build/dev/lib/libkvferry-fake-cuda.so}
 export PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1
 
 if [ "${KVFERRY_OFFLINE:-0}" = 1 ]; then

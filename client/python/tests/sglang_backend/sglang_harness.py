@@ -5,6 +5,7 @@ that writes what it would compute and checks what it reads."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import time
@@ -47,22 +48,19 @@ class Rank:
         if server.mla:
             self.heads, self.first_head = 1, 0
         name = f"{server.name}-{pp_rank}-{tp_rank}"
-        client = kv.Client(server.socket, name=name)
-        kinds = 1 if server.mla else 2
-        self.pages = client.alloc_array(
-            "kv", (kinds, self.layers, PAGES, PAGE, self.heads, DIM), "float32"
-        )
-        self.buffers = utils.MetadataBuffers(BUFFERS, 16, torch.float32, 4)
         args: Any = KVArgs()
+        kinds = 1 if server.mla else 2
+        self.allocate(args, name, (kinds, self.layers, PAGES, PAGE, self.heads, DIM))
         flat = self.pages.reshape(kinds * self.layers, -1)
+        args.kv_data_ptrs = [self.address + i * row.nbytes for i, row in enumerate(flat)]
+        args.kv_data_lens = [row.nbytes for row in flat]
+        args.kv_item_lens = [row.nbytes // PAGES for row in flat]
+        self.buffers = utils.MetadataBuffers(BUFFERS, 16, torch.float32, 4)
         args.engine_rank = tp_rank
         args.pp_rank = pp_rank
         args.system_dp_rank = 0
         args.gpu_id = 0
         args.kv_cache_dtype_str = "float32"
-        args.kv_data_ptrs = [row.__array_interface__["data"][0] for row in flat]
-        args.kv_data_lens = [row.nbytes for row in flat]
-        args.kv_item_lens = [row.nbytes // PAGES for row in flat]
         args.kv_layer_ids = []
         args.kv_head_num = self.heads
         args.total_kv_head_num = HEADS
@@ -70,10 +68,23 @@ class Rank:
         args.prefill_start_layer = self.first_layer
         args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = self.buffers.get_buf_infos()
         args.state_types, args.state_item_lens = [], []
-        args.kvferry_client = client
         server.adapt(args)
         with self.placed():
             self.manager = our(KIND.MANAGER)(args, server.mode, server.args, server.mla)
+
+    def allocate(self, args: Any, name: str, shape: tuple[int, ...]) -> None:
+        args.kvferry_client = kv.Client(self.server.socket, name=name)
+        self.pages = args.kvferry_client.alloc_array("kv", shape, "float32")
+        self.address = self.pages.__array_interface__["data"][0]
+
+    def write(self) -> None:
+        """`pages` were changed."""
+
+    def read(self) -> None:
+        """`pages` are looked at."""
+
+    def close(self) -> None:
+        self.manager.close()
 
     def placed(self) -> Any:
         """The process of this rank."""
@@ -113,12 +124,45 @@ class Rank:
     def forward(self, prompt: list[int], table: list[int], begin: int, end: int) -> None:
         pages, slots = self._slots(table, begin, end)
         self.pages[:, :, pages, slots] = self.computed(prompt, begin, end)
+        self.write()
 
     def check(self, prompt: list[int], table: list[int]) -> None:
+        self.read()
         pages, slots = self._slots(table, 0, len(prompt))
         read = self.pages[:, :, pages, slots]
         if not (read == self.computed(prompt, 0, len(prompt))).all():
             raise AssertionError(f"{self.server.name}: not what was computed")
+
+
+class GpuRank(Rank):
+    """Pages in one allocation on the fake driver's GPU, as a caching allocator has them."""
+
+    def allocate(self, args: Any, name: str, shape: tuple[int, ...]) -> None:
+        self._helper = kv.Client(self.server.socket, name=f"{name}-memory")
+        self._gpu = self._helper._pools.gpus().gpu(0)
+        self._driver = ctypes.CDLL(os.environ["KVFERRY_CUDA_DRIVER"])
+        self.pages = np.zeros(shape, np.float32)
+        pointer = ctypes.c_uint64()
+        with self._gpu.current():
+            assert self._driver.cuMemAlloc_v2(ctypes.byref(pointer), self.pages.nbytes) == 0
+        self.address = pointer.value
+        self.write()
+
+    def write(self) -> None:
+        data = self.pages.tobytes()
+        for at in range(0, len(data), 4096):
+            limit = time.monotonic() + SECONDS
+            self._gpu.write(self.address + at, data[at : at + 4096], limit)
+
+    def read(self) -> None:
+        data = self._gpu.read(self.address, self.pages.nbytes, time.monotonic() + SECONDS)
+        self.pages[:] = np.frombuffer(data, np.float32).reshape(self.pages.shape)
+
+    def close(self) -> None:
+        super().close()
+        with self._gpu.current():
+            self._driver.cuMemFree_v2(ctypes.c_uint64(self.address))
+        self._helper.close()
 
 
 class _Group:
@@ -150,6 +194,7 @@ class Server:
         mla: bool = False,
         key: bytes = b"a secret of all servers",
         adapt: Callable[[Any], None] = lambda args: None,
+        rank_type: type[Rank] = Rank,
     ) -> None:
         self.mode, self.name, self.socket, self.tp, self.pp = mode, name, socket, tp, pp
         self.mla, self.adapt = mla, adapt
@@ -175,7 +220,7 @@ class Server:
         try:
             for pp_rank in range(pp):
                 for tp_rank in range(tp):
-                    self.ranks.append(Rank(self, tp_rank, pp_rank))
+                    self.ranks.append(rank_type(self, tp_rank, pp_rank))
         finally:
             self._config.restore()
         self._free = list(range(1, PAGES))
@@ -196,12 +241,14 @@ class Server:
     def give_pages(self, table: list[int], garbage: float) -> None:
         """Freed, and written by whoever gets them: from here on nobody may read or write them."""
         for rank in self.ranks:
+            rank.read()
             rank.pages[:, :, table] = garbage
+            rank.write()
         self._free += table
 
     def close(self) -> None:
         for rank in self.ranks:
-            rank.manager.close()
+            rank.close()
         if self.registry is not None:
             self.registry.close()
 

@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from sglang.srt.disaggregation.base.conn import (
     KVPoll,
     StateType,
 )
-from sglang_harness import KIND, MODE, PAGE, Decode, Prefill, Server, our, run
+from sglang_harness import KIND, MODE, PAGE, Decode, GpuRank, Prefill, Server, our, run
 
 PROMPT = [(i * 37 + 11) % 1000 for i in range(27)]
 rooms = itertools.count(1 << 62)
@@ -286,6 +287,32 @@ def test_a_daemon_that_dies_fails_the_request_and_the_next_one_works(tmp_path: P
             return bool(asked.ticket_of(source.address, 0) != old)
 
         run(is_known)
+        hand_off(source, target)
+        site.close()
+
+
+@pytest.mark.skipif(
+    not Path(os.environ.get("KVFERRY_FAKE_CUDA_LIBRARY", "")).is_file(),
+    reason="KVFERRY_FAKE_CUDA_LIBRARY is not set",
+)
+def test_pages_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the fake driver: the manager hands over what SGLang allocated, and what is queued on its
+    stream comes before the daemon's copies."""
+    library = os.environ["KVFERRY_FAKE_CUDA_LIBRARY"]
+    monkeypatch.setenv("KVFERRY_FAKE_CUDA_DIR", str(tmp_path))
+    monkeypatch.setenv("KVFERRY_CUDA_DRIVER", library)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    with Pair(extra=f'[gpu]\ndriver = "{library}"\n') as pair:
+        site = Site(pair, tmp_path)
+        source, target = site.both(tp=2, rank_type=GpuRank)
+        hand_off(source, target, chunk=2 * PAGE)
+        hand_off(source, target, prefix=PAGE)
+        assert source.ranks[0].manager.rank._word_value > 3
+        for rank in source.ranks:
+            rank.manager.deregister_buffer_to_engine()
+            rank.manager.register_buffer_to_engine()
+        target.ranks[0].manager.forget_ticket(source.address, 0)
+        target.ranks[1].manager.forget_ticket(source.address, 0)
         hand_off(source, target)
         site.close()
 
