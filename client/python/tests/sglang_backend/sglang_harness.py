@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ LAYERS, HEADS, DIM, PAGE, PAGES = 3, 4, 8, 4, 32
 SECONDS = 15.0
 BUFFERS = 8
 
+# SGLang's registry leaves its tasks when it is closed.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 load_plugins()
 MODE = utils.DisaggregationMode
 KIND = utils.KVClassType
@@ -155,7 +158,9 @@ class GpuRank(Rank):
             self._gpu.write(self.address + at, data[at : at + 4096], limit)
 
     def read(self) -> None:
-        data = self._gpu.read(self.address, self.pages.nbytes, time.monotonic() + SECONDS)
+        limit = time.monotonic() + SECONDS
+        starts = range(0, self.pages.nbytes, 4096)
+        data = b"".join(self._gpu.read(self.address + at, 4096, limit) for at in starts)
         self.pages[:] = np.frombuffer(data, np.float32).reshape(self.pages.shape)
 
     def close(self) -> None:

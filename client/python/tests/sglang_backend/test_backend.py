@@ -72,6 +72,22 @@ def hand_off(source: Server, target: Server, prompt: list[int] = PROMPT, **optio
     assert sending.prefix == prefix
 
 
+def wait_for_ticket(source: Server, target: Server) -> None:
+    """Until decode is told what prefill's daemon says now."""
+
+    def is_known() -> bool:
+        now = set()
+        for rank in target.ranks:
+            rank.manager.forget_ticket(source.address, 0)
+            now.add(rank.manager.ticket_of(source.address, 0))
+        for rank in source.ranks:
+            rank.manager.look()
+            now.add(rank.manager.rank.ticket())
+        return len(now) == 1
+
+    run(is_known)
+
+
 def test_sglang_finds_the_backend() -> None:
     from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES
     from sglang.srt.managers import disagg_service
@@ -251,15 +267,17 @@ def test_settings_are_checked(site: Site, monkeypatch: pytest.MonkeyPatch, given
 
 
 def test_memory_is_released_and_comes_back(site: Site) -> None:
-    source, target = site.both()
+    source, target = site.both(tp=2)
     hand_off(source, target)
     for rank in target.ranks:
         rank.manager.deregister_buffer_to_engine()
     receiving = Decode(target, source, next(rooms), PROMPT)
     run(lambda: receiving.outcome is not None, receiving)
     assert "UNREGISTERED" in receiving.reasons[0]
-    for rank in target.ranks:
+    for rank in (*target.ranks, *source.ranks):
+        rank.manager.deregister_buffer_to_engine()
         rank.manager.register_buffer_to_engine()
+    wait_for_ticket(source, target)
     hand_off(source, target)
 
 
@@ -268,7 +286,6 @@ def test_a_daemon_that_dies_fails_the_request_and_the_next_one_works(tmp_path: P
         site = Site(pair, tmp_path)
         source, target = site.both()
         hand_off(source, target)
-        old = target.ranks[0].manager.ticket_of(source.address, 0)
         room = next(rooms)
         sending = Prefill(source, room, PROMPT, chunk=PAGE)
         receiving = Decode(target, source, room, PROMPT)
@@ -278,15 +295,7 @@ def test_a_daemon_that_dies_fails_the_request_and_the_next_one_works(tmp_path: P
         assert (sending.outcome, receiving.outcome) == (KVPoll.Failed, KVPoll.Failed)
         assert "DAEMON_RESTARTED" in sending.reasons[0]
         pair.prefill.start()
-        manager = source.ranks[0].manager
-
-        def is_known() -> bool:
-            manager.look()
-            asked = target.ranks[0].manager
-            asked.forget_ticket(source.address, 0)
-            return bool(asked.ticket_of(source.address, 0) != old)
-
-        run(is_known)
+        wait_for_ticket(source, target)
         hand_off(source, target)
         site.close()
 
@@ -311,8 +320,7 @@ def test_pages_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for rank in source.ranks:
             rank.manager.deregister_buffer_to_engine()
             rank.manager.register_buffer_to_engine()
-        target.ranks[0].manager.forget_ticket(source.address, 0)
-        target.ranks[1].manager.forget_ticket(source.address, 0)
+        wait_for_ticket(source, target)
         hand_off(source, target)
         site.close()
 

@@ -35,7 +35,7 @@ logger = logging.getLogger("sglang.kvferry")
 _CALL_SECONDS = 5.0
 _SETTLE_SECONDS = 60.0  # a copy that runs takes milliseconds
 _MALFORMED = (ValueError, KeyError, TypeError)
-_FIRST_BACKOFF, _LAST_BACKOFF = 0.05, 2.0
+_FIRST_PAUSE, _LAST_PAUSE = 0.05, 2.0
 
 
 class KVManager(CommonKVManager):  # type: ignore[misc]
@@ -54,7 +54,7 @@ class KVManager(CommonKVManager):  # type: ignore[misc]
         self._tickets: dict[tuple[str, int], str] = {}
         self._registry_url = ""
         self._stop = threading.Event()
-        self._publish_again = threading.Event()
+        self._ask_now = threading.Event()
         self._publisher: Optional[threading.Thread] = None
         if sum(args.aux_item_lens) > MAX_AUX_BYTES:
             raise ValueError(
@@ -99,29 +99,26 @@ class KVManager(CommonKVManager):  # type: ignore[misc]
         self._registry_url = url.removesuffix("/route")
 
     def _publish(self) -> None:
-        """Gives the ticket to the registry, once all ranks have registered, and again when it has
-        changed."""
-        backoff = _FIRST_BACKOFF
+        """Gives the ticket to the registry once all ranks have registered, and again when it has
+        changed, as it does when any of them registers anew."""
         group = int(self.settings.instance.rpartition("-dp")[2])
+        given = ""
+        pause = _FIRST_PAUSE
         while not self._stop.is_set():
-            self._publish_again.clear()
+            self._ask_now.clear()
             ticket = self.rank.ticket()
-            entry = {
-                "dp_rank": group,
-                "ticket": ticket,
-                "proof": to_text(self.settings.mac(f"ticket {group} {ticket}")),
-            }
-            try:
-                if ticket:
+            if ticket and ticket != given:
+                proof = to_text(self.settings.mac(f"ticket {group} {ticket}"))
+                entry = {"dp_rank": group, "ticket": ticket, "proof": proof}
+                try:
                     url = self._registry_url + PATH
                     requests.put(url, json=entry, timeout=_CALL_SECONDS).raise_for_status()
-                    self._publish_again.wait()
-                    backoff = _FIRST_BACKOFF
-                    continue
-            except requests.RequestException as error:
-                logger.warning("kvferry: the bootstrap server does not take the ticket: %s", error)
-            self._publish_again.wait(backoff)
-            backoff = min(2 * backoff, _LAST_BACKOFF)
+                    given = ticket
+                except requests.RequestException as error:
+                    logger.warning("kvferry: the registry does not take the ticket: %s", error)
+            if self._ask_now.wait(pause):
+                pause = _FIRST_PAUSE
+            pause = min(2 * pause, _LAST_PAUSE)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """SGLang asks again while this is false. Blocks for calls the first time."""
@@ -174,7 +171,7 @@ class KVManager(CommonKVManager):  # type: ignore[misc]
     def look(self) -> None:
         """Takes events: shared memory, no call."""
         if self.rank.poll():
-            self._publish_again.set()
+            self._ask_now.set()
 
     def fail(self, room: int, reason: str) -> None:
         self.record_failure(room, reason)
@@ -209,11 +206,11 @@ class KVManager(CommonKVManager):  # type: ignore[misc]
 
     def register_buffer_to_engine(self) -> None:
         self._register()
-        self._publish_again.set()
+        self._ask_now.set()
 
     def close(self) -> None:
         self._stop.set()
-        self._publish_again.set()
+        self._ask_now.set()
         if self._publisher is not None:
             self._publisher.join()
         self.rank.close()
