@@ -31,11 +31,16 @@ step "installing" "$logs/deploy-install.log" cmake --install "$build" --prefix "
 for file in bin/kvferryd libexec/kvferry/kvferry-rails bin/kvferryctl bin/kvferry-bench etc/kvferry/kvferry.toml \
   lib/systemd/system/kvferryd.service lib/sysusers.d/kvferry.conf include/kvferry/client.h \
   share/man/man8/kvferryd.8 share/man/man5/kvferry.toml.5 share/man/man1/kvferryctl.1 \
-  share/bash-completion/completions/kvferryctl share/zsh/vendor-completions/_kvferryctl; do
+  etc/kvferry/conf.d/README share/doc/kvferryd/examples/tcp.toml share/bash-completion/completions/kvferryctl \
+  share/zsh/vendor-completions/_kvferryctl; do
   [ -s "$prefix/$file" ] || { echo "not installed: $file" >&2; exit 1; }
 done
 # The daemon finds its rails process where it is installed, and takes the installed configuration.
 "$prefix/bin/kvferryd" --config "$prefix/etc/kvferry/kvferry.toml" --check-config
+printf '[engine]\nlease = "7s"\n' >"$prefix/etc/kvferry/conf.d/10-test.toml"
+"$prefix/bin/kvferryd" --config "$prefix/etc/kvferry/kvferry.toml" --print-config |
+  grep -q '^lease = "7s"  # file .*/conf.d/10-test.toml:2$'
+rm "$prefix/etc/kvferry/conf.d/10-test.toml"
 lib=$(dirname "$(find "$prefix" -name libkvferry.so.0)")
 step "a project that finds it by CMake" "$logs/deploy-consumer.log" \
   sh -c "cmake -S deploy/check/consumer -B '$stage/consumer' -DCMAKE_PREFIX_PATH='$prefix' &&

@@ -68,8 +68,12 @@ apt-get install -q -y --no-install-recommends /packages/kvferryd_*.deb
 getent passwd kvferry | grep -q nologin
 [ "$(id -u kvferry)" -lt 1000 ]
 echo '# changed' >>/etc/kvferry/kvferry.toml
+printf '[engine]\nlease = "7s"\n' >/etc/kvferry/conf.d/10-own.toml
 dpkg -i --force-confold /packages/kvferryd_*.deb
 tail -n 1 /etc/kvferry/kvferry.toml | grep -q changed
+kvferryd --config /etc/kvferry/kvferry.toml --print-config | grep -q '^lease = "7s"  # file /etc/kvferry/conf.d/10-own.toml:2'
+dpkg -S /etc/kvferry/conf.d
+rm /etc/kvferry/conf.d/10-own.toml
 # The library: an engine's machine, and one that builds an engine.
 apt-get install -q -y --no-install-recommends /packages/libkvferry0_*.deb
 ldconfig -p | grep -q libkvferry.so.0

@@ -298,6 +298,8 @@ int run(int argc, const char* const* argv) {
        [](Session& session) {
          return session.show(&Stub::Reload, v1::ReloadRequest(), reload_text);
        }},
+      {"config", "What the daemon runs with, and where each value comes from",
+       shows(&Stub::GetConfig, config_text)},
   };
   for (const Verb& verb : verbs)
     app.add_subcommand(verb.name, verb.help)->callback([&] { chosen = verb.run; });

@@ -215,9 +215,23 @@ Json to_json(const v1::CancelTransferResponse& r) {
 }
 
 Json to_json(const v1::ReloadResponse& r) {
+  Json taken = Json::array();
+  for (const std::string& key : r.taken_keys()) taken.push_back(key);
   Json keys = Json::array();
   for (const std::string& key : r.restart_keys()) keys.push_back(key);
-  return {{"peers", r.peers()}, {"restart_keys", std::move(keys)}};
+  return {
+      {"peers", r.peers()}, {"taken_keys", std::move(taken)}, {"restart_keys", std::move(keys)}};
+}
+
+Json to_json(const v1::GetConfigResponse& r) {
+  Json list = Json::array();
+  for (const auto& row : r.values())
+    list.push_back({{"key", row.key()},
+                    {"value", row.value()},
+                    {"origin", row.origin()},
+                    {"reloadable", row.reloadable()},
+                    {"next", row.next()}});
+  return {{"values", std::move(list)}};
 }
 
 Json to_json(const v1::TraceResponse& r) {
@@ -465,11 +479,30 @@ std::string cancel_text(const Json& json) {
 
 std::string reload_text(const Json& json) {
   std::string out = "reloaded; peers in force: " + std::to_string(json.at("peers").get<uint32_t>());
-  const Json& keys = json.at("restart_keys");
-  if (keys.empty()) return out + "\n";
-  out += "\nchanged, but in force from the next start on:";
-  for (const Json& key : keys) out += " " + printable(key.get<std::string>());
+  const auto list = [&](const char* words, const Json& keys) {
+    if (keys.empty()) return;
+    out.append("\n").append(words);
+    for (const Json& key : keys) out += " " + printable(key.get<std::string>());
+  };
+  list("changed, and in force now:", json.at("taken_keys"));
+  list("changed, but in force from the next start on:", json.at("restart_keys"));
   return out + "\n";
+}
+
+std::string config_text(const Json& json) {
+  std::string out =
+      table(json.at("values"),
+            {{"KEY", plain("key")}, {"VALUE", plain("value")}, {"FROM", plain("origin")}},
+            "no configuration");
+  std::string waiting;
+  for (const Json& row : json.at("values")) {
+    const std::string next = row.at("next").get<std::string>();
+    if (!next.empty())
+      waiting +=
+          "  " + printable(row.at("key").get<std::string>()) + " = " + printable(next) + "\n";
+  }
+  if (!waiting.empty()) out += "\nIn force from the next start on:\n" + waiting;
+  return out;
 }
 
 std::string health_text(const Json& json) {

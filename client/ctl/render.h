@@ -20,6 +20,7 @@ Json to_json(const v1::CancelTransferResponse& response);
 Json to_json(const v1::HealthResponse& response);
 Json to_json(const v1::ReloadResponse& response);
 Json to_json(const v1::TraceResponse& response);
+Json to_json(const v1::GetConfigResponse& response);
 
 // The same for people, made from the JSON; each ends with a line break.
 std::string status_text(const Json& status);
@@ -31,6 +32,7 @@ std::string arenas_text(const Json& arenas);
 std::string released_text(const Json& released);
 std::string cancel_text(const Json& cancelled);
 std::string reload_text(const Json& reloaded);
+std::string config_text(const Json& config);
 std::string health_text(const Json& health);
 std::string trace_text(const Json& trace);
 

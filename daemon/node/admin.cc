@@ -62,6 +62,10 @@ void Admin::reload(rpc::Reply<rpc::ReloadedInfo> done) {
   orders_.reload(std::move(done));
 }
 
+void Admin::config(rpc::Reply<std::vector<rpc::ConfigValueInfo>> done) {
+  done(orders_.config());
+}
+
 void Admin::with_snapshot(std::function<void(const engine::EngineSnapshot&)> answer) {
   engine_.ask([answer = std::move(answer)](const engine::Engine& engine, Time now) {
     answer(engine.snapshot(now));

@@ -43,6 +43,7 @@ class Admin final : public rpc::AdminBackend, public TraceAnswers {
   struct Orders {
     std::function<void(std::optional<Duration> limit, std::function<void()> done)> drain;
     std::function<void(rpc::Reply<rpc::ReloadedInfo> done)> reload;
+    std::function<std::vector<rpc::ConfigValueInfo>()> config;
   };
 
   // All outlive it.
@@ -71,6 +72,7 @@ class Admin final : public rpc::AdminBackend, public TraceAnswers {
   void drain(std::optional<Duration> limit, rpc::Reply<bool> done) override;
   void reload(rpc::Reply<rpc::ReloadedInfo> done) override;
   void trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo> done) override;
+  void config(rpc::Reply<std::vector<rpc::ConfigValueInfo>> done) override;
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
 
   // TraceAnswers. Some tens of times a second at most; else RESOURCE_EXHAUSTED TRACE_BUSY.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <ctime>
 #include <span>
 #include <utility>
 
@@ -136,7 +137,9 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.default_lease = config.engine.lease;
   out.default_wait = config.engine.wait_deadline;
   out.default_deadline = config.engine.transfer_deadline;
-  out.max_deadline = config.engine.transfer_deadline_max;
+  // Calls are held to their own maxima where they come in.
+  out.max_deadline = std::max({config.engine.lease_max, config.engine.wait_deadline_max,
+                               config.engine.transfer_deadline_max});
   out.ready_timeout = config.engine.ready_timeout;
   out.ping_interval = config.engine.heartbeat_interval;
   out.silence_limit = config.engine.silence_limit;
@@ -148,6 +151,31 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   for (const ops::SocketConfig& socket : config.sockets)
     slots = std::max(slots, socket.limits.max_transfers);
   out.max_transfers_per_worker = static_cast<uint32_t>(slots);
+  return out;
+}
+
+// Of `limits`, what the configuration says and a reload may change.
+void set_limits(rpc::OpLimits& limits, const ops::EngineConfig& engine) {
+  limits.lease = engine.lease;
+  limits.lease_max = engine.lease_max;
+  limits.wait = engine.wait_deadline;
+  limits.wait_max = engine.wait_deadline_max;
+  limits.deadline = engine.transfer_deadline;
+  limits.deadline_max = engine.transfer_deadline_max;
+  limits.max_receivers = engine.max_receivers;
+}
+
+// For one log line or error; a gRPC status holds little more.
+std::string joined(const std::vector<std::string>& words, std::string_view between) {
+  constexpr std::size_t kMaxBytes = 3000;
+  std::string out;
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    if (out.size() + words[i].size() > kMaxBytes) {
+      out.append(between).append("and ").append(std::to_string(words.size() - i)).append(" more");
+      break;
+    }
+    out.append(out.empty() ? "" : between).append(words[i]);
+  }
   return out;
 }
 
@@ -204,7 +232,9 @@ std::string host_part(const std::string& address) {
 
 // Members are destroyed from the last to the first: who is used stands above who uses it.
 struct Daemon::Impl {
-  ops::Config config;
+  ops::Config config;  // as at start
+  std::unique_ptr<ops::RunningConfig> running;
+  rpc::OpLimits limits;  // as at start
   BootId boot;
   std::unique_ptr<NumaPlan> numa;
   std::unique_ptr<Arenas> arenas;
@@ -256,7 +286,9 @@ struct Daemon::Impl {
   void look_at_certificates();
   Admin::Orders orders();
   void begin_drain(Duration limit, std::function<void()> done);
-  Result<rpc::ReloadedInfo> reload();
+  Result<rpc::ReloadedInfo> reload() KVFERRY_EXCLUDES(reload_mutex);
+  Result<rpc::ReloadedInfo> read_again() KVFERRY_REQUIRES(reload_mutex);
+  std::vector<rpc::ConfigValueInfo> config_values() const;
 };
 
 // Bounce memory, as the machine and the rails allow.
@@ -330,6 +362,8 @@ Status Daemon::Impl::make_core() {
       ops::BuildLabels{std::string(ops::version()), std::string(ops::commit()), ""},
       std::move(arena_labels), rail_labels, gpu.labels());
   count_fallbacks();
+  metrics->last_reload_ok.set(1);
+  metrics->last_read_at.set(::time(nullptr));
   if (gpu.counting) gpu.counting->metrics.store(metrics.get(), std::memory_order_release);
 
   auto segments = arenas->for_rails();
@@ -536,16 +570,11 @@ Status Daemon::Impl::make_listeners() {
     worker_config.sockets.push_back(
         {socket.grpc_path, socket.mode, lifeline_config.sockets.size() - 1});
   }
-  worker_config.limits.lease = config.engine.lease;
-  worker_config.limits.lease_max = config.engine.lease_max;
-  worker_config.limits.wait = config.engine.wait_deadline;
-  worker_config.limits.wait_max = config.engine.wait_deadline_max;
-  worker_config.limits.deadline = config.engine.transfer_deadline;
-  worker_config.limits.deadline_max = config.engine.transfer_deadline_max;
-  worker_config.limits.max_receivers = config.engine.max_receivers;
+  set_limits(worker_config.limits, config.engine);
   worker_config.limits.timeline_words = lifeline_config.page.timeline_words;
   worker_config.limits.done_words = lifeline_config.page.done_words;
   worker_config.limits.cuda_events = gpu.watches_events();
+  limits = worker_config.limits;
   worker_config.on_answer = [this](Code code) { metrics->rpc_ended(code); };
 
   // The gRPC socket first: a worker that has attached may call at once.
@@ -591,18 +620,19 @@ Daemon::~Daemon() {
   stop();
 }
 
-Result<std::unique_ptr<Daemon>> Daemon::start(const ops::Config& config,
+Result<std::unique_ptr<Daemon>> Daemon::start(const ops::LoadedConfig& loaded,
                                               const ops::ConfigSources& sources) {
   rpc::take_grpc_log(log_grpc_line);
   auto impl = std::make_unique<Impl>();
-  impl->config = config;
+  impl->config = loaded.config;
+  impl->running = std::make_unique<ops::RunningConfig>(loaded);
   impl->sources = sources;
   std::unique_ptr<Daemon> daemon(new Daemon(std::move(impl)));
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_core());
   KVFERRY_RETURN_IF_ERROR(daemon->impl_->make_listeners());
   ops::log_info("started",
                 {ops::field("version", ops::version()), ops::field("commit", ops::commit()),
-                 ops::field("node", config.node.id), ops::field("boot", daemon->impl_->boot),
+                 ops::field("node", loaded.config.node.id), ops::field("boot", daemon->impl_->boot),
                  ops::field("arena_bytes", daemon->impl_->arenas->total_bytes())});
   return daemon;
 }
@@ -642,11 +672,12 @@ void Daemon::turn() {
 
 Admin::Orders Daemon::Impl::orders() {
   Admin::Orders out;
-  out.drain = [this](std::optional<Duration> limit, std::function<void()> done) {
-    ops::log_info("draining, as an operator wants",
-                  {ops::field("limit", limit.value_or(config.drain.limit))});
-    begin_drain(limit.value_or(config.drain.limit), std::move(done));
+  out.drain = [this](std::optional<Duration> asked, std::function<void()> done) {
+    const Duration limit = asked ? *asked : running->config().drain.limit;
+    ops::log_info("draining, as an operator wants", {ops::field("limit", limit)});
+    begin_drain(limit, std::move(done));
   };
+  out.config = [this] { return config_values(); };
   out.reload = [this](rpc::Reply<rpc::ReloadedInfo> done) {
     if (!look_ups->post([this, done] { done(reload()); }))
       done(fail(Code::kResourceExhausted, "TOO_MANY_TASKS", "too much waits to be looked up"));
@@ -673,13 +704,24 @@ void Daemon::Impl::begin_drain(Duration limit, std::function<void()> done) {
 
 Result<rpc::ReloadedInfo> Daemon::Impl::reload() {
   MutexLock lock(reload_mutex);
+  Result<rpc::ReloadedInfo> info = read_again();
+  metrics->of(info ? ops::ReloadResult::kOk : ops::ReloadResult::kRefused).add();
+  metrics->last_reload_ok.set(info ? 1 : 0);
+  if (!info) return info;
+  metrics->last_read_at.set(::time(nullptr));
+  metrics->keys_waiting.set(static_cast<int64_t>(info->restart_keys.size()));
+  return info;
+}
+
+// All or nothing: what follows the checks cannot fail.
+Result<rpc::ReloadedInfo> Daemon::Impl::read_again() {
   const ops::LoadedConfig loaded = ops::load_config(sources);
-  std::string wrong;
+  std::vector<std::string> wrong;
   for (const ops::ConfigProblem& problem : loaded.problems) {
-    ops::log_error("not reloaded", {ops::field("error", problem.to_string())});
-    wrong += (wrong.empty() ? "" : "; ") + problem.to_string();
+    wrong.push_back(problem.to_string());
+    ops::log_error("not reloaded", {ops::field("error", wrong.back())});
   }
-  if (!loaded.ok()) return fail(Code::kInvalidArgument, "BAD_CONFIGURATION", wrong);
+  if (!loaded.ok()) return fail(Code::kInvalidArgument, "BAD_CONFIGURATION", joined(wrong, "; "));
   if (ops::wants_mtls(loaded.config) && !ops::wants_mtls(config)) {
     const Error error{Code::kFailedPrecondition,
                       "MODE_NEEDS_RESTART",
@@ -690,18 +732,40 @@ Result<rpc::ReloadedInfo> Daemon::Impl::reload() {
   }
   for (const ops::ConfigProblem& warning : loaded.warnings)
     ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
-  rpc::ReloadedInfo info;
-  info.peers = static_cast<uint32_t>(loaded.config.peers.size());
-  info.restart_keys = ops::changed_keys(config, loaded.config);
-  std::string later;
-  for (const std::string& key : info.restart_keys) later += (later.empty() ? "" : ", ") + key;
-  if (!later.empty())
-    ops::log_warning("changed, but counts from the next start on", {ops::field("keys", later)});
-  ops::log_level(loaded.config.log.level);
+
+  ops::RunningConfig::Change change = running->take(loaded);
+  const ops::Config now = running->config();
+  ops::log_level(now.log.level);
+  ops::log_format(now.log.format);
+  rpc::OpLimits calls = limits;
+  set_limits(calls, now.engine);
+  worker_server->set_limits(calls);
   look_at_certificates();
-  links->set_peers(loaded.config.peers);
-  ops::log_info("reloaded", {ops::field("peers", info.peers)});
+  links->set_peers(now.peers);
+
+  if (!change.waiting.empty())
+    ops::log_warning("changed, but counts from the next start on",
+                     {ops::field("keys", joined(change.waiting, ", "))});
+  ops::log_info("reloaded", {ops::field("peers", now.peers.size()),
+                             ops::field("taken", joined(change.taken, ", "))});
+  rpc::ReloadedInfo info;
+  info.peers = static_cast<uint32_t>(now.peers.size());
+  info.taken_keys = std::move(change.taken);
+  info.restart_keys = std::move(change.waiting);
   return info;
+}
+
+std::vector<rpc::ConfigValueInfo> Daemon::Impl::config_values() const {
+  std::vector<rpc::ConfigValueInfo> out;
+  for (ops::RunningValue& value : running->values()) {
+    rpc::ConfigValueInfo& row = out.emplace_back();
+    row.key = value.path();
+    row.value = std::move(value.value);
+    row.origin = std::move(value.origin);
+    row.reloadable = value.reloadable;
+    row.next = std::move(value.next);
+  }
+  return out;
 }
 
 void Daemon::reload() {
@@ -709,9 +773,14 @@ void Daemon::reload() {
     ops::log_error("not reloaded", {ops::field("error", "too much waits to be looked up")});
 }
 
+Duration Daemon::drain_limit() const {
+  return impl_->running->config().drain.limit;
+}
+
 void Daemon::drain() {
-  const Time limit = monotonic_now() + impl_->config.drain.limit;
-  impl_->begin_drain(impl_->config.drain.limit, [] {});
+  const Duration wait = drain_limit();
+  const Time limit = monotonic_now() + wait;
+  impl_->begin_drain(wait, [] {});
   // The engine fails what is left at the limit; a second more, in case it does not turn at all.
   const Time patience = limit + std::chrono::seconds(1);
   MutexLock lock(impl_->mutex);

@@ -15,8 +15,8 @@ class Daemon {
   // Makes and starts everything but waits for nothing. An error names what could not be had;
   // reasons CONFIGURATION_* and those of the arena and listeners are the machine's or the file's
   // fault (exit status 78).
-  // `config` came from `sources`.
-  static Result<std::unique_ptr<Daemon>> start(const ops::Config& config,
+  // `loaded` came from `sources` and has no problems.
+  static Result<std::unique_ptr<Daemon>> start(const ops::LoadedConfig& loaded,
                                                const ops::ConfigSources& sources);
   ~Daemon();
   Daemon(const Daemon&) = delete;
@@ -33,13 +33,16 @@ class Daemon {
   // To be called again and again, several times a second: has the files of mode mtls looked at each
   // second. Waits for nothing.
   void turn();
-  // Reads the configuration again as a whole, and takes over what a running daemon can: [[peers]],
-  // so that links that they do not allow any more are closed, and log.level. Other keys that differ
+  // Reads the configuration again as a whole, and takes over what a running daemon can
+  // (ops::RunningConfig): [[peers]], so that links that they do not allow any more are closed, how
+  // is logged, the defaults of calls from then on. Other keys that differ
   // are told of and count from the next start on. Looks at the certificates, too. A configuration
   // that is not good changes nothing: INVALID_ARGUMENT BAD_CONFIGURATION with all that is wrong;
   // FAILED_PRECONDITION MODE_NEEDS_RESTART if it is the first with mode mtls. On another thread;
   // the log says what came of it.
   void reload();
+  // How long drain() waits at most; a reload may change it.
+  Duration drain_limit() const;
 
   // Stops admission; transfers under way go on until the limit. Returns when all have ended or the
   // limit has passed; at once if an operator has had that done already.

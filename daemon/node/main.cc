@@ -55,9 +55,10 @@ void take_all_descriptors() {
   (void)setrlimit(RLIMIT_NOFILE, &limit);
 }
 
-int serve(const ops::ConfigSources& sources, const ops::Config& config, const sigset_t& signals) {
+int serve(const ops::ConfigSources& sources, const ops::LoadedConfig& loaded,
+          const sigset_t& signals) {
   ops::ServiceManager manager;
-  auto started = node::Daemon::start(config, sources);
+  auto started = node::Daemon::start(loaded, sources);
   if (!started) {
     ops::log_error("not started", {ops::field("error", started.error())});
     return ops::kExitConfiguration;
@@ -85,9 +86,10 @@ int serve(const ops::ConfigSources& sources, const ops::Config& config, const si
     }
     if (daemon.healthy()) manager.watchdog_ping();
   }
-  ops::log_info("draining", {ops::field("limit", config.drain.limit)});
+  const Duration limit = daemon.drain_limit();
+  ops::log_info("draining", {ops::field("limit", limit)});
   manager.stopping("draining");
-  manager.extend_timeout(config.drain.limit + std::chrono::seconds(5));
+  manager.extend_timeout(limit + std::chrono::seconds(5));
   daemon.drain();
   daemon.stop();
   ops::log_info("stopped");
@@ -99,6 +101,7 @@ int run(int argc, const char* const* argv) {
   if (const int* exit = std::get_if<int>(&parsed)) return *exit;
   const auto& options = std::get<ops::Options>(parsed);
   if (options.action == ops::Action::kCheckConfig) return ops::check_config(options);
+  if (options.action == ops::Action::kPrintConfig) return ops::print_config(options);
   if (options.action == ops::Action::kPrintDefaultConfig) {
     std::fputs(ops::default_config_text().c_str(), stdout);
     return ops::kExitOk;
@@ -119,7 +122,7 @@ int run(int argc, const char* const* argv) {
   ops::log_start(loaded.config.log.level, loaded.config.log.format);
   for (const ops::ConfigProblem& warning : loaded.warnings)
     ops::log_warning("configuration", {ops::field("warning", warning.to_string())});
-  const int status = serve(sources, loaded.config, signals);
+  const int status = serve(sources, loaded, signals);
   ops::log_stop();
   return status;
 }

@@ -5,15 +5,15 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <set>
 #include <sstream>
+#include <utility>
 
+#include "daemon/ops/config_files.h"
 #include "daemon/ops/config_values.h"
 
 namespace kvferry::ops {
@@ -22,7 +22,6 @@ namespace {
 using Form = RawValue::Form;
 
 constexpr int64_t kConfigVersion = 1;
-constexpr uint64_t kMaxFileBytes = 1 * kMiB;
 constexpr std::size_t kMaxRepeats = 4096;  // [[socket]] and [[peers]] entries
 
 std::string number_text(double value) {
@@ -52,23 +51,44 @@ RawValue raw_of(const toml::node& node) {
   return {};
 }
 
-// Reads one file's tables into a Config. The Config's own vectors are sized before anything is
-// bound to their elements.
+// Reads the files' tables into a Config, one file after the other. Nothing stays bound to elements
+// of the Config's own vectors, which grow.
 class FileReader {
  public:
-  FileReader(LoadedConfig& loaded, Places& places, std::string file)
-      : loaded_(loaded), places_(places), file_(std::move(file)) {}
+  explicit FileReader(LoadedConfig& loaded) : loaded_(loaded), places_(loaded.places) {}
 
-  void read(const toml::table& root) {
-    read_version(root);
+  void read(const ConfigFile& file) {
+    file_ = file.path;
+    try {
+      const toml::table root = toml::parse(file.text, file_);
+      read_version(root, file.main);
+      read_sections(root);
+    } catch (const toml::parse_error& error) {
+      loaded_.problems.push_back({file_ + ":" + std::to_string(error.source().begin.line), "",
+                                  "not TOML: " + std::string(error.description())});
+    }
+  }
+
+ private:
+  // [[socket]] or [[peers]].
+  template <typename T>
+  struct Repeated {
+    std::vector<T>& entries;
+    std::string T::*identity;  // no two have the same
+    std::string_view identity_key;
+    Section (*schema)(T&);
+    bool given = false;  // by any file; until then the built-in ones stand there
+  };
+
+  void read_sections(const toml::table& root) {
     const std::vector<Section> schema = config_schema(loaded_.config);
     for (const auto& [key, node] : root) {
       const std::string name(key.str());
       if (name == "config_version") continue;
       if (name == "socket") {
-        read_repeated(node, name, loaded_.config.sockets, socket_schema);
+        read_repeated(node, name, sockets_);
       } else if (name == "peers") {
-        read_repeated(node, name, loaded_.config.peers, peer_schema);
+        read_repeated(node, name, peers_);
       } else if (name == "ucx") {
         read_ucx(node);
       } else {
@@ -85,7 +105,6 @@ class FileReader {
     }
   }
 
- private:
   std::string where(const toml::node& node) const {
     return file_ + ":" + std::to_string(node.source().begin.line);
   }
@@ -93,9 +112,10 @@ class FileReader {
     loaded_.problems.push_back({where(node), std::move(key), std::move(message)});
   }
 
-  void read_version(const toml::table& root) {
+  void read_version(const toml::table& root, bool needed) {
     const toml::node* version = root.get("config_version");
     if (version == nullptr) {
+      if (!needed) return;
       loaded_.problems.push_back({file_ + ":1", "config_version", "is missing; write 1"});
     } else if (version->value<int64_t>() != kConfigVersion) {
       problem(*version, "config_version", "must be 1, the version that this release reads");
@@ -113,7 +133,7 @@ class FileReader {
       const auto known = std::find_if(section.keys.begin(), section.keys.end(),
                                       [&](const Key& k) { return k.name == name; });
       if (known != section.keys.end()) {
-        places_[path] = where(node);
+        places_[path] = {Place::Kind::kFile, where(node)};
         const std::string wrong = known->binding.assign(raw_of(node));
         if (!wrong.empty()) problem(node, path, wrong);
         continue;
@@ -130,24 +150,49 @@ class FileReader {
   }
 
   template <typename T>
-  void read_repeated(const toml::node& node, const std::string& name, std::vector<T>& out,
-                     Section (*schema)(T&)) {
+  void read_repeated(const toml::node& node, const std::string& name, Repeated<T>& all) {
     const toml::array* array = node.as_array();
     if (array == nullptr || (!array->empty() && !array->is_array_of_tables())) {
       problem(node, name, "must be given as [[" + name + "]]");
       return;
     }
-    if (array->size() > kMaxRepeats) {
+    if (!std::exchange(all.given, true) || array->empty()) {
+      all.entries.clear();
+      forget(name + "[");
+    }
+    const std::size_t earlier = all.entries.size();  // of files before
+    if (earlier + array->size() > kMaxRepeats) {
       problem(node, name, "stands more than " + std::to_string(kMaxRepeats) + " times");
       return;
     }
-    out.assign(array->size(), T{});
+    std::set<std::size_t> replaced;
     for (std::size_t i = 0; i < array->size(); ++i) {
-      const std::string path = name + "[" + std::to_string(i) + "]";
       const toml::table& table = *array->get(i)->as_table();
-      places_[path] = where(table);
-      read_table(table, path, schema(out[i]), "");
+      const auto at = static_cast<std::size_t>(
+          std::find_if(all.entries.begin(),
+                       all.entries.begin() + static_cast<std::ptrdiff_t>(earlier),
+                       [&](const T& entry) { return is_same(table, entry, all); }) -
+          all.entries.begin());
+      // What stands twice in one file is a mistake, and told as one.
+      const bool replaces = at < earlier && replaced.insert(at).second;
+      const std::size_t index = replaces ? at : all.entries.size();
+      if (!replaces) all.entries.emplace_back();
+      all.entries[index] = T{};
+      const std::string path = name + "[" + std::to_string(index) + "]";
+      forget(path);
+      places_[path] = {Place::Kind::kFile, where(table)};
+      read_table(table, path, all.schema(all.entries[index]), "");
     }
+  }
+
+  template <typename T>
+  static bool is_same(const toml::table& table, const T& entry, const Repeated<T>& all) {
+    const std::string identity = table[all.identity_key].value_or(T{}.*all.identity);
+    return !identity.empty() && entry.*all.identity == identity;
+  }
+
+  void forget(const std::string& prefix) {
+    std::erase_if(places_, [&](const auto& entry) { return entry.first.starts_with(prefix); });
   }
 
   void read_ucx(const toml::node& node) {
@@ -162,55 +207,29 @@ class FileReader {
       const bool word =
           raw.form == Form::kString || raw.form == Form::kInteger || raw.form == Form::kFloat;
       const std::string wrong = word ? refuse_ucx(name, raw.text) : "must be a string or a number";
-      if (wrong.empty())
-        loaded_.config.ucx[name] = raw.text;
-      else
+      if (!wrong.empty()) {
         problem(value, "ucx." + name, wrong);
+        continue;
+      }
+      places_["ucx." + name] = {Place::Kind::kFile, where(value)};
+      loaded_.config.ucx[name] = raw.text;
     }
   }
 
   LoadedConfig& loaded_;
   Places& places_;
-  const std::string file_;
+  std::string file_;
+  Repeated<SocketConfig> sockets_{loaded_.config.sockets, &SocketConfig::path, "path",
+                                  socket_schema};
+  Repeated<PeerConfig> peers_{loaded_.config.peers, &PeerConfig::identity, "identity", peer_schema};
 };
 
-Result<std::string> read_file(const std::string& path, uint64_t max_bytes) {
-  std::ifstream in(path, std::ios::binary);
-  if (!in) return fail_errno("CONFIG_FILE", "open(" + path + ")", errno);
-  std::string text;
-  std::array<char, 4096> block{};
-  while (in.read(block.data(), block.size()) || in.gcount() > 0) {
-    text.append(block.data(), static_cast<std::size_t>(in.gcount()));
-    if (text.size() > max_bytes)
-      return fail(Code::kInvalidArgument, "CONFIG_FILE",
-                  "is longer than " + format_size(max_bytes));
-  }
-  if (in.bad()) return fail_errno("CONFIG_FILE", "read(" + path + ")", errno);
-  return text;
-}
-
-void load_file(LoadedConfig& loaded, Places& places, const std::string& file) {
-  const auto text = read_file(file, kMaxFileBytes);
-  if (!text) {
-    loaded.problems.push_back({file, "", text.error().message});
-    return;
-  }
-  try {
-    const toml::table root = toml::parse(*text, file);
-    FileReader(loaded, places, file).read(root);
-  } catch (const toml::parse_error& error) {
-    loaded.problems.push_back({file + ":" + std::to_string(error.source().begin.line), "",
-                               "not TOML: " + std::string(error.description())});
-  }
-}
-
-// A key from outside the file: "section" and "key" as in the file.
-void assign_free(LoadedConfig& loaded, Places& places, const std::vector<Section>& schema,
-                 const std::string& where, const std::string& section, const std::string& key,
-                 const std::string& text) {
+// A key from outside the files: "section" and "key" as in them.
+void assign_free(LoadedConfig& loaded, const std::vector<Section>& schema, const Place& place,
+                 const std::string& section, const std::string& key, const std::string& text) {
   const std::string path = section + "." + key;
   const auto refuse = [&](std::string message) {
-    loaded.problems.push_back({where, path, std::move(message)});
+    loaded.problems.push_back({place.text, path, std::move(message)});
   };
   if (section == "socket" || section == "peers") {
     refuse("can be given in the file only");
@@ -218,17 +237,16 @@ void assign_free(LoadedConfig& loaded, Places& places, const std::vector<Section
   }
   if (section == "ucx") {
     const std::string wrong = refuse_ucx(key, text);
-    if (wrong.empty())
-      loaded.config.ucx[key] = text;
-    else
-      refuse(wrong);
+    if (!wrong.empty()) return refuse(wrong);
+    loaded.places[path] = place;
+    loaded.config.ucx[key] = text;
     return;
   }
   for (const Section& known : schema) {
     if (known.name != section) continue;
     for (const Key& candidate : known.keys) {
       if (candidate.name != key) continue;
-      places[path] = where;
+      loaded.places[path] = place;
       const std::string wrong = candidate.binding.assign({Form::kFree, text, {}});
       if (!wrong.empty()) refuse(wrong);
       return;
@@ -244,7 +262,7 @@ std::string lower(std::string_view text) {
   return out;
 }
 
-void load_environment(LoadedConfig& loaded, Places& places, const std::vector<Section>& schema,
+void load_environment(LoadedConfig& loaded, const std::vector<Section>& schema,
                       const ConfigSources& sources) {
   static constexpr std::string_view kPrefix = "KVFERRY_";
   std::set<std::string> sections{"socket", "peers", "ucx"};
@@ -257,12 +275,12 @@ void load_environment(LoadedConfig& loaded, Places& places, const std::vector<Se
     const std::string section = lower(rest.substr(0, bar));
     if (sections.count(section) == 0) continue;
     const std::string key = rest.substr(bar + 1);
-    assign_free(loaded, places, schema, "environment " + variable, section,
+    assign_free(loaded, schema, {Place::Kind::kEnvironment, "environment " + variable}, section,
                 section == "ucx" ? key : lower(key), value);
   }
 }
 
-void load_sets(LoadedConfig& loaded, Places& places, const std::vector<Section>& schema,
+void load_sets(LoadedConfig& loaded, const std::vector<Section>& schema,
                const ConfigSources& sources) {
   for (const std::string& set : sources.sets) {
     const std::size_t equals = set.find('=');
@@ -271,20 +289,25 @@ void load_sets(LoadedConfig& loaded, Places& places, const std::vector<Section>&
       loaded.problems.push_back({"--set", set, "is not section.key=value"});
       continue;
     }
-    assign_free(loaded, places, schema, "--set", set.substr(0, dot),
+    assign_free(loaded, schema, {Place::Kind::kCommandLine, "--set"}, set.substr(0, dot),
                 set.substr(dot + 1, equals - dot - 1), set.substr(equals + 1));
   }
 }
 
-// Problems of one file in order of its lines; other places keep their order behind it.
-void sort_problems(std::vector<ConfigProblem>& problems, const std::string& file) {
-  const auto line_of = [&](const ConfigProblem& problem) -> uint64_t {
-    if (file.empty() || problem.where.rfind(file, 0) != 0) return UINT64_MAX;
-    const std::string rest = problem.where.substr(file.size());
-    return rest.size() > 1 && rest[0] == ':' ? std::strtoull(rest.c_str() + 1, nullptr, 10) : 0;
+// Problems of files in order of the files and their lines; other places keep their order behind.
+void sort_problems(std::vector<ConfigProblem>& problems, const std::vector<ConfigFile>& files) {
+  using Rank = std::pair<std::size_t, uint64_t>;
+  const auto rank_of = [&](const ConfigProblem& problem) -> Rank {
+    const std::size_t colon = problem.where.rfind(':');
+    for (std::size_t i = 0; i < files.size(); ++i) {
+      if (problem.where == files[i].path) return {i, 0};
+      if (colon != std::string::npos && problem.where.substr(0, colon) == files[i].path)
+        return {i, std::strtoull(problem.where.c_str() + colon + 1, nullptr, 10)};
+    }
+    return {files.size(), 0};
   };
   std::stable_sort(problems.begin(), problems.end(),
-                   [&](const auto& a, const auto& b) { return line_of(a) < line_of(b); });
+                   [&](const auto& a, const auto& b) { return rank_of(a) < rank_of(b); });
 }
 
 }  // namespace
@@ -297,16 +320,18 @@ std::string ConfigProblem::to_string() const {
 
 LoadedConfig load_config(const ConfigSources& sources) {
   LoadedConfig loaded;
-  Places places;
-  if (!sources.file.empty()) load_file(loaded, places, sources.file);
+  std::vector<ConfigFile> files;
+  if (!sources.file.empty()) files = read_config_files(sources.file, loaded.problems);
   {
+    FileReader reader(loaded);
+    for (const ConfigFile& file : files) reader.read(file);
     const std::vector<Section> schema = config_schema(loaded.config);
-    load_environment(loaded, places, schema, sources);
-    load_sets(loaded, places, schema, sources);
+    load_environment(loaded, schema, sources);
+    load_sets(loaded, schema, sources);
   }
-  check_config(loaded, places, sources.file);
-  sort_problems(loaded.problems, sources.file);
-  sort_problems(loaded.warnings, sources.file);
+  check_config(loaded, sources.file);
+  sort_problems(loaded.problems, files);
+  sort_problems(loaded.warnings, files);
   return loaded;
 }
 
@@ -334,7 +359,7 @@ Result<std::string> read_secret_file(const std::string& path) {
   if (!S_ISREG(info.st_mode)) return refuse("is not a regular file");
   if ((info.st_mode & 077U) != 0)
     return refuse("may be read or written by others than its owner; chmod it to 0600");
-  auto text = read_file(path, 4 * kKiB);
+  auto text = read_whole_file(path, 4 * kKiB);
   if (!text) return refuse(text.error().message);
   const std::string_view blanks = " \t\r\n";
   const std::size_t begin = text->find_first_not_of(blanks);

@@ -1,7 +1,11 @@
-// The daemon's configuration: one typed struct, filled once at start from four sources. A later one
-// wins: built-in default, file, environment (KVFERRY_SECTION_KEY), command line (--set
-// section.key=value). Pure functions apart from reading the named files; any thread. Nothing here
-// is changed after loading, so a `const Config&` may be shared between threads freely.
+// The daemon's configuration: one typed struct, filled from five sources. A later one wins:
+// built-in default, file, conf.d/*.toml beside it in order of name, environment
+// (KVFERRY_SECTION_KEY), command line (--set section.key=value). [[socket]] and [[peers]] add up
+// over the files; one with the path (identity) of an earlier file's takes that one's place as a
+// whole, and an empty list
+// (`peers = []`) forgets those of earlier files. Pure functions apart from reading the named files;
+// any thread. Nothing here is changed after loading, so a `const Config&` may be shared between
+// threads freely; what may change while the daemon runs is RunningConfig's (reload.h).
 //
 // Sizes are bytes, durations kvferry::Duration; both carry a unit in the file ("256MiB", "30s").
 #pragma once
@@ -269,8 +273,22 @@ struct ConfigSources {
   std::vector<std::pair<std::string, std::string>> environment;  // only KVFERRY_* is looked at
 };
 
+// Where a value comes from.
+struct Place {
+  // kDerived: worked out from the machine or other keys, because none was given.
+  enum class Kind : uint8_t { kFile, kEnvironment, kCommandLine, kDerived };
+  Kind kind = Kind::kFile;
+  std::string text;  // "/etc/kvferry/kvferry.toml:7", "environment KVFERRY_X", "--set", "host name"
+  std::string origin() const { return kind == Kind::kFile ? "file " + text : text; }
+  bool operator==(const Place&) const = default;
+};
+// By key as problems name it: "engine.lease", "socket[1].path", "ucx.TCP_TX_SEG_COUNT"; "peers[0]"
+// is where that entry begins. What is at its default is not in it.
+using Places = std::map<std::string, Place>;
+
 struct LoadedConfig {
   Config config;  // meaningful only without problems
+  Places places;
   std::vector<ConfigProblem> problems;
   std::vector<ConfigProblem> warnings;  // allowed but unsafe choices
   bool ok() const { return problems.empty(); }
@@ -282,12 +300,28 @@ bool several_tenants(const Config& config);
 // ever.
 uint64_t least_arena_bytes(const Config& config);
 
-// Reads and checks everything, collecting all problems, in order of the file. Blocks on the local
-// files that the configuration names (secrets are checked to be there and private).
+// Reads and checks everything, collecting all problems, in order of the files. Blocks on the local
+// files that the configuration names (secrets are checked to be there and private). A folder conf.d
+// beside the file is part of it; there every *.toml must be a regular file that root, the daemon's
+// user or the file's owner has, and that not everybody may write.
 LoadedConfig load_config(const ConfigSources& sources);
 
 // The commented default file; load_config of it gives the defaults.
 std::string default_config_text();
+
+// One key with what it is and where that comes from.
+struct EffectiveValue {
+  std::string section;  // "engine", "socket", "ucx"
+  std::string entry;    // "[1]" of the second [[socket]] or [[peers]]; else empty
+  std::string key;      // "lease", "limits.max_transfers"
+  std::string value;    // as TOML
+  std::string origin;   // "default", else Place::origin()
+  std::string path() const { return section + entry + "." + key; }  // "socket[1].path"
+};
+// Every key of `config`, in the order of the default file. None holds a secret: files are named.
+std::vector<EffectiveValue> effective_values(Config config, const Places& places);
+// The same as a file, each value with its origin as a comment; load_config of it gives the same.
+std::string effective_config_text(const std::vector<EffectiveValue>& values);
 
 // The process's environment as ConfigSources wants it.
 std::vector<std::pair<std::string, std::string>> current_environment();

@@ -21,8 +21,8 @@ constexpr std::size_t kMaxSocketPath = sizeof(sockaddr_un{}.sun_path) - 1;
 
 class Checker {
  public:
-  Checker(LoadedConfig& loaded, const Places& places, const std::string& file)
-      : loaded_(loaded), config_(loaded.config), places_(places), file_(file) {}
+  Checker(LoadedConfig& loaded, const std::string& file)
+      : loaded_(loaded), config_(loaded.config), places_(loaded.places), file_(file) {}
 
   void run() {
     check_node();
@@ -39,11 +39,15 @@ class Checker {
 
  private:
   std::string place_of(const std::string& key) const {
-    if (const auto found = places_.find(key); found != places_.end()) return found->second;
-    // A key that was not given: where its list entry begins, else the file.
-    const std::string entry = key.substr(0, key.find("]") + 1);
-    if (const auto found = places_.find(entry); found != places_.end()) return found->second;
+    // Of a key that was not given: where its list entry begins, else the file.
+    for (const std::string& name : {key, key.substr(0, key.find("]") + 1)})
+      if (const auto found = places_.find(name);
+          found != places_.end() && found->second.kind != Place::Kind::kDerived)
+        return found->second.text;
     return file_.empty() ? "default" : file_;
+  }
+  void derived(const std::string& key, std::string from) {
+    places_[key] = {Place::Kind::kDerived, std::move(from)};
   }
   void problem(const std::string& key, std::string message) {
     loaded_.problems.push_back({place_of(key), key, std::move(message)});
@@ -66,13 +70,17 @@ class Checker {
 
   void check_node() {
     const std::string identity = check_peer_files();
-    if (config_.node.id.empty()) config_.node.id = identity;
+    if (config_.node.id.empty() && !identity.empty()) {
+      config_.node.id = identity;
+      derived("node.id", "peer.certificate_file");
+    }
     if (!identity.empty() && config_.node.id != identity)
       problem("node.id", "is " + toml_quote(config_.node.id) + ", but peer.certificate_file is " +
                              toml_quote(identity) + "'s: leave it empty");
     if (config_.node.id.empty()) {
       std::array<char, 256> name{};
       if (::gethostname(name.data(), name.size() - 1) == 0) config_.node.id = name.data();
+      derived("node.id", "host name");
     }
     if (!is_node_id(config_.node.id))
       problem("node.id", "must be a name of letters, digits and ._:+-/ (it is " +
@@ -93,7 +101,10 @@ class Checker {
     for (std::size_t i = 0; i < config_.sockets.size(); ++i) {
       SocketConfig& socket = config_.sockets[i];
       const std::string at = "socket[" + std::to_string(i) + "].";
-      if (socket.grpc_path.empty()) socket.grpc_path = derived_grpc_path(socket.path);
+      if (socket.grpc_path.empty()) {
+        socket.grpc_path = derived_grpc_path(socket.path);
+        derived(at + "grpc_path", at + "path");
+      }
       check_socket_path(at + "path", socket.path);
       check_socket_path(at + "grpc_path", socket.grpc_path);
       if (!is_name(socket.tenant))
@@ -343,6 +354,7 @@ class Checker {
           here.parent_path() / "lib/kvferry/kvferry-rails"}) {
       if (::access(candidate.c_str(), X_OK) != 0) continue;
       binary = candidate.string();
+      derived("rails.binary", "beside kvferryd");
       return;
     }
   }
@@ -401,7 +413,7 @@ class Checker {
 
   LoadedConfig& loaded_;
   Config& config_;
-  const Places& places_;
+  Places& places_;
   const std::string& file_;
   std::set<std::string> socket_paths_;
 };
@@ -418,8 +430,8 @@ bool several_tenants(const Config& config) {
   });
 }
 
-void check_config(LoadedConfig& loaded, const Places& places, const std::string& file) {
-  Checker(loaded, places, file).run();
+void check_config(LoadedConfig& loaded, const std::string& file) {
+  Checker(loaded, file).run();
 }
 
 }  // namespace kvferry::ops

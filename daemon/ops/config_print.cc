@@ -1,5 +1,8 @@
-// The commented default file, made from the same table that reads it.
+// The commented default file and the values in force, made from the same table that reads them.
+#include <algorithm>
+
 #include "daemon/ops/config_values.h"
+#include "daemon/ops/reload.h"
 
 namespace kvferry::ops {
 namespace {
@@ -20,25 +23,89 @@ void print_section(std::string& out, const Section& section, bool repeats, std::
   out += "\n";
   for (const Key& key : section.keys) {
     print_comment(out, key.comment);
+    if (is_reloadable(section.name + "." + key.name)) out += "# A reload takes it over.\n";
     out.append(lead).append(key.name).append(" = ").append(key.binding.print()).append("\n");
   }
 }
 
+// Sections as the default file has them, with all entries of those that repeat.
+std::vector<std::pair<Section, std::string>> all_sections(Config& config) {
+  std::vector<std::pair<Section, std::string>> out;
+  const auto entry = [](std::size_t index) { return "[" + std::to_string(index) + "]"; };
+  for (Section& section : config_schema(config)) {
+    const std::string name = section.name;
+    out.emplace_back(std::move(section), "");
+    if (name == "log")
+      for (std::size_t i = 0; i < config.sockets.size(); ++i)
+        out.emplace_back(socket_schema(config.sockets[i]), entry(i));
+    if (name == "peer")
+      for (std::size_t i = 0; i < config.peers.size(); ++i)
+        out.emplace_back(peer_schema(config.peers[i]), entry(i));
+    if (name != "rails") continue;
+    Section ucx{"ucx", "", {}};
+    for (auto& [key, value] : config.ucx) ucx.keys.push_back({key, "", text_binding(value)});
+    if (!ucx.keys.empty()) out.emplace_back(std::move(ucx), "");
+  }
+  return out;
+}
+
+// Behind a "#": a path may hold anything.
+std::string one_line(std::string text) {
+  for (char& c : text)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+  return text;
+}
+
 }  // namespace
+
+std::vector<EffectiveValue> effective_values(Config config, const Places& places) {
+  std::vector<EffectiveValue> out;
+  for (const auto& [section, entry] : all_sections(config)) {
+    for (const Key& key : section.keys) {
+      EffectiveValue& row = out.emplace_back();
+      row.section = section.name;
+      row.entry = entry;
+      row.key = key.name;
+      row.value = key.binding.print();
+      const auto place = places.find(row.path());
+      row.origin = place == places.end() ? "default" : place->second.origin();
+    }
+  }
+  return out;
+}
+
+std::string effective_config_text(const std::vector<EffectiveValue>& values) {
+  std::string out = "config_version = 1\n";
+  const EffectiveValue* before = nullptr;
+  for (const EffectiveValue& row : values) {
+    if (before == nullptr || row.section != before->section || row.entry != before->entry)
+      out.append(row.entry.empty() ? "\n[" : "\n[[")
+          .append(row.section)
+          .append(row.entry.empty() ? "]\n" : "]]\n");
+    out.append(row.key).append(" = ").append(row.value);
+    out.append("  # ").append(one_line(row.origin)).append("\n");
+    before = &row;
+  }
+  return out;
+}
 
 std::string default_config_text() {
   std::string out =
       "# kvferryd's configuration, with every key at its default.\n"
       "#\n"
-      "# A key may also be given by the environment as KVFERRY_SECTION_KEY "
-      "(KVFERRY_LOG_LEVEL=debug)\n"
-      "# or on the command line as --set section.key=value, which wins over the environment, "
-      "which\n"
-      "# wins over this file. [[socket]] and [[peers]] can be given here only. Unknown keys are\n"
-      "# errors: \"kvferryd --config FILE --check-config\" tells all of them. Sizes take B, KiB, "
-      "MiB,\n"
-      "# GiB, TiB; durations ns, us, ms, s, m, h. Changes count from the next start on,\n"
-      "# those of [[peers]] and log.level from SIGHUP on.\n"
+      "# A key may also be given in conf.d/*.toml beside this file, by the environment as\n"
+      "# KVFERRY_SECTION_KEY (KVFERRY_LOG_LEVEL=debug), or on the command line as\n"
+      "# --set section.key=value; each wins over those before it, and in conf.d the later name.\n"
+      "# [[socket]] and [[peers]] can be given in files only, where they add up: one with the "
+      "path\n"
+      "# or identity of an earlier file's takes its place, an empty list (peers = []) forgets "
+      "them.\n"
+      "# Unknown keys are errors: \"kvferryd --config FILE --check-config\" tells all of them,\n"
+      "# --print-config what is in force and where it comes from. Sizes take B, KiB, MiB, GiB, "
+      "TiB;\n"
+      "# durations ns, us, ms, s, m, h. Changes count from the next start on, those of [[peers]] "
+      "and\n"
+      "# of keys that say so from a reload on: SIGHUP, or kvferryctl reload.\n"
       "\n"
       "config_version = 1\n";
   Config config;

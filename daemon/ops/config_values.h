@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <span>
 #include <string>
 #include <string_view>
@@ -52,11 +51,9 @@ Section peer_schema(PeerConfig& peer);
 // Why a [ucx] entry is refused; empty if it is not. `key` without the UCX_ prefix.
 std::string refuse_ucx(std::string_view key, std::string_view value);
 
-// Where a key was set, to name the place when two keys do not go together.
-using Places = std::map<std::string, std::string>;
 // Everything that needs more than one key, or the machine. Fills in what is derived (node.id,
 // grpc_path, rails.binary).
-void check_config(LoadedConfig& loaded, const Places& places, const std::string& file);
+void check_config(LoadedConfig& loaded, const std::string& file);
 
 template <typename E>
 struct Choice {

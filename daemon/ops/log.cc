@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <cstdio>
 #include <cstdlib>
@@ -94,15 +95,17 @@ std::string utc(spdlog::log_clock::time_point when) {
   return out + "." + millis.substr(1) + "Z";
 }
 
-// Puts priority, time and level around what log_line() has made.
+// Puts priority, time and level around what log_line() has made. The format may change while lines
+// wait to be written, so each tells its own: members of a JSON object begin with a quote, which
+// text escapes.
 class LineFormatter : public spdlog::formatter {
  public:
-  LineFormatter(LogFormat format, bool journal) : format_(format), journal_(journal) {}
+  explicit LineFormatter(bool journal) : journal_(journal) {}
 
   void format(const spdlog::details::log_msg& msg, spdlog::memory_buf_t& out) override {
     if (journal_) append_text(out, priority_of(msg.level));
     const std::string_view payload(msg.payload.data(), msg.payload.size());
-    if (format_ == LogFormat::kJson) {
+    if (payload.starts_with('"')) {
       append_text(out, R"({"time":")");
       append_text(out, utc(msg.time));
       append_text(out, R"(","level":")");
@@ -122,30 +125,29 @@ class LineFormatter : public spdlog::formatter {
     append_text(out, "\n");
   }
   std::unique_ptr<spdlog::formatter> clone() const override {
-    return std::make_unique<LineFormatter>(format_, journal_);
+    return std::make_unique<LineFormatter>(journal_);
   }
 
  private:
-  const LogFormat format_;
   const bool journal_;
 };
 
 struct State {
-  LogFormat format = LogFormat::kText;
+  std::atomic<LogFormat> format{LogFormat::kText};
   std::shared_ptr<spdlog::details::thread_pool> pool;
   std::shared_ptr<spdlog::logger> logger;
 };
 
-std::shared_ptr<spdlog::sinks::sink> make_sink(LogFormat format) {
+std::shared_ptr<spdlog::sinks::sink> make_sink() {
   auto sink = std::make_shared<spdlog::sinks::stderr_sink_mt>();
-  sink->set_formatter(std::make_unique<LineFormatter>(format, stderr_is_journal()));
+  sink->set_formatter(std::make_unique<LineFormatter>(stderr_is_journal()));
   return sink;
 }
 
-// Changed by log_start and log_stop only, which run while there is one thread.
+// Pool and logger are changed by log_start and log_stop only, which run while there is one thread.
 State& state() {
   static State instance{LogFormat::kText, nullptr,
-                        std::make_shared<spdlog::logger>("kvferry", make_sink(LogFormat::kText))};
+                        std::make_shared<spdlog::logger>("kvferry", make_sink())};
   return instance;
 }
 
@@ -231,7 +233,7 @@ void log_start(LogLevel level, LogFormat format) {
   log.format = format;
   log.pool = std::make_shared<spdlog::details::thread_pool>(kQueueLines, 1);
   log.logger = std::make_shared<spdlog::async_logger>(
-      "kvferry", make_sink(format), log.pool, spdlog::async_overflow_policy::overrun_oldest);
+      "kvferry", make_sink(), log.pool, spdlog::async_overflow_policy::overrun_oldest);
   log.logger->set_level(level_of(level));
   log.logger->flush_on(spdlog::level::trace);
 }
@@ -241,7 +243,7 @@ void log_stop() {
   if (log.pool == nullptr) return;
   const auto level = log.logger->level();
   log.logger->flush();
-  log.logger = std::make_shared<spdlog::logger>("kvferry", make_sink(log.format));
+  log.logger = std::make_shared<spdlog::logger>("kvferry", make_sink());
   log.logger->set_level(level);
   log.pool.reset();  // writes what is queued, then joins
 }
@@ -252,6 +254,10 @@ bool log_enabled(LogLevel level) {
 
 void log_level(LogLevel level) {
   state().logger->set_level(level_of(level));
+}
+
+void log_format(LogFormat format) {
+  state().format = format;
 }
 
 void log_line(LogLevel level, std::string_view message, std::span<const LogField> fields) {

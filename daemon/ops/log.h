@@ -61,7 +61,8 @@ LogField field(std::string_view key, const Token&) = delete;
 void log_start(LogLevel level, LogFormat format);
 void log_stop();
 bool log_enabled(LogLevel level);
-void log_level(LogLevel level);  // any time
+void log_level(LogLevel level);     // any time
+void log_format(LogFormat format);  // any time; for lines from then on
 
 void log_line(LogLevel level, std::string_view message, std::span<const LogField> fields);
 inline void log_line(LogLevel level, std::string_view message,

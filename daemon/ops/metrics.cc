@@ -55,6 +55,7 @@ constexpr Words<kChunkEvents> kChunkWords{"gathered", "offered", "refused", "ack
                                           "written",  "mapped",  "shared"};
 constexpr Words<kBorrowFailures> kBorrowFailureWords{"ask", "socket", "device", "import",
                                                      "checked"};
+constexpr Words<kReloadResults> kReloadWords{"ok", "refused"};
 constexpr Words<kEvidences> kEvidenceWords{"drained", "process", "operator"};
 constexpr Words<kCreditEvents> kCreditWords{"granted", "spent", "withdrawn"};
 constexpr Words<kCopyKinds> kCopyWords{"gather", "scatter", "fused", "clear", "pack"};
@@ -429,6 +430,15 @@ class Metrics::Collector {
     gauge("kvferry_healthy", "1 while every thread turns.", m_.healthy);
     gauge("kvferry_ready", "1 while new work is taken.", m_.ready);
     gauge("kvferry_draining", "1 from the request to stop on.", m_.draining);
+    counters("kvferry_config_reloads_total", "Times that the configuration was read again.",
+             "result", kReloadWords, m_.reloads_);
+    gauge("kvferry_config_last_reload_successful",
+          "0 while a configuration that was read again is refused and the one before it counts.",
+          m_.last_reload_ok);
+    gauge("kvferry_config_last_reload_success_timestamp_seconds",
+          "When the configuration that counts was read, at start or since.", m_.last_read_at);
+    gauge("kvferry_config_keys_waiting",
+          "Keys of the configuration that have changed and wait for a restart.", m_.keys_waiting);
     std::string ucx;
     {
       const MutexLock lock(m_.ucx_mutex_);

@@ -174,6 +174,10 @@ enum class Fallback : uint8_t {
 };
 inline constexpr std::size_t kFallbacks = 6;
 
+// Of a configuration that was read again.
+enum class ReloadResult : uint8_t { kOk, kRefused };
+inline constexpr std::size_t kReloadResults = 2;
+
 enum class LaneState : uint8_t { kUp, kDown };
 inline constexpr std::size_t kLaneStates = 2;
 
@@ -250,6 +254,7 @@ class Metrics {
   Counter& of(Fallback what) { return fallbacks_[static_cast<std::size_t>(what)]; }
   // Of memory on this side that slices were compiled to.
   Counter& fragments(TransferRole role) { return fragments_[static_cast<std::size_t>(role)]; }
+  Counter& of(ReloadResult result) { return reloads_[static_cast<std::size_t>(result)]; }
   Counter& of(DropCause cause) { return dropped_[static_cast<std::size_t>(cause)]; }
   Gauge& of(LaneState state) { return lanes_[static_cast<std::size_t>(state)]; }
   void copy_ended(CopyKind kind, uint64_t bytes, bool failed);
@@ -311,6 +316,9 @@ class Metrics {
   Gauge healthy;  // 1 while the watchdog is content
   Gauge ready;    // 1 while new work is taken
   Gauge draining;
+  Gauge last_reload_ok;  // 1 while what was last read counts
+  Gauge last_read_at;    // of the configuration that counts; seconds since the epoch
+  Gauge keys_waiting;    // keys of the configuration that wait for a restart
 
   // The rails process tells its UCX release after start; any thread.
   void set_ucx_version(std::string_view version);
@@ -346,6 +354,7 @@ class Metrics {
   std::array<Counter, kCopyKinds> copy_bytes_;
   std::array<Counter, kCopyKinds> copy_errors_;
   std::array<std::unique_ptr<Histogram>, kStages> stages_;
+  std::array<Counter, kReloadResults> reloads_;
   std::array<Counter, kDropCauses> dropped_;
   std::array<Counter, kFallbacks> fallbacks_;
   std::array<Counter, kTransferRoles> fragments_;

@@ -15,7 +15,7 @@ enum ExitCode : int {
   kExitConfiguration = 78  // the configuration, or the machine it asks for, is wrong
 };
 
-enum class Action { kServe, kCheckConfig, kPrintDefaultConfig };
+enum class Action { kServe, kCheckConfig, kPrintDefaultConfig, kPrintConfig };
 
 struct Options {
   Action action = Action::kServe;
@@ -30,5 +30,8 @@ std::variant<Options, int> parse_options(int argc, const char* const* argv);
 // --check-config: prints every problem (stderr) or "configuration ok" with the warnings (stdout);
 // returns the exit code.
 int check_config(const Options& options);
+// --print-config: prints every problem (stderr), or the values in force with their origins
+// (stdout); returns the exit code.
+int print_config(const Options& options);
 
 }  // namespace kvferry::ops

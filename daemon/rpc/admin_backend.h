@@ -252,7 +252,16 @@ struct TraceInfo {
 
 struct ReloadedInfo {
   uint32_t peers = 0;
+  std::vector<std::string> taken_keys;
   std::vector<std::string> restart_keys;
+};
+
+struct ConfigValueInfo {
+  std::string key;     // "engine.lease", "socket[0].path"
+  std::string value;   // as TOML; empty: not there before a restart
+  std::string origin;  // "file PATH:LINE", "environment KVFERRY_X", "--set", "default", ...
+  bool reloadable = false;
+  std::string next;  // what waits for a restart, as TOML or "removed"; empty: nothing
 };
 
 template <typename T>
@@ -282,6 +291,8 @@ class AdminBackend {
   // Without a limit the configured one counts.
   virtual void drain(std::optional<Duration> limit, Reply<bool> done) = 0;
   virtual void reload(Reply<ReloadedInfo> done) = 0;
+  // What the daemon runs with.
+  virtual void config(Reply<std::vector<ConfigValueInfo>> done) = 0;
 };
 
 }  // namespace kvferry::rpc

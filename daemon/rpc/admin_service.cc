@@ -441,7 +441,24 @@ class AdminService final : public pb::Admin::CallbackService {
     auto* reactor = context->DefaultReactor();
     backend_.reload(answer<ReloadedInfo>(reactor, [response](const ReloadedInfo& info) {
       response->set_peers(info.peers);
+      for (const std::string& key : info.taken_keys) response->add_taken_keys(key);
       for (const std::string& key : info.restart_keys) response->add_restart_keys(key);
+    }));
+    return reactor;
+  }
+  grpc::ServerUnaryReactor* GetConfig(grpc::CallbackServerContext* context,
+                                      const pb::GetConfigRequest*,
+                                      pb::GetConfigResponse* response) override {
+    auto* reactor = context->DefaultReactor();
+    backend_.config(answer<std::vector<ConfigValueInfo>>(reactor, [response](auto& list) {
+      for (ConfigValueInfo& info : list) {
+        pb::ConfigValue& row = *response->add_values();
+        row.set_key(std::move(info.key));
+        row.set_value(std::move(info.value));
+        row.set_origin(std::move(info.origin));
+        row.set_reloadable(info.reloadable);
+        row.set_next(std::move(info.next));
+      }
     }));
     return reactor;
   }

@@ -60,13 +60,31 @@ void fill(const Error& error, uint64_t op_id, v1::OperationResult& out) {
   to_proto(as_spelled(error), *out.mutable_error());
 }
 
+// The limits of calls, which may change between two of them. Thread-safe.
+class CurrentLimits {
+ public:
+  void set(const OpLimits& limits) {
+    MutexLock lock(mutex_);
+    limits_ = limits;
+  }
+  OpLimits get() const {
+    MutexLock lock(mutex_);
+    return limits_;
+  }
+
+ private:
+  mutable Mutex mutex_;
+  OpLimits limits_ KVFERRY_GUARDED_BY(mutex_);
+};
+
 }  // namespace
 
 // One socket's service.
 class Service final : public v1::WorkerService::CallbackService {
  public:
-  Service(WorkerBackend& backend, const WorkerServerConfig& config, std::size_t socket)
-      : backend_(backend), config_(config), socket_(socket) {}
+  Service(WorkerBackend& backend, const WorkerServerConfig& config, const CurrentLimits& limits,
+          std::size_t socket)
+      : backend_(backend), config_(config), limits_(limits), socket_(socket) {}
 
   grpc::ServerUnaryReactor* RegisterPools(Context* context, const v1::RegisterPoolsRequest* request,
                                           v1::RegisterPoolsResponse* response) override {
@@ -268,7 +286,7 @@ class Service final : public v1::WorkerService::CallbackService {
       KVFERRY_RETURN_IF_ERROR(layout);
       auto ticket = ticket_of(*session, request->ticket());
       KVFERRY_RETURN_IF_ERROR(ticket);
-      auto op = to_reserve(*request, *layout, *ticket, config_.limits);
+      auto op = to_reserve(*request, *layout, *ticket, limits_.get());
       KVFERRY_RETURN_IF_ERROR(op);
       op->op.worker = session->id();
       backend_.call(session->id(), std::move(*op), [response, finish](const engine::Reply& reply) {
@@ -492,7 +510,7 @@ class Service final : public v1::WorkerService::CallbackService {
   }
 
   Result<engine::Event> to_event(const Session& session, const v1::Operation& operation) {
-    const OpLimits& limits = config_.limits;
+    const OpLimits limits = limits_.get();
     const auto as_event = [&](auto result) -> Result<engine::Event> {
       if (!result) return tl::unexpected(result.error());
       result->op.worker = session.id();
@@ -591,6 +609,7 @@ class Service final : public v1::WorkerService::CallbackService {
 
   WorkerBackend& backend_;
   const WorkerServerConfig& config_;
+  const CurrentLimits& limits_;
   const std::size_t socket_;
   Mutex mutex_;
   std::map<WorkerId, std::weak_ptr<SubmitStream::Results>> streams_ KVFERRY_GUARDED_BY(mutex_);
@@ -598,6 +617,7 @@ class Service final : public v1::WorkerService::CallbackService {
 
 struct WorkerServer::Impl {
   WorkerServerConfig config;
+  CurrentLimits limits;
   std::vector<std::unique_ptr<Service>> services;
   std::vector<std::unique_ptr<grpc::Server>> servers;
   bool stopped = false;
@@ -613,6 +633,7 @@ Result<std::unique_ptr<WorkerServer>> WorkerServer::start(const WorkerServerConf
                                                           WorkerBackend& backend) {
   auto impl = std::make_unique<Impl>();
   impl->config = config;
+  impl->limits.set(config.limits);
   if (!impl->config.on_answer) impl->config.on_answer = [](Code) {};
   grpc::EnableDefaultHealthCheckService(true);
   static const bool reflection = [] {
@@ -624,7 +645,7 @@ Result<std::unique_ptr<WorkerServer>> WorkerServer::start(const WorkerServerConf
     if (somebody_listens(socket.path))
       return fail(Code::kUnavailable, "LISTEN_FAILED",
                   "cannot listen on " + socket.path + ": another daemon serves it");
-    auto service = std::make_unique<Service>(backend, impl->config, socket.index);
+    auto service = std::make_unique<Service>(backend, impl->config, impl->limits, socket.index);
     ::unlink(socket.path.c_str());
     // The socket is made under a mask that lets nobody in, then opened to its mode.
     const mode_t mask = ::umask(0177);
@@ -645,6 +666,10 @@ Result<std::unique_ptr<WorkerServer>> WorkerServer::start(const WorkerServerConf
     impl->servers.push_back(std::move(server));
   }
   return std::unique_ptr<WorkerServer>(new WorkerServer(std::move(impl)));
+}
+
+void WorkerServer::set_limits(const OpLimits& limits) {
+  impl_->limits.set(limits);
 }
 
 void WorkerServer::set_serving(bool serving) {

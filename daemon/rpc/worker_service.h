@@ -37,6 +37,8 @@ class WorkerServer {
   WorkerServer(const WorkerServer&) = delete;
   WorkerServer& operator=(const WorkerServer&) = delete;
 
+  // For calls from now on. Any thread.
+  void set_limits(const OpLimits& limits);
   // gRPC health answers NOT_SERVING from now on.
   void set_serving(bool serving);
   // Takes no more calls, cancels what is under way at the deadline. After it returns no call

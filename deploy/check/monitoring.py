@@ -23,7 +23,7 @@ import urllib.request
 
 DEPLOY = pathlib.Path(__file__).resolve().parent.parent
 # What two daemons under load cannot show as zero.
-MOVING = {"Ready", "Healthy", "Rails up", "Version", "Throughput", "Transfers ended", "Transfer duration",
+MOVING = {"Ready", "Healthy", "Rails up", "Version", "Configuration", "Throughput", "Transfers ended", "Transfer duration",
           "Transfer size", "Stages, p50", "Stages, p99", "Bytes copied", "Arena by state", "Chunks",
           "Rails", "Links and lanes", "Calls", "Processor", "Resident memory", "Descriptors", "Copies", "Credits",
           "Fragments and chunks", "Rails process: processor", "Rails process: memory"}

@@ -22,6 +22,10 @@ install(TARGETS kvferryd RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR} COMPONENT d
 # Started by kvferryd alone, which looks for it there.
 install(TARGETS kvferry-rails RUNTIME DESTINATION ${CMAKE_INSTALL_LIBEXECDIR}/kvferry COMPONENT daemon)
 install(FILES config/kvferry.toml DESTINATION ${config_destination} COMPONENT daemon)
+# A file that says what the folder is for keeps it there.
+install(FILES config/conf.d/README DESTINATION ${config_destination}/conf.d COMPONENT daemon)
+install(DIRECTORY config/examples DESTINATION ${CMAKE_INSTALL_DATADIR}/doc/kvferryd
+        COMPONENT daemon)
 install(FILES ${generated}/kvferryd.service DESTINATION ${unit_destination} COMPONENT daemon)
 install(FILES deploy/systemd/kvferry.sysusers DESTINATION lib/sysusers.d RENAME kvferry.conf
         COMPONENT daemon)

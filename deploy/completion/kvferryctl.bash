@@ -2,7 +2,7 @@
 _kvferryctl() {
   local cur=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
   local global='--help --socket --timeout --json --version'
-  local commands='status workers peers rails health drain reload transfers top arenas cancel trace plan doctor'
+  local commands='status workers peers rails health drain reload config transfers top arenas cancel trace plan doctor'
   local command='' word i words
   case $previous in
     --socket | --sender | --receiver | --worker-socket | --cuda-driver)

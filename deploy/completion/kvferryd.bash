@@ -8,6 +8,6 @@ _kvferryd() {
       return ;;
     --set) return ;;
   esac
-  mapfile -t COMPREPLY < <(compgen -W '--help --config --set --check-config --print-default-config --version' -- "$cur")
+  mapfile -t COMPREPLY < <(compgen -W '--help --config --set --check-config --print-default-config --print-config --version' -- "$cur")
 }
 complete -F _kvferryd kvferryd

@@ -487,7 +487,7 @@ TEST_CASE(
   // What is wrong changes nothing; what only a start takes over is named.
   reload(without_b + "[engine]\nlease = 3\n", "not reloaded");
   CHECK(s.links("a") == 1);
-  reload(with_b + "[engine]\nlease = \"7s\"\n", "keys=engine.lease");
+  reload(with_b + "[engine]\nleg_credits = 7\n", "keys=engine.leg_credits");
   CHECK(s.links("a") == 1);
 
   const TransferKey open = hand_off.half_way();

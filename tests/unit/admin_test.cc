@@ -173,9 +173,14 @@ class FakeBackend : public AdminBackend {
   }
   void reload(Reply<ReloadedInfo> done) override {
     if (good_configuration)
-      done(ReloadedInfo{3, {"engine.lease", "ucx"}});
+      done(ReloadedInfo{3, {"log.level"}, {"engine.leg_credits", "ucx"}});
     else
       done(fail(Code::kInvalidArgument, "BAD_CONFIGURATION", "engine.lease: is not a duration"));
+  }
+  void config(Reply<std::vector<ConfigValueInfo>> done) override {
+    done(std::vector<ConfigValueInfo>{
+        {"log.level", "\"info\"", "default", true, ""},
+        {"engine.leg_credits", "8", "file /x/conf.d/1.toml:3", false, "9"}});
   }
 
  private:
@@ -493,9 +498,26 @@ TEST_CASE_METHOD(Fixture,
   CHECK(code == 0);
   CHECK(text ==
         "reloaded; peers in force: 3\n"
-        "changed, but in force from the next start on: engine.lease ucx\n");
+        "changed, and in force now: log.level\n"
+        "changed, but in force from the next start on: engine.leg_credits ucx\n");
   backend.good_configuration = false;
   const auto [problem, refused] = ctl("reload");
   CHECK(refused == 1);
   CHECK(problem.find("BAD_CONFIGURATION: engine.lease: is not a duration") != std::string::npos);
+}
+
+TEST_CASE_METHOD(Fixture, "config tells each value, where it comes from and what waits") {
+  const auto [text, code] = ctl("config");
+  CHECK(code == 0);
+  CHECK(text ==
+        "KEY                 VALUE   FROM\n"
+        "log.level           \"info\"  default\n"
+        "engine.leg_credits  8       file /x/conf.d/1.toml:3\n"
+        "\n"
+        "In force from the next start on:\n"
+        "  engine.leg_credits = 9\n");
+  const auto json = nlohmann::json::parse(ctl("--json config").first);
+  CHECK(json["values"].size() == 2);
+  CHECK(json["values"][0]["reloadable"] == true);
+  CHECK(json["values"][1]["next"] == "9");
 }

@@ -1,5 +1,4 @@
-// The configuration's part of mutual TLS, and what a reload takes over.
-#include "daemon/ops/reload.h"
+// The configuration's part of mutual TLS.
 #include "tests/unit/config_support.h"
 #include "tests/unit/test_certificates.h"
 
@@ -138,16 +137,4 @@ TEST_CASE("what mode mtls makes doubtful is warned about") {
   CHECK(warns(files.load(pair, {"peer.listen=127.0.0.1:0"}), "peer.certificate_file",
               "are not used"));
   CHECK(files.load(pair, {"peer.listen=127.0.0.1:0"}).config.node.id != "spiffe://t/a");
-}
-
-TEST_CASE("a reload tells the keys that it does not take over") {
-  Config running;
-  Config read = running;
-  read.peers.emplace_back();
-  CHECK(changed_keys(running, read).empty());
-  read.engine.lease = seconds(7);
-  read.log.level = LogLevel::kError;
-  read.sockets.emplace_back();
-  read.ucx["A"] = "b";
-  CHECK(changed_keys(running, read) == std::vector<std::string>{"engine.lease", "socket", "ucx"});
 }

@@ -96,6 +96,9 @@ TEST_CASE("every series exists at zero before anything has happened") {
         "kvferry_messages_dropped_total{cause=\"bad_tag\"} 0",
         "kvferry_stage_duration_seconds_count{stage=\"wire\"} 0",
         "kvferry_rpcs_total{code=\"OK\"} 0",
+        "kvferry_config_reloads_total{result=\"ok\"} 0",
+        "kvferry_config_reloads_total{result=\"refused\"} 0",
+        "kvferry_config_keys_waiting 0",
         "kvferry_build_info{version=\"1.2.3\",commit=\"abcdef\",ucx=\"1.13.1\"} 1"}) {
     INFO(line);
     CHECK(has_line(text, line));
@@ -370,6 +373,11 @@ TEST_CASE("what was logged is on stderr, a JSON object a line, when logging has 
       for (int n = 0; n < 100; ++n) log_warning("a {} line", {field("thread", i), field("n", n)});
     });
   for (std::thread& thread : threads) thread.join();
+  // Lines that wait to be written keep the format that they were made in.
+  log_format(LogFormat::kText);
+  log_warning("\"text\"", {field("n", 7)});
+  log_format(LogFormat::kJson);
+  log_warning("a {} line");
   log_stop();
   ::dup2(stderr_before, STDERR_FILENO);
   ::close(stderr_before);
@@ -377,12 +385,19 @@ TEST_CASE("what was logged is on stderr, a JSON object a line, when logging has 
 
   std::ifstream in(file);
   int lines = 0;
+  int texts = 0;
   for (std::string line; std::getline(in, line); ++lines) {
+    if (line.front() != '{') {
+      CHECK(line.find("Z warning \\\"text\\\" n=7") == 23);
+      ++texts;
+      continue;
+    }
     const auto json = nlohmann::json::parse(line);
     REQUIRE(json["level"] == "warning");
     REQUIRE(json["message"] == "a {} line");
     REQUIRE(json["time"].get<std::string>().size() == 24);
   }
-  CHECK(lines == 400);
+  CHECK(lines == 402);
+  CHECK(texts == 1);
   std::filesystem::remove(file);
 }
