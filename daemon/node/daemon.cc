@@ -137,9 +137,7 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.default_lease = config.engine.lease;
   out.default_wait = config.engine.wait_deadline;
   out.default_deadline = config.engine.transfer_deadline;
-  // Calls are held to their own maxima where they come in.
-  out.max_deadline = std::max({config.engine.lease_max, config.engine.wait_deadline_max,
-                               config.engine.transfer_deadline_max});
+  out.max_deadline = config.engine.transfer_deadline_max;
   out.ready_timeout = config.engine.ready_timeout;
   out.ping_interval = config.engine.heartbeat_interval;
   out.silence_limit = config.engine.silence_limit;
