@@ -293,7 +293,8 @@ def test_a_daemon_that_dies_fails_the_request_and_the_next_one_works(tmp_path: P
         pair.prefill.kill()
         run(lambda: None not in (sending.outcome, receiving.outcome), sending, receiving)
         assert (sending.outcome, receiving.outcome) == (KVPoll.Failed, KVPoll.Failed)
-        assert "DAEMON_RESTARTED" in sending.reasons[0]
+        # The second if another chunk was to be sent meanwhile.
+        assert any(why in sending.reasons[0] for why in ("DAEMON_RESTARTED", "NOT_ATTACHED"))
         pair.prefill.start()
         wait_for_ticket(source, target)
         hand_off(source, target)
