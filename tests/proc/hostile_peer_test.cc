@@ -167,7 +167,9 @@ TEST_CASE("hellos with odd values are refused by name, or make a link that harms
       {[](Hello& h) { h.protocol_min = h.protocol_max = 99; }, "PROTOCOL_MISMATCH"},
       {[](Hello& h) { h.ucx_version = "99.0.0"; }, "UCX_MISMATCH"},
       {[](Hello& h) { h.ucx_version = std::string(1000, '9'); }, "BAD_MESSAGE"},
-      {[](Hello& h) { h.checks = {2}, h.check = 2, h.min_check = 2; }, "CHECK_TOO_WEAK"},
+      {[](Hello& h) { h.checks = {2}, h.check = 2, h.min_check = 2; }, ""},
+      {[](Hello& h) { h.checks = {3}, h.check = 3, h.min_check = 3; }, "CHECK_TOO_WEAK"},
+      {[](Hello& h) { h.checks = {UINT32_MAX}; }, "CHECK_TOO_WEAK"},
       {[](Hello& h) { h.chunk_bytes = 0; }, "BAD_MESSAGE"},
       {[](Hello& h) { h.chunk_bytes = 4095; }, "BAD_MESSAGE"},
       {[](Hello& h) { h.chunk_bytes = UINT64_MAX; }, "BAD_MESSAGE"},
@@ -176,7 +178,9 @@ TEST_CASE("hellos with odd values are refused by name, or make a link that harms
       {[](Hello& h) { h.rails.clear(); }, "BAD_MESSAGE"},
       {[](Hello& h) { h.rails.resize(1000, h.rails[0]); }, "BAD_MESSAGE"},
       {[](Hello& h) { h.rails[0].address.clear(); }, "BAD_MESSAGE"},
-      {[](Hello& h) { h.rails[0].address.resize(1 << 20); }, "BAD_MESSAGE"},
+      {[](Hello& h) { h.rails[0].address.resize(40 << 10); }, "BAD_MESSAGE"},
+      {[](Hello& h) { h.rails[0].address.resize(100 << 10); }, "MESSAGE_TOO_LARGE"},
+      {[](Hello& h) { h.rails[0].address.resize(1 << 20); }, "PEER_UNREACHABLE"},  // gRPC's word
       {[](Hello& h) { h.address = std::string(300, 'a'); }, "BAD_MESSAGE"},
       {[](Hello& h) { h.address = "192.0.2.1:1"; }, ""},  // not allowed there: never dialled
   };
@@ -512,7 +516,10 @@ TEST_CASE("strangers at the peers' port: silence, half handshakes, garbage, too 
     return stub->Handshake(&context, request, &response).error_code();
   };
   CHECK(handshake(64) == grpc::StatusCode::PERMISSION_DENIED);
-  CHECK(handshake(64 << 20) == grpc::StatusCode::RESOURCE_EXHAUSTED);
+  // Above what a handshake may have, what any request may have, and by far.
+  for (const std::size_t bytes :
+       {std::size_t{65} << 10, std::size_t{2} << 20, std::size_t{64} << 20})
+    CHECK(handshake(bytes) == grpc::StatusCode::RESOURCE_EXHAUSTED);
   // The challenges of strangers push each other out; who has just asked for one still has it.
   for (int i = 0; i < 1000; ++i) {
     grpc::ClientContext context;
