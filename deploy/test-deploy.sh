@@ -87,7 +87,7 @@ if PATH=$PATH:/usr/sbin unshare --map-root-user --net nft list tables >/dev/null
   PATH=$PATH:/usr/sbin unshare --map-root-user --net sh -ec '
     nft -f deploy/nftables/kvferry.nft
     nft -f deploy/nftables/kvferry.nft
-    [ "$(nft list chain inet kvferry input | grep -c drop)" -eq 2 ]'
+    [ "$(nft list chain inet kvferry input | grep -c drop)" -eq 3 ]'
 else
   echo "SKIPPED: no network namespace with nftables here"
 fi

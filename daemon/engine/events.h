@@ -189,6 +189,9 @@ struct WorkerAttached {
   WorkerId worker;
   std::string tenant;
   uint32_t slots = 0;  // of its status table
+  // Which socket it came by, and the open transfers that all workers of that one may have together.
+  uint32_t socket = 0;
+  uint32_t socket_transfers = UINT32_MAX;
 };
 // Its lifeline closed or its process ended.
 struct WorkerGone {

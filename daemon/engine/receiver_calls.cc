@@ -106,11 +106,7 @@ void Receiver::receive(const ReceiveOp& op) {
   fresh.asked = std::make_shared<const ReceiveOp>(op);
   fresh.op = fresh.asked;
   fresh.done = op.done;
-  if (!core_.workers.enter(fresh, Role::kReceiver)) {
-    core_.reply_error(op.op, Code::kResourceExhausted, "STATUS_TABLE_FULL",
-                      "the worker has no free slot in its status table");
-    return;
-  }
+  if (!core_.workers.enter(op.op, fresh, Role::kReceiver)) return;
   Receive& receive = receives_.emplace(fresh.id, std::move(fresh)).first->second;
   by_name_.emplace(name, receive.id);
   const Duration wait = core_.limited(op.wait, core_.config.default_wait);

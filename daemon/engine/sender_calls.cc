@@ -84,11 +84,7 @@ Send* Sender::admit(const OpRef& op, uint64_t handle, const TransferKey& key,
   fresh.record.role = Role::kSender;
   fresh.max_receivers = receivers;
   fresh.deadline = core_.limited(deadline, core_.config.default_deadline);
-  if (!core_.workers.enter(fresh, Role::kSender)) {
-    core_.reply_error(op, Code::kResourceExhausted, "STATUS_TABLE_FULL",
-                      "the worker has no free slot in its status table");
-    return nullptr;
-  }
+  if (!core_.workers.enter(op, fresh, Role::kSender)) return nullptr;
   Send& send = sends_.emplace(fresh.id, std::move(fresh)).first->second;
   by_name_.emplace(name, send.id);
   send.lease_end = core_.now + core_.limited(lease, core_.config.default_lease);

@@ -12,24 +12,41 @@ void Workers::attached(const WorkerAttached& event) {
   Worker worker;
   worker.tenant = tenants_.try_emplace(event.tenant, tenants_.size() + 1).first->second;
   worker.slots = std::min(event.slots, core_.config.max_transfers_per_worker);
+  worker.socket = event.socket;
+  worker.socket_transfers = event.socket_transfers;
   table_.emplace(event.worker, std::move(worker));
 }
 
 void Workers::gone(WorkerId worker) {
-  table_.erase(worker);
+  const auto it = table_.find(worker);
+  if (it == table_.end()) return;
+  socket_transfers_[it->second.socket] -= static_cast<uint32_t>(it->second.handles.size());
+  table_.erase(it);
   changed_.erase(changed_.lower_bound({worker, 0}), changed_.upper_bound({worker, UINT32_MAX}));
 }
 
-bool Workers::enter(Transfer& transfer, Role role) {
+bool Workers::enter(const OpRef& op, Transfer& transfer, Role role) {
   Worker& worker = table_.at(transfer.worker);
+  uint32_t& of_socket = socket_transfers_[worker.socket];
+  if (of_socket >= worker.socket_transfers) {
+    core_.reply_error(op, Code::kResourceExhausted, "SOCKET_LIMIT",
+                      "all workers of the socket may have " +
+                          std::to_string(worker.socket_transfers) +
+                          " transfers together (limits.max_transfers)");
+    return false;
+  }
   if (!worker.free_slots.empty()) {
     transfer.slot = *worker.free_slots.begin();
     worker.free_slots.erase(worker.free_slots.begin());
   } else if (worker.next_slot < worker.slots) {
     transfer.slot = worker.next_slot++;
   } else {
+    core_.reply_error(op, Code::kResourceExhausted, "STATUS_TABLE_FULL",
+                      "the worker has no free slot in its status table of " +
+                          std::to_string(worker.slots) + " (worker_limits.max_transfers)");
     return false;
   }
+  ++of_socket;
   transfer.tenant = worker.tenant;
   const bool fresh =
       worker.handles.emplace(transfer.record.client_handle, TransferRef{role, transfer.id}).second;
@@ -40,7 +57,8 @@ bool Workers::enter(Transfer& transfer, Role role) {
 void Workers::leave(const Transfer& transfer) {
   const auto it = table_.find(transfer.worker);
   if (it == table_.end()) return;
-  it->second.handles.erase(transfer.record.client_handle);
+  if (it->second.handles.erase(transfer.record.client_handle) != 0)
+    --socket_transfers_[it->second.socket];
   it->second.free_slots.insert(transfer.slot);
   changed_.erase({transfer.worker, transfer.slot});
   core_.emit(FreeSlot{transfer.worker, transfer.slot});
@@ -66,6 +84,17 @@ void Workers::publish() {
     if (transfer != nullptr) core_.emit(Publish{where.first, where.second, transfer->record});
   }
   changed_.clear();
+}
+
+void Workers::check_invariants() const {
+  std::map<uint32_t, uint32_t> counted;
+  for (const auto& [id, worker] : table_) {
+    KVFERRY_CHECK(worker.handles.size() <= worker.slots, "a worker has a slot a transfer");
+    counted[worker.socket] += static_cast<uint32_t>(worker.handles.size());
+  }
+  for (const auto& [socket, open] : socket_transfers_) {
+    KVFERRY_CHECK(open == counted[socket], "a socket counts its workers' transfers");
+  }
 }
 
 void Workers::bury(Role role, const RankKey& of, Reason reason) {

@@ -30,8 +30,9 @@ class Workers {
   bool known(WorkerId worker) const { return table_.contains(worker); }
   uint32_t count() const { return static_cast<uint32_t>(table_.size()); }
 
-  // Gives the transfer a slot and enters its handle. False: no slot is free.
-  bool enter(Transfer& transfer, Role role);
+  // Gives the transfer a slot and enters its handle. False, and the call is refused: the worker or
+  // all workers of its socket together have as many as they may. STATUS_TABLE_FULL, SOCKET_LIMIT.
+  bool enter(const OpRef& op, Transfer& transfer, Role role);
   // The worker has closed the transfer: slot and handle are free.
   void leave(const Transfer& transfer);
   std::optional<TransferRef> find(WorkerId worker, uint64_t handle) const;
@@ -39,6 +40,7 @@ class Workers {
   // Its status slot is written with the next flush.
   void changed(const Transfer& transfer, Role role);
   void publish();
+  void check_invariants() const;
 
   // The transfer is over for good: calls and pulls that name it learn its end for a while.
   void bury(Role role, const RankKey& key, Reason reason);
@@ -48,6 +50,8 @@ class Workers {
   struct Worker {
     uint64_t tenant = 0;
     uint32_t slots = 0;
+    uint32_t socket = 0;
+    uint32_t socket_transfers = 0;  // that the socket may have
     uint32_t next_slot = 0;
     std::set<uint32_t> free_slots;
     std::map<uint64_t, TransferRef> handles;
@@ -61,6 +65,7 @@ class Workers {
   Core& core_;
   std::map<WorkerId, Worker> table_;
   std::map<std::string, uint64_t> tenants_;
+  std::map<uint32_t, uint32_t> socket_transfers_;  // open ones of attached workers
   std::map<std::pair<WorkerId, uint32_t>, TransferRef> changed_;
   std::map<GraveKey, Grave> graves_;
   std::deque<std::pair<Time, GraveKey>> grave_order_;

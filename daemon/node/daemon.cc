@@ -147,7 +147,7 @@ engine::EngineConfig engine_config(const ops::Config& config, const BootId& boot
   out.landing_min_rate = config.engine.min_rate;
   uint64_t slots = 0;
   for (const ops::SocketConfig& socket : config.sockets)
-    slots = std::max(slots, socket.limits.max_transfers);
+    slots = std::max(slots, socket.worker_limits.max_transfers);
   out.max_transfers_per_worker = static_cast<uint32_t>(slots);
   return out;
 }
@@ -174,6 +174,16 @@ std::string joined(const std::vector<std::string>& words, std::string_view betwe
     }
     out.append(out.empty() ? "" : between).append(words[i]);
   }
+  return out;
+}
+
+rpc::WorkerLimits worker_limits(const ops::SocketLimits& limits) {
+  rpc::WorkerLimits out;
+  out.transfers = static_cast<uint32_t>(limits.max_transfers);
+  out.pools = static_cast<uint32_t>(limits.max_pools);
+  out.pool_bytes = limits.max_pool_bytes;
+  out.descriptors = static_cast<uint32_t>(limits.max_descriptors);
+  out.calls = static_cast<uint32_t>(limits.max_calls);
   return out;
 }
 
@@ -469,6 +479,10 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   }
   parts.rails_settings.emplace_back("seccomp",
                                     config.rails.seccomp == ops::Seccomp::kOn ? "on" : "off");
+  // The sockets' own limits of calls come first.
+  for (const ops::SocketConfig& socket : config.sockets)
+    parts.inbox_limit =
+        std::max(parts.inbox_limit, static_cast<std::size_t>(socket.worker_limits.max_calls));
   engine = std::make_unique<EngineThread>(std::move(parts));
   RegistryConfig registry_config;
   for (const std::string& transport : config.rails.transports)
@@ -562,9 +576,9 @@ Status Daemon::Impl::make_listeners() {
     line.uids = socket.uids;
     line.tenant = socket.tenant;
     line.grpc_path = socket.grpc_path;
-    line.max_pool_bytes = socket.limits.max_pool_bytes;
-    line.max_transfers = static_cast<uint32_t>(socket.limits.max_transfers);
-    line.max_descriptors = static_cast<uint32_t>(socket.limits.max_descriptors);
+    line.max_workers = static_cast<uint32_t>(socket.max_workers);
+    line.worker_limits = worker_limits(socket.worker_limits);
+    line.limits = worker_limits(socket.limits);
     worker_config.sockets.push_back(
         {socket.grpc_path, socket.mode, lifeline_config.sockets.size() - 1});
   }

@@ -14,7 +14,8 @@ namespace {
 
 constexpr std::size_t kMaxLayouts = 64;  // of a worker
 constexpr std::size_t kMaxGenerations = 1 << 20;
-constexpr std::size_t kMaxPoolTasks = 1 << 14;
+// Beyond what the sockets' limits of calls let in.
+constexpr std::size_t kMaxPoolTasks = 1 << 20;
 
 std::string full_name(const rpc::Session& session, const std::string& instance) {
   return session.facts().tenant + "/" + instance;

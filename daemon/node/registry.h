@@ -123,6 +123,11 @@ class Registry final : public rpc::WorkerBackend, public rpc::LifelineEvents {
     uint64_t pool_bytes = 0;
   };
 
+  struct PoolUse {
+    std::size_t pools = 0;
+    uint64_t bytes = 0;
+  };
+  PoolUse pools_of_socket(std::size_t socket) const KVFERRY_REQUIRES(mutex_);
   // What the worker has registered already: an outcome, an error, or neither where all are new.
   Result<std::optional<rpc::PoolsOutcome>> known_pools(
       const Worker& worker, const std::vector<rpc::PoolRequest>& pools) const

@@ -14,7 +14,6 @@
 namespace kvferry::node {
 namespace {
 
-constexpr std::size_t kMaxPools = 4096;  // of a worker
 constexpr Duration kReadLimit = std::chrono::seconds(1);
 
 std::string pool_field(std::size_t index) {
@@ -132,6 +131,16 @@ void Registry::register_pools(const std::shared_ptr<rpc::Session>& session,
   if (!taken) done(busy());
 }
 
+Registry::PoolUse Registry::pools_of_socket(std::size_t socket) const {
+  PoolUse use;
+  for (const auto& [id, worker] : workers_) {
+    if (worker.session->facts().socket != socket) continue;
+    use.pools += worker.pools.size();
+    use.bytes += worker.pool_bytes;
+  }
+  return use;
+}
+
 Result<std::optional<rpc::PoolsOutcome>> Registry::known_pools(
     const Worker& worker, const std::vector<rpc::PoolRequest>& pools) const {
   std::size_t known = 0;
@@ -161,7 +170,9 @@ Result<std::optional<rpc::PoolsOutcome>> Registry::known_pools(
 
 Result<rpc::PoolsOutcome> Registry::import_pools(rpc::Session& session,
                                                  const std::vector<rpc::PoolRequest>& pools) {
-  uint64_t bytes = 0;
+  // What is left for new ones; only this thread makes it less.
+  uint64_t left = 0;
+  uint64_t left_of_socket = 0;
   {
     MutexLock lock(mutex_);
     const auto it = workers_.find(session.id());
@@ -169,9 +180,18 @@ Result<rpc::PoolsOutcome> Registry::import_pools(rpc::Session& session,
     auto known = known_pools(it->second, pools);
     KVFERRY_RETURN_IF_ERROR(known);
     if (*known) return std::move(**known);
-    if (it->second.pools.size() + pools.size() > kMaxPools)
-      return fail(Code::kResourceExhausted, "TOO_MANY_POOLS", "4096 a worker", "pools");
-    bytes = it->second.pool_bytes;
+    const rpc::WorkerLimits& own = session.facts().worker_limits;
+    const rpc::WorkerLimits& socket = session.facts().limits;
+    const PoolUse used = pools_of_socket(session.facts().socket);
+    if (it->second.pools.size() + pools.size() > own.pools)
+      return fail(
+          Code::kResourceExhausted, "TOO_MANY_POOLS",
+          "a worker may have " + std::to_string(own.pools) + " pools (worker_limits.max_pools)",
+          "pools");
+    if (used.pools + pools.size() > socket.pools)
+      return rpc::socket_limit("pools", socket.pools, "max_pools", "pools");
+    left = own.pool_bytes - std::min(it->second.pool_bytes, own.pool_bytes);
+    left_of_socket = socket.pool_bytes - std::min(used.bytes, socket.pool_bytes);
   }
   // All or none: what was imported before an error goes with `fresh`. The claimed descriptors are
   // used up by the attempt.
@@ -181,14 +201,20 @@ Result<rpc::PoolsOutcome> Registry::import_pools(rpc::Session& session,
   };
   rpc::PoolsOutcome outcome;
   for (std::size_t i = 0; i < pools.size(); ++i) {
-    const uint64_t left =
-        session.facts().max_pool_bytes - std::min(bytes, session.facts().max_pool_bytes);
-    Result<Pool> pool = import_pool(session, pools[i], left, pool_field(i));
+    Result<Pool> pool =
+        import_pool(session, pools[i], std::min(left, left_of_socket), pool_field(i));
     if (!pool) {
       give_back();
-      return tl::unexpected(std::move(pool).error());
+      Error error = std::move(pool).error();
+      if (error.reason != "POOL_LIMIT") return tl::unexpected(std::move(error));
+      if (left_of_socket < left && pools[i].bytes <= left)
+        return rpc::socket_limit("bytes of pools", session.facts().limits.pool_bytes,
+                                 "max_pool_bytes", std::move(error.field));
+      error.message += " more (worker_limits.max_pool_bytes)";
+      return tl::unexpected(std::move(error));
     }
-    bytes += pools[i].bytes;
+    left -= pools[i].bytes;
+    left_of_socket -= pools[i].bytes;
     if (pool->challenge) outcome.challenges.push_back(pool->challenge->asked);
     fresh.push_back(std::move(*pool));
   }

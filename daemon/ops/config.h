@@ -59,11 +59,13 @@ struct LogConfig {
   bool operator==(const LogConfig&) const = default;
 };
 
-// What all workers of one socket may hold together.
+// What may be held at a time, by one worker or by all of a socket together.
 struct SocketLimits {
-  uint64_t max_transfers = 4096;
-  uint64_t max_pool_bytes = 1024 * kGiB;
-  uint64_t max_descriptors = 4096;
+  uint64_t max_transfers = 0;  // open ones
+  uint64_t max_pools = 0;
+  uint64_t max_pool_bytes = 0;
+  uint64_t max_descriptors = 0;  // of memory, sent or registered
+  uint64_t max_calls = 0;        // that have no answer yet
   bool operator==(const SocketLimits&) const = default;
 };
 
@@ -74,7 +76,9 @@ struct SocketConfig {
   uint32_t mode = 0660;
   std::vector<uint32_t> uids;  // who may attach; empty: whoever the file mode lets in
   std::string tenant = "default";
-  SocketLimits limits;
+  uint64_t max_workers = 1024;                                       // attached
+  SocketLimits limits{16384, 16384, 8 * 1024 * kGiB, 16384, 32768};  // all workers together
+  SocketLimits worker_limits{4096, 4096, 1024 * kGiB, 4096, 8192};   // each of them
   bool operator==(const SocketConfig&) const = default;
 };
 

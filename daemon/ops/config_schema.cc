@@ -329,23 +329,42 @@ std::vector<Section> config_schema(Config& config) {
 }
 
 Section socket_schema(SocketConfig& socket) {
-  return {"socket",
-          "Where workers attach; may stand several times. The socket, not the worker, decides the "
-          "tenant:\n"
-          "names, limits and reuse are kept apart between tenants.",
-          {{"path", "The lifeline.", text_binding(socket.path)},
-           {"grpc_path", "The calls. Empty: path with \".grpc\" behind it.",
-            text_binding(socket.grpc_path)},
-           {"mode", "Of both socket files.", mode_binding(socket.mode)},
-           {"uids", "User ids that may attach. Empty: whoever the file's mode lets in.",
-            uids_binding(socket.uids)},
-           {"tenant", "", text_binding(socket.tenant)},
-           {"limits.max_transfers", "What all workers of this socket may hold together.",
-            count_binding<uint64_t>(socket.limits.max_transfers, 1, 1U << 20)},
-           {"limits.max_pool_bytes", "",
-            size_binding(socket.limits.max_pool_bytes, 1 * kMiB, 1024 * 1024 * kGiB)},
-           {"limits.max_descriptors", "",
-            count_binding<uint64_t>(socket.limits.max_descriptors, 1, 1U << 20)}}};
+  constexpr uint64_t kOne = 1, kMost = 1U << 20;
+  const auto pool_bytes = [](SocketLimits& limits) {
+    return size_binding(limits.max_pool_bytes, 1 * kMiB, 1024 * 1024 * kGiB);
+  };
+  return {
+      "socket",
+      "Where workers attach; may stand several times. The socket, not the worker, decides the "
+      "tenant:\n"
+      "names, limits and reuse are kept apart between tenants.",
+      {{"path", "The lifeline.", text_binding(socket.path)},
+       {"grpc_path", "The calls. Empty: path with \".grpc\" behind it.",
+        text_binding(socket.grpc_path)},
+       {"mode", "Of both socket files.", mode_binding(socket.mode)},
+       {"uids", "User ids that may attach. Empty: whoever the file's mode lets in.",
+        uids_binding(socket.uids)},
+       {"tenant", "", text_binding(socket.tenant)},
+       {"limits.max_workers",
+        "What all workers of this socket may hold together, each with what others leave it. "
+        "Beyond:\n"
+        "SOCKET_LIMIT.",
+        count_binding(socket.max_workers, kOne, kMost >> 4)},
+       {"limits.max_transfers", "", count_binding(socket.limits.max_transfers, kOne, kMost)},
+       {"limits.max_pools", "", count_binding(socket.limits.max_pools, kOne, kMost)},
+       {"limits.max_pool_bytes", "", pool_bytes(socket.limits)},
+       {"limits.max_descriptors", "", count_binding(socket.limits.max_descriptors, kOne, kMost)},
+       {"limits.max_calls", "Without an answer yet.",
+        count_binding(socket.limits.max_calls, kOne, kMost)},
+       {"worker_limits.max_transfers",
+        "What each of them may hold. Its status table has a place for each transfer.",
+        count_binding(socket.worker_limits.max_transfers, kOne, kMost)},
+       {"worker_limits.max_pools", "", count_binding(socket.worker_limits.max_pools, kOne, kMost)},
+       {"worker_limits.max_pool_bytes", "", pool_bytes(socket.worker_limits)},
+       {"worker_limits.max_descriptors", "",
+        count_binding(socket.worker_limits.max_descriptors, kOne, kMost)},
+       {"worker_limits.max_calls", "",
+        count_binding(socket.worker_limits.max_calls, kOne, kMost)}}};
 }
 
 Section peer_schema(PeerConfig& peer) {

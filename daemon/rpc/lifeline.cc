@@ -18,6 +18,14 @@ bool valid_name(std::string_view name) {
   });
 }
 
+tl::unexpected<Error> socket_limit(const std::string& what, uint64_t most, const std::string& key,
+                                   std::string field) {
+  return fail(Code::kResourceExhausted, "SOCKET_LIMIT",
+              "all workers of the socket may have " + std::to_string(most) + " " + what +
+                  " together (limits." + key + ")",
+              std::move(field));
+}
+
 std::string_view name_of(GoneReason reason) {
   switch (reason) {
     case GoneReason::kClosed:
@@ -34,8 +42,12 @@ std::string_view name_of(GoneReason reason) {
   return "CLOSED";
 }
 
-Session::Session(Facts facts, Token token, std::unique_ptr<ControlPage> page)
-    : facts_(std::move(facts)), token_(token), page_(std::move(page)) {}
+Session::Session(Facts facts, Token token, std::unique_ptr<ControlPage> page,
+                 std::shared_ptr<SocketUse> socket_use)
+    : facts_(std::move(facts)),
+      token_(token),
+      page_(std::move(page)),
+      socket_use_(std::move(socket_use)) {}
 
 Result<PoolDescriptors> Session::take_pool(std::string_view name) {
   MutexLock lock(mutex_);
@@ -52,7 +64,9 @@ Result<PoolDescriptors> Session::take_pool(std::string_view name) {
 
 void Session::release_descriptors(std::size_t count) {
   MutexLock lock(mutex_);
-  claimed_ -= std::min(count, claimed_);
+  const std::size_t closed = std::min(count, claimed_);
+  claimed_ -= closed;
+  socket_use_->descriptors.fetch_sub(static_cast<uint32_t>(closed), std::memory_order_relaxed);
 }
 
 uint32_t Session::descriptors() const {
@@ -75,17 +89,43 @@ Status Session::add_pool_part(const std::string& name, lifeline::PoolKind kind, 
       return fail(Code::kInvalidArgument, "POOL_PART_INVALID",
                   "part " + std::to_string(part) + " follows the one before it, of the same kind");
   }
-  if (claimed_ + waiting_parts_ - (part == 0 ? waits : 0) >= facts_.max_descriptors)
+  const std::size_t goes = part == 0 ? waits : 0;
+  if (claimed_ + waiting_parts_ - goes >= facts_.worker_limits.descriptors)
     return fail(Code::kResourceExhausted, "DESCRIPTOR_LIMIT",
-                "a worker may hold " + std::to_string(facts_.max_descriptors) + " descriptors");
+                "a worker may hold " + std::to_string(facts_.worker_limits.descriptors) +
+                    " descriptors (worker_limits.max_descriptors)");
+  if (socket_use_->descriptors.load(std::memory_order_relaxed) - goes >= facts_.limits.descriptors)
+    return socket_limit("descriptors", facts_.limits.descriptors, "max_descriptors");
   PoolDescriptors& pool = waiting_[name];
   if (part == 0) {
-    waiting_parts_ -= pool.parts.size();
+    waiting_parts_ -= goes;
+    socket_use_->descriptors.fetch_sub(static_cast<uint32_t>(goes), std::memory_order_relaxed);
     replaced = std::exchange(pool, PoolDescriptors{kind, {}});
   }
   pool.parts.push_back(std::move(descriptor));
   ++waiting_parts_;
+  socket_use_->descriptors.fetch_add(1, std::memory_order_relaxed);
   return {};
+}
+
+Status Session::begin_call() {
+  // Counted first: who is too many takes his back.
+  if (calls_.fetch_add(1, std::memory_order_relaxed) >= facts_.worker_limits.calls) {
+    calls_.fetch_sub(1, std::memory_order_relaxed);
+    return fail(Code::kResourceExhausted, "TOO_MANY_CALLS",
+                "a worker may have " + std::to_string(facts_.worker_limits.calls) +
+                    " calls without an answer (worker_limits.max_calls)");
+  }
+  if (socket_use_->calls.fetch_add(1, std::memory_order_relaxed) >= facts_.limits.calls) {
+    end_call();
+    return socket_limit("calls without an answer", facts_.limits.calls, "max_calls");
+  }
+  return {};
+}
+
+void Session::end_call() {
+  calls_.fetch_sub(1, std::memory_order_relaxed);
+  socket_use_->calls.fetch_sub(1, std::memory_order_relaxed);
 }
 
 void Session::end() {
@@ -94,7 +134,9 @@ void Session::end() {
   std::map<std::string, PoolDescriptors, std::less<>> closing;
   MutexLock lock(mutex_);
   closing.swap(waiting_);
-  waiting_parts_ = 0;
+  socket_use_->descriptors.fetch_sub(static_cast<uint32_t>(waiting_parts_ + claimed_),
+                                     std::memory_order_relaxed);
+  waiting_parts_ = claimed_ = 0;
 }
 
 Lifeline::Lifeline(LifelineConfig config) : config_(std::move(config)) {}

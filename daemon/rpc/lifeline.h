@@ -32,6 +32,21 @@ namespace kvferry::rpc {
 // [A-Za-z0-9][A-Za-z0-9._:+-]{0,62}: names of workers, instances, pools, tenants, roles, reasons.
 bool valid_name(std::string_view name);
 
+// What may be held at a time, by one worker or by all of a socket together.
+struct WorkerLimits {
+  uint32_t transfers = 4096;  // open ones
+  uint32_t pools = 4096;
+  uint64_t pool_bytes = uint64_t{1} << 40;
+  uint32_t descriptors = 4096;  // waiting ones and claimed ones
+  uint32_t calls = 8192;        // without an answer
+};
+// Of some workers together.
+inline constexpr WorkerLimits kNoLimits{UINT32_MAX, UINT32_MAX, UINT64_MAX, UINT32_MAX, UINT32_MAX};
+
+// RESOURCE_EXHAUSTED SOCKET_LIMIT, which names the key of [[socket]]: "max_calls".
+tl::unexpected<Error> socket_limit(const std::string& what, uint64_t most, const std::string& key,
+                                   std::string field = {});
+
 // One socket. It alone decides the tenant of those who attach to it.
 struct LifelineSocket {
   std::string path;  // at most 107 bytes; a stale socket file there is replaced
@@ -39,17 +54,16 @@ struct LifelineSocket {
   std::vector<uint32_t>
       uids;  // who may attach; empty: whoever the mode lets in. 65534 never matches
   std::string tenant = "default";
-  std::string grpc_path;  // told to workers; at most 107 bytes
-  uint64_t max_pool_bytes = uint64_t{1} << 40;
-  uint32_t max_transfers = 4096;    // slots of a worker's status table
-  uint32_t max_descriptors = 4096;  // a worker holds at once, waiting ones and claimed ones
+  std::string grpc_path;            // told to workers; at most 107 bytes
   uint32_t max_workers = 1024;      // attached to this socket
+  WorkerLimits worker_limits;       // each; a worker's status table has a slot a transfer
+  WorkerLimits limits = kNoLimits;  // all together
 };
 
 struct LifelineConfig {
   BootId boot;
   std::vector<LifelineSocket> sockets;
-  ControlPageConfig page;  // `slots` is replaced by the socket's max_transfers
+  ControlPageConfig page;  // `slots` is replaced by the transfers that a worker may hold
   Duration attach_timeout = std::chrono::seconds(5);
   uint32_t max_unattached = 64;  // connections of a socket that have not said their name
 };
@@ -77,11 +91,17 @@ class Session {
     gid_t gid = 0;
     pid_t pid = 0;           // 0: not visible from the daemon's pid namespace
     std::size_t socket = 0;  // index into LifelineConfig::sockets
-    uint64_t max_pool_bytes = 0;
-    uint32_t max_descriptors = 0;
+    WorkerLimits worker_limits;
+    WorkerLimits limits = kNoLimits;  // of all workers of the socket together
+  };
+  // What all workers of a socket hold together, of what this folder counts.
+  struct SocketUse {
+    std::atomic<uint32_t> descriptors{0};
+    std::atomic<uint32_t> calls{0};
   };
 
-  Session(Facts facts, Token token, std::unique_ptr<ControlPage> page);
+  Session(Facts facts, Token token, std::unique_ptr<ControlPage> page,
+          std::shared_ptr<SocketUse> socket_use);
 
   const Facts& facts() const { return facts_; }
   WorkerId id() const { return facts_.id; }
@@ -91,14 +111,20 @@ class Session {
   // Claims what was sent under this name: each only once. It goes on counting against the worker's
   // limit until release_descriptors(). NOT_FOUND POOL_NOT_SENT.
   Result<PoolDescriptors> take_pool(std::string_view name) KVFERRY_EXCLUDES(mutex_);
-  // So many claimed descriptors have been closed.
+  // So many claimed descriptors have been closed. What is claimed at the session's end counts no
+  // more.
   void release_descriptors(std::size_t count) KVFERRY_EXCLUDES(mutex_);
+  // A call that will be answered later. Each that has begun is ended once. RESOURCE_EXHAUSTED
+  // TOO_MANY_CALLS, SOCKET_LIMIT.
+  Status begin_call();
+  void end_call();
   uint32_t descriptors() const KVFERRY_EXCLUDES(mutex_);
 
  private:
   friend class Lifeline;
   // Part 0 replaces what still waits under the name. RESOURCE_EXHAUSTED DESCRIPTOR_LIMIT,
-  // INVALID_ARGUMENT POOL_PART_INVALID.
+  // SOCKET_LIMIT, INVALID_ARGUMENT POOL_PART_INVALID. By the lifelines' thread alone: nobody else
+  // makes the socket's count go up.
   Status add_pool_part(const std::string& name, lifeline::PoolKind kind, uint32_t part,
                        PoolDescriptors::Part descriptor) KVFERRY_EXCLUDES(mutex_);
   void end() KVFERRY_EXCLUDES(mutex_);
@@ -106,6 +132,8 @@ class Session {
   const Facts facts_;
   const Token token_;
   const std::unique_ptr<ControlPage> page_;
+  const std::shared_ptr<SocketUse> socket_use_;
+  std::atomic<uint32_t> calls_{0};
   std::atomic<bool> alive_{true};
   mutable Mutex mutex_;
   std::map<std::string, PoolDescriptors, std::less<>> waiting_ KVFERRY_GUARDED_BY(mutex_);

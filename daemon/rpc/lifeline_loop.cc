@@ -276,9 +276,9 @@ Result<std::shared_ptr<Session>> Lifeline::Loop::make_session(
   KVFERRY_RETURN_IF_ERROR(check_former_uid(config.tenant, name, connection.credentials.uid));
   if (listeners_[connection.socket].attached >= config.max_workers)
     return fail(Code::kResourceExhausted, "TOO_MANY_WORKERS",
-                "this socket has as many workers as it may");
+                "this socket has as many workers as it may (limits.max_workers)");
   ControlPageConfig page_config = owner_.config_.page;
-  page_config.slots = config.max_transfers;
+  page_config.slots = std::min(config.worker_limits.transfers, config.limits.transfers);
   auto page = ControlPage::create(page_config, owner_.config_.boot);
   if (!page) return tl::unexpected<Error>(std::move(page).error());
   Token token;
@@ -293,9 +293,10 @@ Result<std::shared_ptr<Session>> Lifeline::Loop::make_session(
   facts.gid = connection.credentials.gid;
   facts.pid = connection.credentials.pid;
   facts.socket = connection.socket;
-  facts.max_pool_bytes = config.max_pool_bytes;
-  facts.max_descriptors = config.max_descriptors;
-  return std::make_shared<Session>(std::move(facts), token, std::move(*page));
+  facts.worker_limits = config.worker_limits;
+  facts.limits = config.limits;
+  return std::make_shared<Session>(std::move(facts), token, std::move(*page),
+                                   listeners_[connection.socket].use);
 }
 
 bool Lifeline::Loop::name_taken(const std::string& tenant, const std::string& name) {
@@ -385,9 +386,10 @@ bool Lifeline::Loop::send_reply(Connection& connection, const Session& session) 
   reply.worker_id = session.id().value;
   reply.status_bytes = page.status_bytes();
   reply.words_bytes = page.words_bytes();
-  reply.max_pool_bytes = config.max_pool_bytes;
-  reply.max_descriptors = config.max_descriptors;
-  reply.max_transfers = config.max_transfers;
+  const WorkerLimits& own = config.worker_limits;
+  reply.max_pool_bytes = std::min(own.pool_bytes, config.limits.pool_bytes);
+  reply.max_descriptors = std::min(own.descriptors, config.limits.descriptors);
+  reply.max_transfers = page.config().slots;
   put_text(reply.grpc_path, config.grpc_path);
   ControlPage::WorkerEnds ends = page.take_worker_ends();
   int fds[lifeline::kAttachFds];

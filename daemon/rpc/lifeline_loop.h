@@ -43,6 +43,7 @@ class Lifeline::Loop {
     UniqueFd fd;
     std::set<uint64_t> unattached;  // connections by age
     uint32_t attached = 0;
+    std::shared_ptr<Session::SocketUse> use = std::make_shared<Session::SocketUse>();
   };
   // What an epoll event is about, beside the connection's key.
   enum Source : uint64_t { kWake = 0, kListener = 1, kLifeline = 2, kProcess = 3, kDoorbell = 4 };

@@ -356,8 +356,17 @@ class Service final : public v1::WorkerService::CallbackService {
         config_.max_stream_results,
         [this, session](const v1::Operation& operation,
                         const std::shared_ptr<SubmitStream::Results>& results) {
-          submit(session, operation,
-                 [results](v1::OperationResult result) { results->push(std::move(result)); });
+          if (Status begun = session->begin_call(); !begun) {
+            config_.on_answer(begun.error().code);
+            v1::OperationResult result;
+            fill(begun.error(), operation.op_id(), result);
+            results->push(std::move(result));
+            return;
+          }
+          submit(session, operation, [session, results](v1::OperationResult result) {
+            session->end_call();
+            results->push(std::move(result));
+          });
         },
         [] {});
     if (!session) {
@@ -438,13 +447,18 @@ class Service final : public v1::WorkerService::CallbackService {
   template <typename Fn>
   grpc::ServerUnaryReactor* deferred(Context* context, Fn&& body) {
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    const auto finish = [this, context, reactor](Status status) {
+    const SessionPtr session = session_of(*context);
+    const Status begun =
+        session ? session->begin_call() : Status(tl::unexpected(unauthenticated()));
+    if (!begun) {
+      reactor->Finish(conclude(*context, begun));
+      return reactor;
+    }
+    const auto finish = [this, context, reactor, session](Status status) {
+      session->end_call();
       reactor->Finish(conclude(*context, status));
     };
-    const SessionPtr session = session_of(*context);
-    const Status started =
-        session ? body(session, finish) : Status(tl::unexpected(unauthenticated()));
-    if (!started) finish(started);
+    if (const Status started = body(session, finish); !started) finish(started);
     return reactor;
   }
 

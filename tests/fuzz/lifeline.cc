@@ -27,8 +27,8 @@ struct Server {
     rpc::LifelineSocket socket;
     socket.path = folder.file("worker.sock");
     socket.grpc_path = folder.file("grpc.sock");
-    socket.max_transfers = 4;
-    socket.max_descriptors = kMostDescriptors;
+    socket.worker_limits.transfers = 4;
+    socket.worker_limits.descriptors = kMostDescriptors;
     path = socket.path;
     config.sockets.push_back(socket);
     auto started = rpc::Lifeline::start(std::move(config), events);

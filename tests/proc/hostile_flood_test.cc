@@ -119,6 +119,62 @@ TEST_CASE("floods meet their limits by name, and others are served meanwhile") {
     }
     s.honest().require_more();
   }
+  SECTION("what the workers of a socket may hold together") {
+    const std::string crowd = crowd_socket();
+    auto hoarder = attached(crowd, "hoarder");
+    const auto neighbour = attached(crowd, "neighbour");
+    const UniqueFd small = good_pool(64 << 10);
+    const UniqueFd large = good_pool(2 << 20);
+    const auto add = [](client::Connection& worker, const std::string& name, const UniqueFd& pool,
+                        uint64_t bytes) {
+      const auto sent = send_pool(worker, name, pool.get(), bytes);
+      return sent ? refused(worker, &Stub::RegisterPools, bad_input::pools_request({{name, bytes}}))
+                  : sent.error().reason;
+    };
+    const auto forget = [](client::Connection& worker, const std::string& name) {
+      v1::UnregisterRequest request;
+      request.mutable_pools()->add_names(name);
+      CHECK(good(worker, &Stub::Unregister, request).existed());
+    };
+    CHECK(add(*hoarder, "large", large, 2 << 20) == "");
+    CHECK(add(*neighbour, "small", small, 64 << 10) == "SOCKET_LIMIT");  // bytes
+    forget(*hoarder, "large");
+    for (const char* name : {"a", "b", "c"}) CHECK(add(*hoarder, name, small, 64 << 10) == "");
+    CHECK(add(*neighbour, "small", small, 64 << 10) == "");
+    CHECK(add(*neighbour, "more", small, 64 << 10) == "SOCKET_LIMIT");  // pools
+    CHECK(send_pool(*hoarder, "d", small.get(), 64 << 10));
+    CHECK(send_pool(*neighbour, "d", small.get(), 64 << 10).error().reason == "SOCKET_LIMIT");
+    for (const char* name : {"a", "b", "c"}) forget(*hoarder, name);
+
+    forget(*neighbour, "small");
+
+    const UniqueFd pool = good_pool(bad_input::kPoolBytes);
+    for (client::Connection* worker : {hoarder.get(), neighbour.get()}) {
+      REQUIRE(add(*worker, bad_input::kPool, pool, bad_input::kPoolBytes) == "");
+      good(*worker, &Stub::RegisterLayout,
+           bad_input::layout_request(worker == hoarder.get() ? "hoarder" : "neighbour"));
+    }
+    const auto open = [&](client::Connection& worker, uint64_t handle) {
+      v1::OpenSendRequest request = bad_input::good_open_send();
+      const char* instance = &worker == hoarder.get() ? "hoarder" : "neighbour";
+      request.mutable_layout()->set_instance(instance);
+      request.mutable_transfer()->set_instance(instance);
+      request.set_client_handle(handle);
+      request.mutable_transfer()->set_transfer_id("t" + std::to_string(handle));
+      return refused(worker, &Stub::OpenSend, request);
+    };
+    for (uint64_t handle = 1; handle <= 5; ++handle) CHECK(open(*hoarder, handle) == "");
+    CHECK(open(*hoarder, 6) == "SOCKET_LIMIT");
+    CHECK(open(*neighbour, 7) == "SOCKET_LIMIT");
+    const auto third = attached(crowd, "third");
+    CHECK(attach(crowd, "fourth").error().reason == "TOO_MANY_WORKERS");
+    s.honest().require_more();
+    // All that the hoarder held, others may have when it has gone.
+    hoarder.reset();
+    CHECK(comes_true([&] { return open(*neighbour, 7) == ""; }));
+    for (const char* name : {"a", "b", "c"}) CHECK(add(*neighbour, name, small, 64 << 10) == "");
+    s.honest().require_more();
+  }
   SECTION("calls, as fast as they can be made") {
     const auto hoarder = attached(s.daemon(0).socket(), "hoarder");
     const uint64_t before = s.honest().done();

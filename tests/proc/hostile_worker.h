@@ -1,4 +1,4 @@
-// What the tests of hostile local processes share: a scene with three tenants, and calls by hand.
+// What the tests of hostile local processes share: a scene with four tenants, and calls by hand.
 #pragma once
 
 #include <sys/resource.h>
@@ -43,12 +43,21 @@ inline HostileScene& hostile_scene() {
     return std::make_unique<HostileScene>(
         HostileScene::Options{{"gpu.enabled=off"},
                               "[[socket]]\npath = \"NAME.other\"\ntenant = \"other\"\n"
-                              "limits.max_transfers = 16\nlimits.max_pool_bytes = \"1MiB\"\n"
-                              "limits.max_descriptors = 20\n"
+                              "worker_limits.max_transfers = 16\n"
+                              "worker_limits.max_pool_bytes = \"1MiB\"\n"
+                              "worker_limits.max_descriptors = 20\n"
+                              "[[socket]]\npath = \"NAME.crowd\"\ntenant = \"crowd\"\n"
+                              "limits.max_workers = 3\nlimits.max_transfers = 5\n"
+                              "limits.max_pools = 4\nlimits.max_pool_bytes = \"2MiB\"\n"
+                              "limits.max_descriptors = 6\n"
                               "[[socket]]\npath = \"NAME.listed\"\ntenant = \"listed\"\n"
                               "mode = \"0666\"\nuids = [12346, 12347]\n"});
   }();
   return *shared;
+}
+// Its workers have small limits together.
+inline std::string crowd_socket() {
+  return hostile_scene().path("sender.crowd");
 }
 inline std::string other_socket() {
   return hostile_scene().path("sender.other");

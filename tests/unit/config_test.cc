@@ -353,7 +353,8 @@ TEST_CASE("sockets keep their tenants, modes and users apart") {
   const std::string text =
       "config_version = 1\n"
       "[[socket]]\npath = \"/run/a.sock\"\nmode = 0o600\nuids = [1000, 1001]\ntenant = \"a\"\n"
-      "limits.max_pool_bytes = \"1GiB\"\n"
+      "limits.max_pool_bytes = \"1GiB\"\nlimits.max_workers = 7\n"
+      "worker_limits.max_pool_bytes = \"512MiB\"\nworker_limits.max_calls = 9\n"
       "[[socket]]\npath = \"/run/b.sock\"\nmode = \"0666\"\ngrpc_path = \"/run/b.rpc\"\n";
   const LoadedConfig loaded = load_text(scratch, text);
   INFO(all_of(loaded.problems));
@@ -364,6 +365,10 @@ TEST_CASE("sockets keep their tenants, modes and users apart") {
   CHECK(a.uids == std::vector<uint32_t>{1000, 1001});
   CHECK(a.grpc_path == "/run/a.sock.grpc");
   CHECK(a.limits.max_pool_bytes == 1 * kGiB);
+  CHECK(a.max_workers == 7);
+  CHECK(a.worker_limits.max_pool_bytes == kGiB / 2);
+  CHECK(a.worker_limits.max_calls == 9);
+  CHECK(a.limits.max_calls == SocketConfig().limits.max_calls);
   CHECK(loaded.config.sockets[1].grpc_path == "/run/b.rpc");
   REQUIRE(loaded.warnings.size() == 1);
   CHECK(loaded.warnings[0].key == "socket[1].mode");

@@ -169,6 +169,39 @@ TEST_CASE("a full status table is RESOURCE_EXHAUSTED, and a freed slot is used a
   CHECK(pair.s.last_reply().slot == 0);
 }
 
+TEST_CASE("a socket's workers share its transfers, and other sockets' have their own") {
+  Pair pair;
+  pair.s.post(WorkerGone{{1}});
+  for (const uint64_t worker : {uint64_t{1}, uint64_t{3}})
+    pair.s.post(WorkerAttached{{worker}, "default", 8, 4, 2});
+  pair.s.post(WorkerAttached{{5}, "other", 8, 5, 2});
+  // Of another name for each worker, as one rank is one worker's.
+  const auto reason_of_send = [&](uint64_t worker, const char* id) {
+    SendOp op = pair.send_op(id, 0, {0, 16}, false);
+    auto layout = std::make_shared<LayoutHandle>(*op.layout);
+    layout->worker = {worker};
+    op.op.worker = {worker};
+    op.layout = layout;
+    pair.s.post(op);
+    return pair.s.last_reply().error.reason;
+  };
+  CHECK(reason_of_send(1, "a") == "");
+  CHECK(reason_of_send(1, "b") == "");
+  CHECK(reason_of_send(3, "c") == "SOCKET_LIMIT");
+  CHECK(pair.s.last_reply().error.code == Code::kResourceExhausted);
+  CHECK(pair.s.last_reply().error.message.find("limits.max_transfers") != std::string::npos);
+  CHECK(reason_of_send(5, "d") == "");
+  // What the first one gives back, the other may have.
+  pair.s.post(CancelOp{{{1}, 3}, Pair::handle_of("a")});
+  CHECK(reason_of_send(3, "c") == "SOCKET_LIMIT");
+  pair.s.post(CloseOp{{{1}, 4}, Pair::handle_of("a")});
+  CHECK(reason_of_send(3, "c") == "");
+  CHECK(reason_of_send(3, "e") == "SOCKET_LIMIT");
+  pair.s.post(WorkerGone{{1}});
+  CHECK(reason_of_send(3, "e") == "");
+  CHECK(reason_of_send(3, "f") == "SOCKET_LIMIT");
+}
+
 TEST_CASE("handles that name nothing are NOT_FOUND") {
   Pair pair;
   pair.s.post(CancelOp{{{1}, 3}, 4711});

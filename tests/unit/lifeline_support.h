@@ -83,8 +83,8 @@ inline LifelineConfig lifeline_config(const TemporaryDirectory& directory, uint8
   LifelineSocket socket;
   socket.path = directory.file("worker.sock");
   socket.grpc_path = directory.file("grpc.sock");
-  socket.max_transfers = 64;
-  socket.max_descriptors = 20;
+  socket.worker_limits.transfers = 64;
+  socket.worker_limits.descriptors = 20;
   config.sockets.push_back(socket);
   return config;
 }

@@ -196,6 +196,54 @@ TEST_CASE("who may not attach is told why") {
   CHECK(reason_of(options_for(config, "rank1")) == "TOO_MANY_WORKERS");
 }
 
+TEST_CASE("what the workers of a socket hold together has its limit, whoever holds it") {
+  TemporaryDirectory directory;
+  Recorder recorder;
+  LifelineConfig config = lifeline_config(directory);
+  config.sockets[0].worker_limits.calls = 3;
+  config.sockets[0].limits.descriptors = 3;
+  config.sockets[0].limits.calls = 5;
+  auto lifeline = start(config, recorder);
+  auto one = attach(config, "rank0");
+  auto other = attach(config, "rank1");
+  const std::shared_ptr<Session> first = recorder.attached[0];
+  const std::shared_ptr<Session> second = recorder.attached[1];
+  const int fd = memfd(4096);
+  const auto reason_of_sent = [&](Attachment& worker, const std::string& name) {
+    const client::PoolToSend pool[] = {{name, lifeline::PoolKind::kHostShm, 4096, fd}};
+    const auto sent = worker.send_pools(pool, soon());
+    return sent ? std::string() : sent.error().reason;
+  };
+  CHECK(reason_of_sent(*one, "a") == "");
+  CHECK(reason_of_sent(*one, "b") == "");
+  CHECK(reason_of_sent(*other, "c") == "");
+  CHECK(reason_of_sent(*other, "d") == "SOCKET_LIMIT");
+  CHECK(reason_of_sent(*one, "d") == "SOCKET_LIMIT");
+  CHECK(reason_of_sent(*one, "a") == "");  // takes the place of the one before
+  REQUIRE(first->take_pool("a"));
+  CHECK(reason_of_sent(*other, "d") == "SOCKET_LIMIT");
+  first->release_descriptors(1);
+  CHECK(reason_of_sent(*other, "d") == "");
+  CHECK(reason_of_sent(*other, "e") == "SOCKET_LIMIT");
+
+  for (int i = 0; i < 3; ++i) CHECK(first->begin_call());
+  CHECK(first->begin_call().error().reason == "TOO_MANY_CALLS");
+  for (int i = 0; i < 2; ++i) CHECK(second->begin_call());
+  CHECK(second->begin_call().error().reason == "SOCKET_LIMIT");
+  first->end_call();
+  CHECK(second->begin_call());
+  CHECK(first->begin_call().error().reason == "SOCKET_LIMIT");
+
+  // With a worker go its descriptors, claimed or not. Its calls end one by one.
+  REQUIRE(first->take_pool("b"));
+  one.reset();
+  recorder.wait([&] { return !recorder.gone.empty(); });
+  first->release_descriptors(1);
+  CHECK(reason_of_sent(*other, "e") == "");
+  CHECK(reason_of_sent(*other, "f") == "SOCKET_LIMIT");
+  CHECK(first->descriptors() == 0);
+}
+
 TEST_CASE("descriptors wait under their name until they are claimed, once") {
   TemporaryDirectory directory;
   Recorder recorder;
