@@ -1,6 +1,7 @@
 #include "client/ctl/render.h"
 
 #include <algorithm>
+#include <ctime>
 #include <map>
 #include <vector>
 
@@ -8,6 +9,16 @@
 
 namespace kvferry::ctl {
 namespace {
+
+std::string date_of(int64_t seconds_since_1970) {
+  const auto when = static_cast<time_t>(seconds_since_1970);
+  tm parts{};
+  char out[32];
+  if (::gmtime_r(&when, &parts) == nullptr ||
+      ::strftime(out, sizeof out, "%Y-%m-%dT%H:%M:%SZ", &parts) == 0)
+    return std::to_string(seconds_since_1970) + " s since 1970";
+  return out;
+}
 
 double seconds_of(const google::protobuf::Duration& duration) {
   return static_cast<double>(duration.seconds()) + static_cast<double>(duration.nanos()) * 1e-9;
@@ -56,6 +67,8 @@ Json to_json(const v1::StatusResponse& r) {
           {"sent_bytes", r.sent_bytes()},
           {"received_bytes", r.received_bytes()},
           {"local_bytes", r.local_bytes()},
+          {"certificate_expiry",
+           r.has_certificate_expiry() ? date_of(r.certificate_expiry().seconds()) : ""},
           {"workers", r.workers()},
           {"transfers", r.transfers()},
           {"links", r.links()},
@@ -287,6 +300,9 @@ std::string status_text(const Json& s) {
       line("node", text("node_id")) + line("boot", text("boot_id")) + line("state", state) +
       line("uptime", human_duration(s.at("uptime_seconds").get<double>())) +
       line("peers dial", text("peer_address")) + line("metrics", text("http_address")) +
+      (text("certificate_expiry").empty()
+           ? ""
+           : line("certificate", "until " + text("certificate_expiry"))) +
       line("ucx", ucx) +
       line("rails", number("rails_up") + " of " + number("rails_total") +
                         " up, process restarted " + number("rails_restarts") + " times") +

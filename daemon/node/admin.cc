@@ -167,6 +167,8 @@ void Admin::status(Time, rpc::Reply<rpc::StatusInfo> done) {
     info.rails_restarts = static_cast<uint32_t>(rails.restarts);
     info.peer_address = facts_.peer_address;
     info.http_address = facts_.http_address;
+    if (facts_.certificate_expiry != nullptr)
+      info.certificate_expiry = facts_.certificate_expiry->value();
     done(std::move(info));
   });
 }

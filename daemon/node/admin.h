@@ -31,12 +31,13 @@ class Admin final : public rpc::AdminBackend, public TraceAnswers {
     BootId boot;
     std::string peer_address;
     std::string http_address;
-    std::vector<rpc::MemoryChoice> arenas;        // as EngineConfig::arenas
-    std::vector<ops::GpuLabels> gpus;             // as the devices
-    std::shared_ptr<const gpu::Devices> devices;  // null: no GPU is used
-    std::vector<rpc::NumaInfo> numa;              // of all but the rails, then of each rail
-    std::vector<rpc::NumaInfo> rails_numa;        // with an empty place where it is not bound
-    const ArenaLender* lender = nullptr;          // null: nothing is lent
+    std::vector<rpc::MemoryChoice> arenas;           // as EngineConfig::arenas
+    std::vector<ops::GpuLabels> gpus;                // as the devices
+    std::shared_ptr<const gpu::Devices> devices;     // null: no GPU is used
+    std::vector<rpc::NumaInfo> numa;                 // of all but the rails, then of each rail
+    std::vector<rpc::NumaInfo> rails_numa;           // with an empty place where it is not bound
+    const ArenaLender* lender = nullptr;             // null: nothing is lent
+    const ops::Gauge* certificate_expiry = nullptr;  // seconds since 1970; 0: without mode mtls
   };
 
   // What is not the engine's to answer. Any thread; neither waits.

@@ -394,6 +394,8 @@ Status Daemon::Impl::make_core() {
     tls = (*opened)->tls();
     MutexLock lock(certificates_mutex);
     certificates = std::move(*opened);
+    metrics->certificate_start.set(certificates->not_before());
+    metrics->certificate_expiry.set(certificates->not_after());
   }
   dialer = rpc::grpc_peer_dialer(tls);
 
@@ -497,6 +499,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   facts.commit = ops::commit();
   facts.boot = boot;
   facts.peer_address = advertise;
+  facts.certificate_expiry = &metrics->certificate_expiry;
   for (const Arenas::Arena& arena : arenas->all()) facts.arenas.push_back(arena.choice);
   facts.gpus = gpu.labels();
   facts.devices = gpu.devices;
@@ -514,7 +517,10 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
 
 void Daemon::Impl::look_at_certificates() {
   MutexLock lock(certificates_mutex);
-  if (certificates != nullptr && certificates->look()) links->check_certificates();
+  if (certificates == nullptr) return;
+  if (certificates->look()) links->check_certificates();
+  metrics->certificate_start.set(certificates->not_before());
+  metrics->certificate_expiry.set(certificates->not_after());
 }
 
 // Mapped arenas: ours for peers, and theirs for us.

@@ -96,7 +96,6 @@ Result<ops::PeerMode> LinkManager::Impl::check_caller(const rpc::Caller& from) c
 void LinkManager::Impl::note_refusal(const rpc::Caller& from, const Error& error) {
   const bool known = from.certificate && *from.certificate;
   MutexLock lock(mutex);
-  if (!is_daily_life(error)) ++handshakes_failed;
   if (error.code != Code::kPermissionDenied && error.code != Code::kFailedPrecondition) return;
   if (!refusals.allow(monotonic_now())) return;
   ops::log_warning("peer refused",
@@ -284,6 +283,7 @@ void LinkManager::challenge(const rpc::Caller& from,
                             std::function<void(Result<rpc::Random32>)> done) {
   // Whether it may be believed now is asked where it counts, in the handshake.
   if (from.certificate && !*from.certificate) {
+    impl_->count_failure(from.certificate->error());
     impl_->note_refusal(from, from.certificate->error());
     return done(tl::unexpected<Error>(from.certificate->error()));
   }
@@ -296,7 +296,10 @@ void LinkManager::handshake(const rpc::Caller& from, rpc::SignedHello hello,
                                                                             std::move(done));
   if (!impl_->post_at(Time{}, [impl = impl_, from, work] {
         Result<rpc::SignedHello> answer = impl->answer_hello(from, work->first);
-        if (!answer) impl->note_refusal(from, answer.error());
+        if (!answer) {
+          impl->count_failure(answer.error());
+          impl->note_refusal(from, answer.error());
+        }
         work->second(std::move(answer));
       }))
     work->second(busy());

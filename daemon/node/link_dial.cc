@@ -242,8 +242,8 @@ void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Err
                                              : std::min(2 * dial.backoff, config.backoff_most);
     dial.not_before = monotonic_now() + dial.backoff;
     dial.last_error = error;
+    count_failure(error);
     waiters.swap(dial.waiters);
-    if (!is_daily_life(error)) ++handshakes_failed;
     if (!is_daily_life(error) && refusals.allow(monotonic_now()))
       ops::log_warning(
           "peer not linked",

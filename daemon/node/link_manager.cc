@@ -284,6 +284,10 @@ std::optional<link::LinkKeys> LinkManager::keys(LinkId id) const {
   return link == nullptr ? std::nullopt : std::optional(link->keys);
 }
 
+uint64_t LinkManager::handshakes_failed() const {
+  return impl_->failed_handshakes.load(std::memory_order_relaxed);
+}
+
 std::vector<LinkInfo> LinkManager::links() const {
   MutexLock lock(impl_->mutex);
   std::vector<LinkInfo> out;
@@ -313,11 +317,6 @@ std::vector<LinkInfo> LinkManager::links() const {
     return std::tie(a.node, a.address, a.link) < std::tie(b.node, b.address, b.link);
   });
   return out;
-}
-
-uint64_t LinkManager::handshakes_failed() const {
-  MutexLock lock(impl_->mutex);
-  return impl_->handshakes_failed;
 }
 
 void LinkManager::reopen_lane(const engine::ReopenLane& command) {

@@ -112,7 +112,7 @@ class LinkManager : public PeerLinks,
   // Nothing for a link that has ended.
   std::optional<link::LinkKeys> keys(LinkId link) const;
   std::vector<LinkInfo> links() const;
-  // Refused or broken off, by either side.
+  // Refused or broken off, dialled or answered; not those that give way to the peer's own.
   uint64_t handshakes_failed() const;
 
   // The engine's commands. The first is answered by LaneReopened or LaneReopenFailed.

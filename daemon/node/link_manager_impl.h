@@ -2,6 +2,7 @@
 // (link_manager.cc), dialling (link_dial.cc), answering (link_answer.cc).
 #pragma once
 
+#include <atomic>
 #include <list>
 #include <map>
 #include <memory>
@@ -74,13 +75,13 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   TaskPool& pool;
   const EventSink sink;
 
+  std::atomic<uint64_t> failed_handshakes{0};
   mutable Mutex mutex;
   PeerQuestions* questions KVFERRY_GUARDED_BY(mutex) = nullptr;
   ArenaOffers* offers KVFERRY_GUARDED_BY(mutex) = nullptr;
   TraceAnswers* trace_answers KVFERRY_GUARDED_BY(mutex) = nullptr;
   std::vector<LinkWatch*> watches KVFERRY_GUARDED_BY(mutex);
   bool stopped KVFERRY_GUARDED_BY(mutex) = false;
-  uint64_t handshakes_failed KVFERRY_GUARDED_BY(mutex) = 0;
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   // Counts changes of whom we link: a handshake that began under other rules makes no link.
   uint64_t rules KVFERRY_GUARDED_BY(mutex) = 0;
@@ -114,6 +115,12 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // Whom we link has changed: no handshake under way makes a link, and no failed dial sits out its
   // back-off.
   void begin_new_rules() KVFERRY_REQUIRES(mutex);
+  // Counts a handshake that made no link. Who gives way to the peer's own dial, or has no rails
+  // yet, has not failed: both are part of daily life.
+  void count_failure(const Error& error) {
+    if (error.reason != "ALREADY_LINKED" && error.reason != "RAILS_DOWN")
+      failed_handshakes.fetch_add(1, std::memory_order_relaxed);
+  }
   // To the pool, unless stop() was called: callbacks of transports may come later than that.
   bool post_at(Time when, std::function<void()> task) KVFERRY_EXCLUDES(mutex);
   rpc::PeerHello make_hello(const rpc::Random32& challenge) KVFERRY_REQUIRES(mutex);

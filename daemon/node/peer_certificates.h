@@ -23,6 +23,9 @@ class PeerCertificates {
   std::shared_ptr<const rpc::PeerTls> tls() const { return tls_; }
   // Looks at the files. True if what is believed or shown is another now.
   bool look();
+  // Of the certificate in force, in seconds since 1970. As look().
+  int64_t not_before() const { return not_before_; }
+  int64_t not_after() const { return not_after_; }
 
  private:
   PeerCertificates(ops::PeerListenConfig config, ops::PeerFiles files);

@@ -390,8 +390,14 @@ class Metrics::Collector {
       lanes.add({{"state", kLaneWords[i]}}, static_cast<double>(m_.lanes_[i].value()));
     out_.push_back(lanes.done());
     counter("kvferry_lane_downs_total", "Times that a lane went down.", m_.lane_downs.value());
-    counter("kvferry_handshakes_failed_total", "Handshakes refused or broken off, either way.",
+    counter("kvferry_handshakes_failed_total", "Handshakes that made no link, dialled or answered.",
             m_.handshakes_failed.value());
+    gauge("kvferry_certificate_start_timestamp_seconds",
+          "From when on this node's certificate is valid; 0 without mode mtls.",
+          m_.certificate_start);
+    gauge("kvferry_certificate_expiry_timestamp_seconds",
+          "Until when this node's certificate is valid; 0 without mode mtls.",
+          m_.certificate_expiry);
     Family messages("kvferry_messages_total", "Control messages between daemons.",
                     MetricType::Counter);
     messages.add({{"direction", "sent"}}, as_double(m_.messages_sent.value()));

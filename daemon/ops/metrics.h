@@ -300,7 +300,10 @@ class Metrics {
   Counter reuse_lookup_hits;  // groups
   Counter reuse_withdrawn;    // entries
   Counter reuse_evicted;      // entries
-  Counter handshakes_failed;  // either way
+  Counter handshakes_failed;
+  // This node's certificate, in seconds since 1970; 0 without one.
+  Gauge certificate_start;
+  Gauge certificate_expiry;
   Counter messages_sent;
   Counter messages_received;
   Counter control_resyncs;

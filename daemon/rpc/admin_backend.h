@@ -71,6 +71,8 @@ struct StatusInfo {
   uint64_t sent_bytes = 0;   // of KV, since the start
   uint64_t received_bytes = 0;
   uint64_t local_bytes = 0;  // within the node
+  // Of this node's certificate, in seconds since 1970; 0 without mode mtls.
+  int64_t certificate_expiry = 0;
 };
 
 struct PoolInfo {

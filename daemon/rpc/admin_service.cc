@@ -92,6 +92,8 @@ void fill(const StatusInfo& from, pb::StatusResponse& to) {
   to.set_sent_bytes(from.sent_bytes);
   to.set_received_bytes(from.received_bytes);
   to.set_local_bytes(from.local_bytes);
+  if (from.certificate_expiry != 0)
+    to.mutable_certificate_expiry()->set_seconds(from.certificate_expiry);
 }
 
 void fill(const WorkerInfo& from, pb::Worker& to) {

@@ -165,6 +165,20 @@ struct Scene {
   std::string peers_of(const std::string& name) const {
     return output_of(KVFERRY_CTL " --socket " + daemons.at(name)->admin_socket() + " peers --json");
   }
+  // When the certificate in force begins and ends, as the metrics have it and as the file says.
+  std::vector<double> validity(const std::string& name) const {
+    const DaemonProcess& daemon = *daemons.at(name);
+    return {metric(daemon, "kvferry_certificate_start_timestamp_seconds"),
+            metric(daemon, "kvferry_certificate_expiry_timestamp_seconds")};
+  }
+  std::vector<double> validity_of_file(const std::string& file) const {
+    std::vector<double> out;
+    for (const char* which : {"-startdate", "-enddate"})
+      out.push_back(
+          std::stod(output_of("date +%s -d \"$(openssl x509 -noout " + std::string(which) +
+                              " -in " + path(file) + " | cut -d= -f2)\"")));
+    return out;
+  }
   double links(const std::string& name) const { return metric(*daemons.at(name), "kvferry_links"); }
   std::size_t count(const std::string& name, const std::string& words) const {
     const std::string text = log(name);
@@ -261,6 +275,12 @@ TEST_CASE("two daemons with certificates hand over, and nothing secret is logged
   INFO(peers);
   CHECK(peers.find(Scene::id("a")) != std::string::npos);
   CHECK(peers.find("linked") != std::string::npos);
+  CHECK(s.validity("a") == s.validity_of_file("certs/a.pem"));
+  const std::string status =
+      output_of(KVFERRY_CTL " --socket " + s.daemons.at("a")->admin_socket() + " status");
+  INFO(status);
+  CHECK(status.find("\ncertificate") != std::string::npos);
+  CHECK(metric(*s.daemons.at("a"), "kvferry_handshakes_failed_total") == 0);
   for (const std::string& name : {std::string("a"), std::string("b")}) {
     const std::string key = read_file(s.path("certs/" + name + ".key"));
     const std::string body = key.substr(key.find('\n') + 1, 40);
@@ -318,6 +338,7 @@ TEST_CASE("a node whose certificate another authority has signed is refused, and
     const std::string peers = s.peers_of("b");
     INFO(peers);
     CHECK(peers.find("PEER_CERTIFICATE") != std::string::npos);
+    CHECK(metric(*s.daemons.at("b"), "kvferry_handshakes_failed_total") >= 1);
     CHECK(peers.find("peer.ca_file") != std::string::npos);
   }
   SECTION("b believes a, and a not b") {
@@ -411,6 +432,7 @@ TEST_CASE("certificates are replaced while transfers run, and a whole authority 
   s.certify("a b");
   reloaded(1);
   CHECK(serial("certs/a.pem") != before);
+  CHECK(comes_true([&] { return s.validity("a") == s.validity_of_file("certs/a.pem"); }));
   CHECK(served() == serial("certs/a.pem"));
   hand_off.finish(first);
 

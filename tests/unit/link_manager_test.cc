@@ -94,6 +94,8 @@ TEST_CASE("strangers, other UCX releases and other secrets are refused before th
     Daemon b("b", 2, dialer, {});
     dialer.serve(2, b.manager.get());
     CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
+    CHECK(a.manager->handshakes_failed() == 1);
+    CHECK(b.manager->handshakes_failed() == 1);
   }
   SECTION("another node at the address") {
     Daemon d("d", 2, dialer, {allow("a")});
@@ -122,6 +124,7 @@ TEST_CASE("strangers, other UCX releases and other secrets are refused before th
     dialer.serve(2, b.manager.get());
     b.manager->set_rails({}, {});
     CHECK(reason(a.link("b", 2)) == "RAILS_DOWN");
+    CHECK(a.manager->handshakes_failed() + b.manager->handshakes_failed() == 0);
   }
   SECTION("nobody there, with back-off") {
     CHECK(reason(a.link("b", 9)) == "PEER_UNREACHABLE");
