@@ -137,6 +137,14 @@ std::array<uint8_t, 16> gmac_aes128(const std::array<uint8_t, 16>& key, Bytes da
   return tag;
 }
 
+void wipe(std::span<uint8_t> bytes) {
+  OPENSSL_cleanse(bytes.data(), bytes.size());
+}
+void wipe(std::string& text) {
+  OPENSSL_cleanse(text.data(), text.size());
+  text.clear();
+}
+
 bool equal_constant_time(Bytes a, Bytes b) {
   return a.size() == b.size() && CRYPTO_memcmp(a.data(), b.data(), a.size()) == 0;
 }

@@ -9,6 +9,8 @@
 #include <span>
 #include <string_view>
 
+#include "daemon/base/secret.h"
+
 namespace kvferry {
 
 using Bytes = std::span<const uint8_t>;
@@ -25,8 +27,6 @@ Sha256 hmac_sha256(Bytes key, std::initializer_list<Bytes> pieces);
 // HKDF-SHA256 (RFC 5869), of a secret that is not empty; salt and info may be. out.size() <= 255
 // * 32.
 void hkdf_sha256(Bytes secret, Bytes salt, Bytes info, std::span<uint8_t> out);
-// Compares without leaking by time where the first difference stands; false if sizes differ.
-bool equal_constant_time(Bytes a, Bytes b);
 // GMAC (NIST SP 800-38D) of `data` under AES-128 and the nonce zero: `key` must be used once only.
 std::array<uint8_t, 16> gmac_aes128(const std::array<uint8_t, 16>& key, Bytes data);
 // From the system's generator.

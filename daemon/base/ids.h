@@ -10,6 +10,8 @@
 #include <span>
 #include <string>
 
+#include "daemon/base/secret.h"
+
 namespace kvferry {
 
 // A counter of one daemon's life; 0 means none.
@@ -52,12 +54,12 @@ struct FixedBytes {
 
 using BootId = FixedBytes<struct BootTag, 16>;              // one life of a daemon
 using Incarnation = FixedBytes<struct IncarnationTag, 16>;  // one life of an instance
-using Secret =
-    FixedBytes<struct SecretTag, 16>;  // a transfer's secret: never logged, never sent to peers
+// Never logged, never sent to peers: what a transfer's parties share, or an engine's ranks.
+using Secret = SecretBytes<struct SecretTag, 16>;
 using SecretTagBytes = FixedBytes<struct SecretTagTag, 8>;  // what names a secret on the wire
 using Digest16 = FixedBytes<struct DigestTag, 16>;          // SHA-256 cut to 16
-using Proof = FixedBytes<struct ProofTag, 16>;  // HMAC of the transfer's secret cut to 16
-using Token = FixedBytes<struct TokenTag, 16>;  // a worker's token
+using Proof = FixedBytes<struct ProofTag, 16>;   // HMAC of the transfer's secret cut to 16
+using Token = SecretBytes<struct TokenTag, 16>;  // who shows it is a worker, or a link's peer
 
 // A leg attempt, made by the receiver's daemon and never used again.
 struct PullId {

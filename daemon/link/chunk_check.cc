@@ -17,7 +17,8 @@ engine::Check ChunkCheck::of(std::span<const std::byte> data) const {
     XXH128_canonicalFromHash(&canonical, XXH3_128bits(data.data(), data.size()));
     std::copy(std::begin(canonical.digest), std::end(canonical.digest), check.value.begin());
   } else if (kind_ == engine::CheckKind::kGmac) {
-    check.value = gmac_aes128(key_, {reinterpret_cast<const uint8_t*>(data.data()), data.size()});
+    check.value =
+        gmac_aes128(key_.bytes, {reinterpret_cast<const uint8_t*>(data.data()), data.size()});
   }
   return check;
 }

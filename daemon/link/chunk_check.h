@@ -8,13 +8,14 @@
 #include <cstdint>
 #include <span>
 
+#include "daemon/base/secret.h"
 #include "daemon/engine/messages.h"
 
 namespace kvferry::link {
 
 // AES-128, for the GMAC of one chunk and no other (LinkTable::chunk_key): with a key of its own for
 // each, no nonce can come twice under one key, whatever is gathered again.
-using ChunkKey = std::array<uint8_t, 16>;
+using ChunkKey = SecretBytes<struct ChunkKeyTag, 16>;
 
 class ChunkCheck {
  public:
@@ -31,7 +32,7 @@ class ChunkCheck {
 
  private:
   engine::CheckKind kind_;
-  ChunkKey key_{};
+  ChunkKey key_;
   uint64_t number_ = 0;
 };
 

@@ -66,7 +66,8 @@ std::optional<ChunkKey> LinkTable::chunk_key(LinkId link, bool sent, uint64_t nu
   if (it == links_.end()) return std::nullopt;
   std::array<uint8_t, 8> bytes{};
   put(bytes.data(), number);
-  return (sent ? it->second->data_out : it->second->data_in).tag({bytes_of(kChunkLabel), bytes});
+  return ChunkKey(
+      (sent ? it->second->data_out : it->second->data_in).tag({bytes_of(kChunkLabel), bytes}));
 }
 
 template <typename M>

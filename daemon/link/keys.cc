@@ -4,12 +4,15 @@
 #include <openssl/evp.h>
 #include <openssl/params.h>
 
+#include <vector>
+
 #include "daemon/base/check.h"
 
 namespace kvferry::link {
 namespace {
 
-void append(std::vector<uint8_t>& out, Bytes bytes) {
+template <typename Vector>
+void append(Vector& out, Bytes bytes) {
   // With its length, so that no two different inputs give the same text.
   for (unsigned shift = 0; shift < 32; shift += 8)
     out.push_back(static_cast<uint8_t>(bytes.size() >> shift));
@@ -32,13 +35,13 @@ LinkKeys derive_keys(const KeyMaterial& material, bool initiator) {
 
   // Without a cluster secret the randoms are all the secret there is: good against accidents and
   // strangers who have not seen the handshake, which is why such links are for loopback only.
-  std::vector<uint8_t> secret = salt;
+  SecretVector secret(salt.begin(), salt.end());
   append(secret, material.cluster_secret);
 
   // Of each direction control, data, call; then the selectors and the link's name.
-  std::array<uint8_t, 6 * kKeyBytes + 2 * 8 + 16> out{};
-  hkdf_sha256(secret, salt, info, out);
-  const uint8_t* at = out.data();
+  SecretBytes<struct DerivedTag, 6 * kKeyBytes + 2 * 8 + 16> out;
+  hkdf_sha256(secret, salt, info, out.bytes);
+  const uint8_t* at = out.bytes.data();
   auto take = [&at](uint8_t* to, std::size_t size) {
     std::copy(at, at + size, to);
     at += size;
@@ -47,9 +50,8 @@ LinkKeys derive_keys(const KeyMaterial& material, bool initiator) {
   DirectionKeys from_responder;
   uint8_t index = 1;
   for (DirectionKeys* keys : {&from_initiator, &from_responder}) {
-    take(keys->control.data(), kKeyBytes);
-    take(keys->data.data(), kKeyBytes);
-    take(keys->call.data(), kKeyBytes);
+    for (KeyBytes* key : {&keys->control, &keys->data, &keys->call})
+      take(key->bytes.data(), kKeyBytes);
     keys->control_id = index++;
     keys->data_id = index++;
   }
@@ -78,7 +80,7 @@ Mac::Mac(const KeyBytes& key) : context_(std::make_unique<Context>()) {
   const OSSL_PARAM params[] = {OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0),
                                OSSL_PARAM_construct_end()};
   KVFERRY_CHECK(context_->context != nullptr &&
-                    EVP_MAC_init(context_->context, key.data(), key.size(), params) == 1,
+                    EVP_MAC_init(context_->context, key.bytes.data(), kKeyBytes, params) == 1,
                 "libcrypto has HMAC-SHA256");
 }
 Mac::~Mac() = default;

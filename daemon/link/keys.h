@@ -6,17 +6,17 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "daemon/base/crypto.h"
 #include "daemon/base/ids.h"
+#include "daemon/base/secret.h"
 
 namespace kvferry::link {
 
 inline constexpr std::size_t kKeyBytes = 32;
 inline constexpr std::size_t kTagBytes = 16;
 
-using KeyBytes = std::array<uint8_t, kKeyBytes>;
+using KeyBytes = SecretBytes<struct LinkKeyTag, kKeyBytes>;
 using TagBytes = std::array<uint8_t, kTagBytes>;
 using Random32 = std::array<uint8_t, 32>;
 
@@ -28,17 +28,17 @@ struct KeyMaterial {
   std::string responder_node;
   BootId initiator_boot;
   BootId responder_boot;
-  Sha256 transcript{};                  // of both handshake messages as sent
-  std::vector<uint8_t> cluster_secret;  // empty: none is configured
+  Sha256 transcript{};          // of both handshake messages as sent
+  SecretVector cluster_secret;  // empty: none is configured
 };
 
 // One side's view: `out` seals what this side sends, `in` opens what comes.
 struct DirectionKeys {
   uint8_t control_id = 0;  // the key ids on the wire
   uint8_t data_id = 0;
-  KeyBytes control{};     // tags of messages
-  KeyBytes data{};        // keyed checks of chunk data
-  KeyBytes call{};        // tags of the peer service's calls about this link
+  KeyBytes control;       // tags of messages
+  KeyBytes data;          // keyed checks of chunk data
+  KeyBytes call;          // tags of the peer service's calls about this link
   uint64_t selector = 0;  // finds the link at the receiving side; public
 };
 struct LinkKeys {

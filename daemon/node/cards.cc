@@ -10,7 +10,7 @@ namespace kvferry::node {
 namespace {
 
 std::array<uint8_t, 16> tag_of(const std::string& card, const InstanceKey& key) {
-  return cut<16>(hmac_sha256(key, {bytes_of("kvferry rank card"), bytes_of(card)}));
+  return cut<16>(hmac_sha256(key.span(), {bytes_of("kvferry rank card"), bytes_of(card)}));
 }
 
 Digest16 digest_of(const std::vector<rpc::SignedCard>& cards) {

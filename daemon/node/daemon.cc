@@ -427,6 +427,7 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
     auto secret = ops::read_secret_file(config.peer.cluster_secret_file);
     KVFERRY_RETURN_IF_ERROR(secret);
     link_config.cluster_secret.assign(secret->begin(), secret->end());
+    wipe(*secret);
   }
   link_config.chunk_bytes = config.engine.chunk_bytes;
   link_config.check = check_kind(config.checks.kind);

@@ -61,22 +61,23 @@ Result<Agreed> agree(const rpc::PeerHello& mine, const rpc::PeerHello& theirs, u
   return agreed;
 }
 
-Sha256 handshake_key(const std::vector<uint8_t>& cluster_secret) {
-  return hmac_sha256(bytes_of("kvferry handshake key 1"), {Bytes(cluster_secret)});
+HandshakeKey handshake_key(const SecretVector& cluster_secret) {
+  return HandshakeKey(hmac_sha256(bytes_of("kvferry handshake key 1"), {Bytes(cluster_secret)}));
 }
 
-rpc::Tag16 request_tag(const Sha256& key, std::string_view request) {
-  return cut<16>(hmac_sha256(key, {bytes_of("kvferry handshake request"), bytes_of(request)}));
+rpc::Tag16 request_tag(const HandshakeKey& key, std::string_view request) {
+  return cut<16>(
+      hmac_sha256(key.span(), {bytes_of("kvferry handshake request"), bytes_of(request)}));
 }
 
-rpc::Tag16 reply_tag(const Sha256& key, std::string_view request, std::string_view reply) {
-  return cut<16>(hmac_sha256(key, {bytes_of("kvferry handshake reply"), length_of(request),
-                                   bytes_of(request), bytes_of(reply)}));
+rpc::Tag16 reply_tag(const HandshakeKey& key, std::string_view request, std::string_view reply) {
+  return cut<16>(hmac_sha256(key.span(), {bytes_of("kvferry handshake reply"), length_of(request),
+                                          bytes_of(request), bytes_of(reply)}));
 }
 
 link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request_bytes,
                        const rpc::PeerHello& reply, const std::string& reply_bytes,
-                       const std::vector<uint8_t>& cluster_secret, bool initiator) {
+                       const SecretVector& cluster_secret, bool initiator) {
   link::KeyMaterial material;
   material.initiator_random = request.random;
   material.responder_random = reply.random;
@@ -95,15 +96,15 @@ rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc
   std::array<uint8_t, 8> number{};
   for (unsigned i = 0; i < 8; ++i) number[i] = static_cast<uint8_t>(call.number >> (8 * i));
   return cut<16>(hmac_sha256(
-      key, {bytes_of("kvferry link call"), kind, call.link, number, bytes_of(call.body)}));
+      key.span(), {bytes_of("kvferry link call"), kind, call.link, number, bytes_of(call.body)}));
 }
 
 rpc::Tag16 call_reply_tag(const link::KeyBytes& key, const rpc::Tag16& tag, std::string_view body) {
-  return cut<16>(hmac_sha256(key, {bytes_of("kvferry link reply"), tag, bytes_of(body)}));
+  return cut<16>(hmac_sha256(key.span(), {bytes_of("kvferry link reply"), tag, bytes_of(body)}));
 }
 
 rpc::WelcomeProof welcome_proof(const link::KeyBytes& key) {
-  return {cut<16>(hmac_sha256(key, {bytes_of("kvferry arenas welcome 1")}))};
+  return {cut<16>(hmac_sha256(key.span(), {bytes_of("kvferry arenas welcome 1")}))};
 }
 
 void seal_offer(const link::KeyBytes& key, const rpc::Tag16& tag, rpc::ArenasOffer& offer) {
@@ -115,7 +116,7 @@ void seal_offer(const link::KeyBytes& key, const rpc::Tag16& tag, rpc::ArenasOff
     info.insert(info.end(), tag.begin(), tag.end());
     for (unsigned shift = 0; shift < 64; shift += 8)
       info.push_back(static_cast<uint8_t>(number >> shift));
-    hkdf_sha256(key, {}, info, std::span(stream).first(bytes));
+    hkdf_sha256(key.span(), {}, info, std::span(stream).first(bytes));
   };
   const auto add = [](std::span<uint8_t> to, const uint8_t* from) {
     for (std::size_t i = 0; i < to.size(); ++i) to[i] ^= from[i];

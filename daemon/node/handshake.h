@@ -30,14 +30,15 @@ Result<Agreed> agree(const rpc::PeerHello& mine, const rpc::PeerHello& theirs, u
 Status check_ucx(std::string_view mine, std::string_view theirs);
 
 // What proves the cluster secret in a handshake; without one a key that everybody knows.
-Sha256 handshake_key(const std::vector<uint8_t>& cluster_secret);
-rpc::Tag16 request_tag(const Sha256& key, std::string_view request);
-rpc::Tag16 reply_tag(const Sha256& key, std::string_view request, std::string_view reply);
+using HandshakeKey = SecretBytes<struct HandshakeKeyTag, 32>;
+HandshakeKey handshake_key(const SecretVector& cluster_secret);
+rpc::Tag16 request_tag(const HandshakeKey& key, std::string_view request);
+rpc::Tag16 reply_tag(const HandshakeKey& key, std::string_view request, std::string_view reply);
 
 // The link's keys from the two hellos as they were sent.
 link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request_bytes,
                        const rpc::PeerHello& reply, const std::string& reply_bytes,
-                       const std::vector<uint8_t>& cluster_secret, bool initiator);
+                       const SecretVector& cluster_secret, bool initiator);
 
 // Tags of calls about a link that is up.
 rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc::LinkCall& call);

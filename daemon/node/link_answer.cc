@@ -106,7 +106,8 @@ void LinkManager::Impl::note_refusal(const rpc::Caller& from, const Error& error
 
 Result<rpc::PeerHello> LinkManager::Impl::check_hello(const rpc::Caller& from,
                                                       const rpc::SignedHello& request,
-                                                      const Sha256& secret_key, ops::PeerMode mode,
+                                                      const HandshakeKey& secret_key,
+                                                      ops::PeerMode mode,
                                                       const std::vector<ops::PeerConfig>& allowed) {
   if (!equal_constant_time(request_tag(secret_key, request.bytes), request.tag))
     return fail(Code::kPermissionDenied, "PEER_NOT_ALLOWED",
@@ -137,8 +138,8 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::Caller& from
   }
   const Result<ops::PeerMode> mode = check_caller(from);
   if (!mode) return tl::unexpected<Error>(mode.error());
-  const std::vector<uint8_t> secret = secret_of(*mode);
-  const Sha256 secret_key = handshake_key(secret);
+  const SecretVector secret = secret_of(*mode);
+  const HandshakeKey secret_key = handshake_key(secret);
   const Result<rpc::PeerHello> theirs = check_hello(from, request, secret_key, *mode, allowed);
   if (!theirs) return tl::unexpected<Error>(theirs.error());
   // May resolve a name, so before the lock.
@@ -308,8 +309,8 @@ void LinkManager::handshake(const rpc::Caller& from, rpc::SignedHello hello,
 void LinkManager::call(const rpc::Caller& from, rpc::LinkMethod method, rpc::LinkCall call,
                        std::function<void(Result<rpc::LinkReply>)> done) {
   PeerRef peer;
-  link::KeyBytes in_key{};
-  link::KeyBytes out_key{};
+  link::KeyBytes in_key;
+  link::KeyBytes out_key;
   {
     MutexLock lock(impl_->mutex);
     const auto name = impl_->by_name.find(call.link);

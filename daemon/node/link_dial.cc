@@ -164,7 +164,7 @@ void LinkManager::Impl::take_back(const Attempt& attempt, const link::LinkKeys& 
 
 void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
                                    const rpc::SignedHello& reply) {
-  const std::vector<uint8_t> secret = secret_of(attempt->route.mode);
+  const SecretVector secret = secret_of(attempt->route.mode);
   if (!equal_constant_time(reply_tag(handshake_key(secret), attempt->hello_bytes, reply.bytes),
                            reply.tag))
     return dial_failed(attempt->key, attempt->number,

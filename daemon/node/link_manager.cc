@@ -154,7 +154,7 @@ void LinkManager::Impl::send_call_for_answer(LinkId id, rpc::LinkMethod method, 
                                              std::function<void(Result<Answer>)> done) {
   rpc::LinkCall call;
   std::shared_ptr<rpc::PeerStub> stub;
-  link::KeyBytes reply_key{};
+  link::KeyBytes reply_key;
   {
     MutexLock lock(mutex);
     if (Link* link = find(id)) {

@@ -36,7 +36,7 @@ struct LinkManagerConfig {
   std::string advertise;               // host:port that peers dial
   std::vector<ops::PeerConfig> peers;  // who may be linked; empty: nobody but ourselves
   // Of mode plain. Empty: none, so loopback only.
-  std::vector<uint8_t> cluster_secret;
+  SecretVector cluster_secret;
   // Of mode mtls, which none of the peers is without.
   std::shared_ptr<const rpc::PeerTls> tls;
   uint64_t chunk_bytes = 1 << 20;

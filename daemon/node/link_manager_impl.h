@@ -99,8 +99,8 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
 
   bool has_secret() const { return !config.cluster_secret.empty(); }
   // The cluster secret is mode plain's; with certificates none is needed, and one side may lack it.
-  std::vector<uint8_t> secret_of(ops::PeerMode mode) const {
-    return mode == ops::PeerMode::kPlain ? config.cluster_secret : std::vector<uint8_t>();
+  SecretVector secret_of(ops::PeerMode mode) const {
+    return mode == ops::PeerMode::kPlain ? config.cluster_secret : SecretVector();
   }
   static std::string dial_key(const PeerTarget& target) {
     return target.node.empty() ? "@" + target.address : target.node;
@@ -138,7 +138,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   struct Answer {
     std::string body;
     rpc::Tag16 call_tag{};
-    link::KeyBytes key{};  // of the peer's direction
+    link::KeyBytes key;  // of the peer's direction
   };
   void send_call_for_answer(LinkId link, rpc::LinkMethod method, std::string body, Time deadline,
                             std::function<void(Result<Answer>)> done) KVFERRY_EXCLUDES(mutex);
@@ -166,7 +166,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // Who says hello, if that is to be believed and is allowed; uses its challenge up. Blocks if
   // [peers] has names.
   Result<rpc::PeerHello> check_hello(const rpc::Caller& from, const rpc::SignedHello& request,
-                                     const Sha256& secret_key, ops::PeerMode mode,
+                                     const HandshakeKey& secret_key, ops::PeerMode mode,
                                      const std::vector<ops::PeerConfig>& allowed)
       KVFERRY_EXCLUDES(mutex);
   Result<rpc::SignedHello> answer_hello(const rpc::Caller& from, const rpc::SignedHello& hello)

@@ -25,7 +25,7 @@ class HostPins;
 
 namespace kvferry::node {
 
-using InstanceKey = std::array<uint8_t, 16>;  // never logged, never sent
+using InstanceKey = Secret;  // that the ranks of an engine share
 
 struct RegisteredLayout : engine::LayoutHandle {
   // LayoutHandle: worker, instance ("tenant/name"), incarnation, rank, dp_group, reuse_space,

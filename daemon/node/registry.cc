@@ -230,7 +230,7 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
     registered->mapped_arena = config_.arenas->mapped_of(registered->device());
   }
   registered->holding = mapping::holding_of(request.layout);
-  if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key.bytes;
+  if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key;
   if (!request.hash_scheme.empty()) {
     registered->reuse_space = reuse_space_of(*worker.session, request);
     registered->reuse_groups = reuse_groups_of(request.layout);
@@ -381,7 +381,7 @@ void Registry::join_instance(rpc::Session& session, std::string instance,
                              std::vector<std::string> cards, Secret instance_key, Time deadline,
                              rpc::Done<rpc::JoinOutcome> done) {
   std::optional<InstanceKey> key;
-  if (!instance_key.is_zero()) key = instance_key.bytes;
+  if (!instance_key.is_zero()) key = instance_key;
   directory_.join(full_name(session, instance), cards, key, deadline,
                   [done = std::move(done)](Result<JoinOutcome> outcome) {
                     if (!outcome) {

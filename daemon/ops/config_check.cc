@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <set>
 
+#include "daemon/base/secret.h"
 #include "daemon/ops/config_values.h"
 #include "daemon/ops/peer_files.h"
 
@@ -149,8 +150,9 @@ class Checker {
   void check_peer_listener() {
     const PeerListenConfig& peer = config_.peer;
     if (!peer.cluster_secret_file.empty()) {
-      const auto secret = read_secret_file(peer.cluster_secret_file);
+      auto secret = read_secret_file(peer.cluster_secret_file);
       if (!secret) problem("peer.cluster_secret_file", secret.error().message);
+      if (secret) wipe(*secret);
     }
 
     const auto listen = parse_host_port(peer.listen);

@@ -53,8 +53,8 @@ LogField field(std::string_view key, Duration value);
 // Code, reason, field and message as one text.
 LogField field(std::string_view key, const Error& error);
 LogField field(std::string_view key, const BootId& boot);
-LogField field(std::string_view key, const Secret&) = delete;
-LogField field(std::string_view key, const Token&) = delete;
+template <typename Tag, std::size_t N>
+LogField field(std::string_view key, const SecretBytes<Tag, N>&) = delete;
 
 // Call once before threads are made, and log_stop() last: it writes out what is queued. Without
 // log_start lines are written at level info as text, synchronously.

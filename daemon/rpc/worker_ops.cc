@@ -22,12 +22,12 @@ Duration time_of(uint32_t ms, Duration fallback, Duration most) {
   return std::min<Duration>(std::chrono::milliseconds(ms), most);
 }
 
-template <typename Tag, std::size_t N>
-Status take_bytes(const std::string& text, const std::string& field, FixedBytes<Tag, N>& out) {
-  if (text.size() != N)
+template <typename Fixed>
+Status take_bytes(const std::string& text, const std::string& field, Fixed& out) {
+  if (text.size() != out.bytes.size())
     return invalid(field, "WRONG_SIZE",
-                   std::to_string(text.size()) + " bytes, not " + std::to_string(N));
-  std::memcpy(out.bytes.data(), text.data(), N);
+                   std::to_string(text.size()) + " bytes, not " + std::to_string(out.bytes.size()));
+  std::memcpy(out.bytes.data(), text.data(), text.size());
   return {};
 }
 

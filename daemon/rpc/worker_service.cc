@@ -27,8 +27,8 @@ constexpr int kMaxCards = 4096;
 using Context = grpc::CallbackServerContext;
 using SessionPtr = std::shared_ptr<Session>;
 
-template <typename Tag>
-Status take16(const std::string& text, const char* field, FixedBytes<Tag, 16>& out) {
+template <typename Fixed>
+Status take16(const std::string& text, const char* field, Fixed& out) {
   if (text.empty()) return {};
   if (text.size() != 16)
     return invalid(field, "WRONG_SIZE", std::to_string(text.size()) + " bytes, not 16");

@@ -65,7 +65,7 @@ void signed_card(std::string_view bytes) {
   if (!read) return;
   const auto again = rpc::decode_signed_card(rpc::encode_signed_card(*read));
   FUZZ_CHECK(again && *again == *read, "a signed card that is written reads as the same");
-  FUZZ_CHECK(!node::card_tag_right(*read, node::InstanceKey{1}) || !read->tag.empty(), "a tag");
+  FUZZ_CHECK(!node::card_tag_right(*read, node::InstanceKey({1})) || !read->tag.empty(), "a tag");
 }
 
 // Cards one after the other, each with two bytes of length before it.

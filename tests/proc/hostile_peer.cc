@@ -70,7 +70,7 @@ std::string HostilePeer::greet(const bench::DaemonProcess& daemon, const Spoil& 
   rpc::PeerHello mine = make_hello();
   mine.challenge = *challenge;
   if (spoil) spoil(mine);
-  const Sha256 key = node::handshake_key(secret_);
+  const node::HandshakeKey key = node::handshake_key(secret_);
   rpc::SignedHello request{rpc::encode_hello(mine), {}};
   request.tag = node::request_tag(key, request.bytes);
   std::promise<Result<rpc::SignedHello>> answered;

@@ -88,7 +88,7 @@ class HostilePeer : private rpc::PeerBackend {
   rpc::PeerHello make_hello();
 
   const std::string node_;
-  const std::vector<uint8_t> secret_;
+  const SecretVector secret_;
   BootId boot_;
   rails::testing::Node rails_;
   std::unique_ptr<rpc::PeerServer> server_;

@@ -1,9 +1,15 @@
+#include <array>
 #include <catch2/catch.hpp>
+#include <compare>
+#include <new>
+#include <type_traits>
+#include <vector>
 
 #include "daemon/base/crypto.h"
 #include "daemon/base/ids.h"
 #include "daemon/base/reason.h"
 #include "daemon/base/result.h"
+#include "daemon/base/secret.h"
 #include "daemon/base/units.h"
 
 using namespace kvferry;
@@ -64,4 +70,43 @@ TEST_CASE("an error names code, reason and field") {
   const Status status = invalid("groups[1].block_ids[3]", "BLOCK_OUT_OF_RANGE", "17 of 16");
   CHECK(status.error().to_string() ==
         "INVALID_ARGUMENT BLOCK_OUT_OF_RANGE groups[1].block_ids[3]: 17 of 16");
+}
+
+// What the place of an object holds when it has gone. Written before and read after byte by byte,
+// so that neither the compiler nor what was there makes it zeros.
+template <typename T>
+std::vector<uint8_t> left_behind(const T& like) {
+  alignas(T) static std::array<uint8_t, sizeof(T)> place;
+  volatile uint8_t* const at = place.data();
+  for (std::size_t i = 0; i < sizeof(T); ++i) at[i] = 0xee;
+  T* const object = new (place.data()) T(like);
+  object->~T();
+  std::vector<uint8_t> out(sizeof(T));
+  for (std::size_t i = 0; i < out.size(); ++i) out[i] = at[i];
+  return out;
+}
+
+TEST_CASE("a secret is wiped when it goes, equal by its bytes, and nobody's text") {
+  Secret secret;
+  CHECK(secret.is_zero());
+  secret.bytes.fill(0x5a);
+  CHECK_FALSE(secret.is_zero());
+  CHECK(left_behind(secret) == std::vector<uint8_t>(sizeof secret, 0));
+  // Of bytes that are no secret something stays, which shows that the test can fail.
+  Digest16 open;
+  open.bytes.fill(0x5a);
+  CHECK(left_behind(open) != std::vector<uint8_t>(sizeof open, 0));
+  Secret other = secret;
+  CHECK(other == secret);
+  other.bytes[15] ^= 1;
+  CHECK(other != secret);
+
+  static_assert(!std::three_way_comparable<Secret>);
+  static_assert(!std::is_convertible_v<Secret, Bytes>);
+  static_assert(!std::is_same_v<Secret, Token>);
+  std::string text = "a password";
+  const char* const at = text.data();
+  wipe(text);
+  CHECK(text.empty());
+  CHECK(at[1] == 0);
 }

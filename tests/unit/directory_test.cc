@@ -477,8 +477,8 @@ TEST_CASE("a pull after the receiver registered again fetches its cards anew") {
 
 TEST_CASE("an instance that spans nodes is complete on each after one join") {
   Net net;
-  InstanceKey key{};
-  key.fill(5);
+  InstanceKey key;
+  key.bytes.fill(5);
   std::vector<std::string> cards;
   for (uint32_t rank = 0; rank < 2; ++rank) {
     const auto layout = make_layout("default/wide", 1, rank, {2});
@@ -566,7 +566,7 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
     const Result<JoinOutcome> none = join(std::nullopt);
     REQUIRE_FALSE(none);
     CHECK(none.error().reason == "INSTANCE_FOREIGN");
-    InstanceKey other{};
+    InstanceKey other;
     const Result<JoinOutcome> wrong = join(other);
     REQUIRE_FALSE(wrong);
     CHECK(wrong.error().reason == "INSTANCE_FOREIGN");
@@ -680,8 +680,8 @@ TEST_CASE("a small slice is compiled by the call, a large one elsewhere, to the 
 
 TEST_CASE("a controller's question leads to every rank of the sender, wherever they are") {
   Net net;
-  InstanceKey key{};
-  key.fill(5);
+  InstanceKey key;
+  key.bytes.fill(5);
   std::vector<std::string> cards;
   for (uint32_t rank = 0; rank < 2; ++rank) {
     const auto layout = make_layout("default/wide", 1, rank, {2});
@@ -744,7 +744,7 @@ TEST_CASE("a registration that does not fit its instance changes nothing") {
   CHECK(reason(make_layout("default/prefill", 1, 1, {4})) == "RANK_COUNT_MISMATCH");
   CHECK(reason(make_layout("default/prefill", 1, 0, {2})) == "RANK_IN_USE");
   const auto keyed = make_layout("default/prefill", 1, 1, {2});
-  keyed->instance_key = InstanceKey{1};
+  keyed->instance_key = InstanceKey({1});
   CHECK(reason(keyed) == "INSTANCE_FOREIGN");
   CHECK_FALSE(reason(make_layout("default/prefill", 1, 1, {2, 64})).empty());
   CHECK(reason(make_layout("default/prefill", 1, 1, {2})).empty());
