@@ -115,10 +115,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // Whom we link has changed: no handshake under way makes a link, and no failed dial sits out its
   // back-off.
   void begin_new_rules() KVFERRY_REQUIRES(mutex);
-  // Counts a handshake that made no link. Who gives way to the peer's own dial, or has no rails
-  // yet, has not failed: both are part of daily life.
+  // Counts a handshake that made no link.
   void count_failure(const Error& error) {
-    if (error.reason != "ALREADY_LINKED" && error.reason != "RAILS_DOWN")
+    if (!is_daily_life(error))
       failed_handshakes.fetch_add(1, std::memory_order_relaxed);
   }
   // To the pool, unless stop() was called: callbacks of transports may come later than that.
