@@ -238,6 +238,8 @@ struct PullResolved {
   std::vector<SenderLeg> legs;
   std::shared_ptr<const LegContext> context;  // of the leg that the pull names
   std::vector<GroupRanges> needs;             // what that leg takes of the sender's groups
+  // What all slices together must bring that leg; absent: whatever they bring is enough.
+  std::optional<uint64_t> expected_bytes = {};
 };
 
 struct Compiled {

@@ -37,6 +37,12 @@ enum class Flaw : uint8_t {
   kKeepWritten,         // WRITTEN of a dropped slice leaves its credit LIVE
   kForgetWritten,       // a resync tells no WRITTEN of dropped slices
   kReuseWritten,        // a Revoke makes the credit of a written chunk usable again
+  kDeliverLess,         // a leg is DELIVERED that lacks what a Revoke has taken back
+  kTrustPull,           // a pull is served whose proof is wrong
+  kForeignAck,          // what a peer says of another peer's pull counts
+  kForeignLeg,          // ... of another peer's leg, at the receiver
+  kHoldAll,             // a leg holds as many offers as come
+  kFreeByTime,          // a quarantined region is freed when time has passed
   kSticky,              // an older message of another lane undoes a later fact
 };
 

@@ -394,7 +394,12 @@ void Receiver::forget_if_done(uint64_t id) {
 void Receiver::timer(TimerKey key) {
   if (key.kind == TimerKind::kLanding) {
     const auto it = regions_.find(key.a);
-    if (it == regions_.end() || it->second.state != RegionState::kLanding) return;
+    if (it != regions_.end() && it->second.state == RegionState::kQuarantined &&
+        flawed(Flaw::kFreeByTime))
+      free_region(key.a);
+    else if (it == regions_.end() || it->second.state != RegionState::kLanding)
+      return;
+    if (!regions_.contains(key.a)) return;
     const RxRegion& region = it->second;
     core_.lanes.give_up({region.link, region.lane, region.epoch});
     return;

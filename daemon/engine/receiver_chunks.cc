@@ -81,7 +81,7 @@ void Receiver::decide(RxLeg& leg, HeldOffer offer) {
       }
       // Too early to say. A lost lane's offers may stand beside those that replace them.
       const Link& link = *core_.lanes.find(leg.link);
-      if (leg.held.size() >= (leg.next_credit - 1) * link.lanes.size()) {
+      if (leg.held.size() >= (leg.next_credit - 1) * link.lanes.size() && !flawed(Flaw::kHoldAll)) {
         fail(Reason::kProtocol);
         return;
       }

@@ -374,6 +374,8 @@ void Receiver::quarantine(RxRegion& region) {
   turns_[arena].shares.worker_gave(region.holder, region.region.bytes);
   ++core_.stats.quarantines;
   core_.timers.cancel({TimerKind::kLanding, region.id, 0});
+  if (flawed(Flaw::kFreeByTime))
+    core_.timers.set({TimerKind::kLanding, region.id, 0}, core_.now + core_.config.silence_limit);
   const auto leg = legs_.find(region.leg);
   if (leg == legs_.end()) return;
   --leg->second.regions_held;

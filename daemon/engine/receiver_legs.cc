@@ -23,8 +23,8 @@ uint64_t Receiver::oldest(const Link& link) const {
 RxLeg* Receiver::live_leg(Link& link, const PullId& pull) {
   const auto it = pull.receiver == core_.config.boot ? legs_.find(pull.counter) : legs_.end();
   if (pull.receiver != core_.config.boot || pull.counter == 0 || pull.counter > last_pull_ ||
-      (it != legs_.end() &&
-       (it->second.link != link.id || it->second.state == RxLegState::kUnsent))) {
+      (it != legs_.end() && ((it->second.link != link.id && !flawed(Flaw::kForeignLeg)) ||
+                             it->second.state == RxLegState::kUnsent))) {
     core_.lanes.protocol_error(link.id);  // it never had such a PULL from us
     return nullptr;
   }
@@ -304,7 +304,7 @@ void Receiver::check_complete(uint64_t id) {
   for (const uint64_t pull : receive->legs) {
     const RxLeg& leg = legs_.at(pull);
     // Once slices were dropped, this last one may be an older message that came by another lane,
-    // and its DROP is still to come: then only the deadline can tell.
+    // and its DROP is still to come: then the sender's END tells.
     if (not_offered(leg) && !leg.any_dropped) {
       end_receive(*receive, TransferState::kFailed, Reason::kNotOffered);
       forget_if_done(id);
@@ -349,7 +349,8 @@ void Receiver::drop_group(Receive& receive, uint32_t group) {
 
 void Receiver::end_in(Link& link, const MsgEnd& message) {
   const auto it = legs_.find(message.pull.counter);
-  if (it == legs_.end() || it->second.link != link.id || it->second.state == RxLegState::kUnsent) {
+  if (it == legs_.end() || (it->second.link != link.id && !flawed(Flaw::kForeignLeg)) ||
+      it->second.state == RxLegState::kUnsent) {
     core_.dropped(DropCause::kUnknownPull);
     return;
   }
@@ -367,8 +368,9 @@ void Receiver::end_in(Link& link, const MsgEnd& message) {
   const uint64_t id = receive.id;
   Reason reason = message.reason == Reason::kNone ? Reason::kCancelled : message.reason;
   if (message.outcome == Outcome::kDelivered) {
-    // It has all our acks, and nothing is to come any more: what a Revoke took back stays away.
-    // Anything else contradicts the acks.
+    // It has all our acks, and nothing is to come any more. One that does not know what this leg
+    // needs says so too where a Revoke took back what it never sent anew. Anything else contradicts
+    // the acks.
     if (complete(leg)) return;
     const bool acked = not_offered(leg) && leg.done_chunks == leg.known_chunks;
     if (!acked) core_.dropped(DropCause::kProtocol);

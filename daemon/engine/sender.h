@@ -165,7 +165,8 @@ class Sender {
   bool tell_slice(TxLeg& leg, uint64_t ordinal, const TxSlice& slice);
   void take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>& credits);
   void ack(TxLeg& leg, const Ack& ack);
-  bool delivered(const TxLeg& leg) const;
+  bool all_acked(const TxLeg& leg) const;
+  void delivered(const TxLeg& leg);
   // Ends the leg on this side: END to the peer, its staging as soon as nobody touches it.
   void end_leg(TxLeg& leg, Outcome outcome, Reason reason);
   // ... and what follows for its receiver and the send.

@@ -524,7 +524,7 @@ void Sender::offer_send_ended(OfferId offer) {
   if (flawed(Flaw::kStatus) && staging.wanted && staging.offered && staging.offer == offer) {
     TxLeg& leg = legs_.at(staging.leg);
     chunk_acked(leg, leg.slices.at(staging.slice), staging.slice, staging.chunk);
-    if (delivered(leg)) leg_over(leg.id, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
+    if (all_acked(leg)) delivered(leg);
     return;
   }
   if (StagingRegion& region = regions_.at(staging.region);

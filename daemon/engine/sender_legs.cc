@@ -44,6 +44,9 @@ TxLeg* Sender::leg_of(Link& link, const PullId& pull) {
   const auto it = pull.receiver == link.boot ? link.pulls.find(pull.counter) : link.pulls.end();
   if (it != link.pulls.end() && it->second.kind == PeerPull::Kind::kLeg)
     return &legs_.at(it->second.leg);
+  if (flawed(Flaw::kForeignAck))
+    for (auto& [id, leg] : legs_)
+      if (leg.pull->pull == pull) return &leg;
   return nullptr;
 }
 
@@ -204,8 +207,7 @@ void Sender::update_in(Link& link, const MsgUpdate& message) {
       const auto again = legs_.find(id);
       if (again == legs_.end()) break;  // it broke the protocol
     }
-    if (legs_.contains(id) && delivered(*leg))
-      leg_over(id, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
+    if (legs_.contains(id) && all_acked(*leg)) delivered(*leg);
   }
   forget_below(link, message.oldest);
 }
@@ -238,9 +240,21 @@ void Sender::ack(TxLeg& leg, const Ack& of) {
   if (slice.chunks[of.chunk].state != TxState::kAcked) chunk_acked(leg, slice, of.slice, of.chunk);
 }
 
-bool Sender::delivered(const TxLeg& leg) const {
+bool Sender::all_acked(const TxLeg& leg) const {
   const Send& send = sends_.at(leg.send);
   return leg.resolved && send.last && leg.announced > *send.last && leg.unacked == 0;
+}
+
+// All that counts has arrived. Where a Revoke has taken back what nobody sent anew, that is less
+// than the receiver needs; it cannot tell by itself (README: who says NOT_OFFERED).
+void Sender::delivered(const TxLeg& leg) {
+  uint64_t bytes = 0;
+  for (const auto& [ordinal, slice] : leg.slices)
+    if (!slice.dropped) bytes += slice.bytes;
+  if (leg.expected_bytes.value_or(bytes) == bytes || flawed(Flaw::kDeliverLess))
+    leg_over(leg.id, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
+  else
+    leg_over(leg.id, LegFate::kFailed, Outcome::kFailed, Reason::kNotOffered);
 }
 
 void Sender::refuse_in(Link& link, const RefuseIn& event) {

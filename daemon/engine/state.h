@@ -236,11 +236,12 @@ struct TxLeg {
   std::shared_ptr<const LegContext> context;
   uint32_t dp_group = 0;  // the receiver's
   bool carries_aux = false;
-  Proof proof;                         // of what we say
-  std::map<uint64_t, TxSlice> slices;  // by ordinal
-  uint64_t created = 0;                // ordinals below have an entry or were dropped
-  uint64_t acked_below = 0;            // the highest ordinal with an ack, plus 1
-  uint64_t announced = 0;              // ordinals below are announced or dropped
+  std::optional<uint64_t> expected_bytes;  // what all slices together must bring
+  Proof proof;                             // of what we say
+  std::map<uint64_t, TxSlice> slices;      // by ordinal
+  uint64_t created = 0;                    // ordinals below have an entry or were dropped
+  uint64_t acked_below = 0;                // the highest ordinal with an ack, plus 1
+  uint64_t announced = 0;                  // ordinals below are announced or dropped
   uint64_t ungathered = 0;  // entries that count and are neither packed nor wholly gathered
   uint64_t unacked = 0;     // ... and not wholly acked
   std::pair<uint64_t, uint64_t> cursor{};          // next chunk to gather: slice, chunk

@@ -536,6 +536,11 @@ Result<engine::PullResolved> Directory::Impl::pull_answer(const engine::ResolveP
   if (!needs)
     return fail(Code::kInvalidArgument, "BAD_MESSAGE", needs.error().message, needs.error().field);
   answer.needs = std::move(*needs);
+  const Result<uint64_t> bytes =
+      mapping::expected_bytes(*table, pull.sender_rank, pull.receiver_rank, pull.needs);
+  if (!bytes)
+    return fail(Code::kInvalidArgument, "BAD_MESSAGE", bytes.error().message, bytes.error().field);
+  answer.expected_bytes = *bytes;
   return answer;
 }
 

@@ -314,6 +314,7 @@ TEST_CASE("both sides find the same legs and compile the same stream") {
     REQUIRE(pulled.legs.size() == 1);
     CHECK(pulled.legs[0].receiver_rank == 0);
     CHECK(pulled.legs[0].carries_aux == leg.carries_aux);
+    CHECK(pulled.expected_bytes == leg.expected_bytes);
 
     auto send = std::make_shared<engine::SendOp>();
     send->layout = pair.senders[leg.sender_rank];

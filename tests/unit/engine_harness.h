@@ -334,6 +334,7 @@ class Pair {
     resolved.resolve = of.resolve;
     resolved.legs.push_back({0, false, true});
     resolved.context = std::make_shared<TestContext>();
+    resolved.expected_bytes = needed.size() * kBytesPerToken;
     from.post(std::move(resolved));
   }
 

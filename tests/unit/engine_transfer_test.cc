@@ -364,7 +364,8 @@ TEST_CASE("what a Revoke took back and nobody sends anew was not offered") {
   REQUIRE(pair.s.last_reply().dropped_sends == std::vector<uint32_t>{0});
   pair.s.post(pair.send_op("a", 1, {32, 64}, true));
   pair.run();
-  CHECK(pair.sent("a").state == TransferState::kDelivered);  // all that it counts
+  CHECK(pair.sent("a").state == TransferState::kFailed);
+  CHECK(pair.sent("a").reason == Reason::kNotOffered);
   CHECK(pair.received("a").state == TransferState::kFailed);
   CHECK(pair.received("a").reason == Reason::kNotOffered);
 }
