@@ -19,6 +19,14 @@ Duration from_wire_ms(uint64_t ms, Duration most) {
   return std::chrono::milliseconds(static_cast<int64_t>(std::min(ms, limit)));
 }
 
+// Whether a last slice has been announced to the leg, also one that a Revoke has dropped since.
+bool last_told(const Send& send, const TxLeg& leg) {
+  return std::any_of(leg.slices.begin(), leg.slices.end(), [&](const auto& of) {
+    return of.second.state == TxSlice::State::kAnnounced &&
+           send.sends[send.by_ordinal[of.first]].op->last;
+  });
+}
+
 }  // namespace
 
 bool Sender::proven(const Send& send, const std::string& node, const PullId& pull,
@@ -397,7 +405,12 @@ void Sender::receiver_ended(Link& link, const MsgEnd& message) {
       break;
     }
     case PeerPull::Kind::kLeg:
-      if (message.outcome == Outcome::kCompleted) {
+      if (message.outcome == Outcome::kCompleted &&
+          !last_told(sends_.at(legs_.at(entry.leg).send), legs_.at(entry.leg))) {
+        // Nobody is complete who does not know the last slice.
+        core_.dropped(DropCause::kProtocol);
+        leg_over(entry.leg, LegFate::kFailed, Outcome::kFailed, Reason::kProtocol);
+      } else if (message.outcome == Outcome::kCompleted) {
         ack_all(legs_.at(entry.leg));
         leg_over(entry.leg, LegFate::kDelivered, Outcome::kDelivered, Reason::kNone);
       } else if (released)

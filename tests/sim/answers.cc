@@ -36,7 +36,7 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
         side.slot = reply.slot;
       } else {
         constexpr uint32_t kMay = kCauseDrain | kCauseExhausted | kCauseUnregister | kCauseDecline |
-                                  kCauseWorker | kCauseDaemon;
+                                  kCauseWorker | kCauseDaemon | kCauseHostile;
         if ((causes & kMay) == 0) unexpected("the first call");
         require(!side.record, "replies", "a refused call has a status record");
         side.refused = side.done_calling = true;
@@ -72,7 +72,9 @@ void Workload::on_reply(uint32_t node, const Reply& reply) {
       break;
     case PendingOp::Kind::kClaimAgain:
       if (ok) {
-        require(reply.existing || !side.accepted, "replies", "a claim started after its Receive");
+        // An id stays dead for a while, by the daemon's clock.
+        require(reply.existing || !side.accepted || side.transfer->leapt, "replies",
+                "a claim started after its Receive");
         ++claims_again_;
       } else if (reply.error.reason != "DECLINED" && reply.error.reason != "TRANSFER_CLOSED" &&
                  causes == 0) {
@@ -190,6 +192,15 @@ void Workload::link_lost(uint32_t a, uint32_t b) {
       there = there || side->worker->node == a || side->worker->node == b;
     }
     if (there && !over) blame(*transfer, kCauseLink);
+  }
+}
+
+// Whatever waits there may have waited for too long at once.
+void Workload::leapt(uint32_t node) {
+  for (const auto& side : sides_) {
+    if (side->worker->node != node) continue;
+    side->transfer->leapt = true;
+    if (!side->terminal()) blame(*side->transfer, kCauseTime | kCauseLink | kCauseCondition);
   }
 }
 

@@ -98,6 +98,7 @@ void Workload::check_reason(const Side& side) const {
   const TransferRecord& now = *side.record;
   if (now.state == TransferState::kDelivered || now.state == TransferState::kCompleted) return;
   const uint32_t causes = side.transfer->causes;
+  if ((causes & kCauseHostile) != 0) return;
   if (causes == 0) broken("liveness", side, "ended without any cause: " + describe(now));
   if ((explains(now.reason) & causes) == 0)
     broken("reasons", side,
@@ -144,8 +145,9 @@ void Workload::check_dropped(const Side& side, const Side& sender,
 void Workload::check_pages(const Side& side) const {
   const Transfer& transfer = *side.transfer;
   const Pool& pool = *side.worker->layout->pool;
-  if (transfer.aux.has_value() != (side.record->aux != nullptr) ||
-      (transfer.aux && *transfer.aux != *side.record->aux))
+  const bool hostile = (transfer.causes & kCauseHostile) != 0;  // its bytes are the enemy's
+  if (!hostile && (transfer.aux.has_value() != (side.record->aux != nullptr) ||
+                   (transfer.aux && *transfer.aux != *side.record->aux)))
     broken("aux", side, "COMPLETED with another aux than was sent");
   Pool untouched(shape_, pool.units, 1);
   std::map<const Side*, std::set<uint32_t>> used;  // indices into what each sender has sent
@@ -168,6 +170,7 @@ void Workload::check_pages(const Side& side) const {
           broken("outside", side, "a block outside the needs was written");
         continue;
       }
+      if (hostile) continue;
       for (uint32_t layer = layer0; layer < layer0 + shape_.layers_per_group; ++layer)
         for (uint64_t unit = pool.units.begin; unit < pool.units.end; ++unit) {
           const Side* from = sender_of_cell(transfer, side, unit);
@@ -212,6 +215,7 @@ void Workload::check_pages(const Side& side) const {
 // own node has.
 void Workload::check_needs(const Side& side, const Reply& reply) {
   const Transfer& transfer = *side.transfer;
+  if ((transfer.causes & kCauseHostile) != 0) return;
   for (const Reply::Receiver& told : reply.receivers) {
     const auto group = std::find_if(
         transfer.receivers.begin(), transfer.receivers.end(), [&](const ReceiverGroup& of) {
@@ -304,7 +308,7 @@ bool Workload::leg_is_empty(const Side& sender, const Side& receiver) const {
 // What both sides have said about one hand-off (with one receiver: with several, DELIVERED speaks
 // of one of them only).
 void Workload::check_agreement(const Transfer& transfer) const {
-  if (transfer.receivers.size() != 1) return;
+  if (transfer.receivers.size() != 1 || (transfer.causes & kCauseHostile) != 0) return;
   const auto known = [](const Side& side) { return !side.lost && side.terminal(); };
   for (const Side* receiver : transfer.receivers[0].sides) {
     bool all_delivered = true;
@@ -314,10 +318,6 @@ void Workload::check_agreement(const Transfer& transfer) const {
     }
     // What a receiver has from its own node its senders know nothing of.
     if (receiver->hashed) continue;
-    // Nor of what they should have sent anew after a Revoke.
-    if (transfer.revoked && (transfer.causes & kCauseNotOffered) != 0 && receiver->record &&
-        receiver->record->reason == Reason::kNotOffered)
-      continue;
     if (all_delivered && !receiver->lost && !receiver->in(TransferState::kCompleted))
       broken("agreement", *receiver, "all its senders are DELIVERED, but it is not COMPLETED");
   }

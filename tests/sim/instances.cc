@@ -25,7 +25,8 @@ std::shared_ptr<SimContext> context_for(const Leg& leg, bool weak, bool skewed) 
   return context;
 }
 
-// Of both card sets: equal on both sides as long as both instances live on.
+}  // namespace
+
 Digest16 cards_of(const Incarnation& sender, const Incarnation& receiver) {
   Digest16 digest;
   for (std::size_t i = 0; i < 8; ++i) {
@@ -34,8 +35,6 @@ Digest16 cards_of(const Incarnation& sender, const Incarnation& receiver) {
   }
   return digest;
 }
-
-}  // namespace
 
 Workload::Workload(World& world)
     : world_(world),
@@ -286,6 +285,8 @@ bool Workload::holds(const WatchCondition& watch) const {
 
 Resolved Workload::resolve(const ReceiveOp& receive, bool declines,
                            std::set<uint32_t>& nodes) const {
+  if (enemy_ && receive.key.instance == enemy_->name)
+    return resolve_enemy(receive, declines, nodes);
   Resolved answer;
   const LayoutHandle& layout = *receive.layout;
   const Instance* sender = nullptr;
@@ -356,6 +357,7 @@ PullResolved Workload::resolve_pull(const MsgPull& pull, const LayoutHandle& han
     answer.legs.push_back({leg.receiver_rank, leg.empty, leg.carries_aux});
     if (leg.receiver_rank != pull.receiver_rank) continue;
     answer.context = context_for(leg, world_.scenario.weak_digests, false);
+    answer.expected_bytes = expected_bytes(shape_, leg, pull.needs);
     if (leg.empty) continue;
     for (const GroupNeed& need : pull.needs) answer.needs.push_back({need.group, need.ranges});
   }

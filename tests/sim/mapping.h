@@ -20,6 +20,11 @@ namespace kvferry::sim {
 inline constexpr uint64_t kTokensPerBlock = 4;
 inline constexpr uint64_t kCellBytes = 12;
 
+// All of the blocks that these tokens lie in.
+inline Range blocks_around(Range tokens) {
+  return {round_down(tokens.begin, kTokensPerBlock), round_up(tokens.end, kTokensPerBlock)};
+}
+
 struct Shape {
   uint32_t groups = 1;
   uint32_t layers_per_group = 2;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "daemon/link/codec.h"
+#include "tests/sim/hostile.h"
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
 
@@ -440,6 +441,7 @@ void Network::send_message(uint32_t node, const SendMessage& command) {
   const Status encoded = link::encode_body(command.message, body);
   if (!encoded)
     throw Violation("message", describe(command.message) + ": " + encoded.error().to_string());
+  if (world_.hostile) world_.hostile->overhear(command.message);
   if (wire.closed[side]) return;
   if (wire.failed[side] || !rails_ok(links_.at(index), wire, side)) return;  // told already
   if (world_.mishap(world_.scenario.faults.vanish)) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "tests/sim/hostile.h"
 #include "tests/sim/network.h"
 #include "tests/sim/workload.h"
 
@@ -38,6 +39,10 @@ EngineConfig config_for(const Scenario& scenario, uint32_t node, BootId boot, st
   config.lane_retry_first = milliseconds(5);
   config.lane_retry_most = milliseconds(100);
   config.landing_timeout = milliseconds(500);
+  if (scenario.hostile.acts != 0) {
+    config.max_parked_pulls = kHostileParked;
+    config.max_legs = kHostileLegs;
+  }
   config.mapped_gathers = static_cast<uint32_t>(1 + mix(scenario.seed ^ 0x3A98) % 8);
   config.max_packed_bytes = scenario.packed_bytes;
   if (scenario.reuse_entries != 0)
@@ -102,6 +107,7 @@ void Node::die() {
   if (!alive()) return;
   world_.note(name_ + " dies");
   world_.network->node_died(index_);
+  if (world_.hostile) world_.hostile->node_died(index_);
   world_.totals.add(engine_->stats());
   engine_.reset();
   rails_up_ = false;
@@ -137,6 +143,7 @@ void Node::rails_die(Duration back_after) {
   if (!alive() || !rails_up_) return;
   world_.note(name_ + "'s rails process dies");
   world_.network->rails_died(index_);
+  if (world_.hostile) world_.hostile->rails_gone(index_);
   rails_up_ = false;
   post(RailsDied{});
   world_.after_on(index_, back_after, [this] {
@@ -152,12 +159,26 @@ void Node::stall(Duration length) {
   stalled_until_ = std::max(stalled_until_, world_.now() + length);
 }
 
+void Node::leap(Duration length) {
+  if (!alive()) return;
+  world_.note(name_ + "'s clock leaps by " + std::to_string(length.count() / 1000000) + " ms");
+  ++world_.totals.leaps;
+  world_.workload->leapt(index_);
+  ahead_ += length;
+  timer_at_ = Time::never();
+  if (!scheduled_) schedule(microseconds(1));
+}
+
+Time Node::clock() const {
+  return world_.now() + ahead_;
+}
+
 void Node::drain(Duration limit) {
   if (!alive() || draining_) return;
   draining_ = true;
   world_.note(name_ + " drains");
   world_.workload->draining(index_);
-  post(Drain{world_.now() + limit});
+  post(Drain{clock() + limit});
   const uint64_t life = life_;
   world_.after(limit + seconds(2), [this, life] {
     if (alive() && life_ == life)
@@ -166,7 +187,7 @@ void Node::drain(Duration limit) {
 }
 
 EngineSnapshot Node::snapshot() const {
-  return engine_->snapshot(world_.now());
+  return engine_->snapshot(clock());
 }
 
 // ---- the engine's thread -----------------------------------------------------------------------
@@ -189,11 +210,11 @@ void Node::tick() {
   }
   scheduled_ = false;
   Commands commands;
-  const Time now = world_.now();
+  const Time now = clock();
   for (std::size_t left = inbox_.size(); left > 0; --left) {
     Event event = std::move(inbox_.front());
     inbox_.pop_front();
-    world_.trace.event(now, index_, event);
+    world_.trace.event(world_.now(), index_, event);
     engine_->handle(std::move(event), now, commands);
     if (world_.scenario.check_each_step) check_now();
   }
@@ -203,11 +224,12 @@ void Node::tick() {
   const uint64_t life = life_;
   bool drained = false;
   for (Command& command : commands) {
-    world_.trace.command(now, index_, command);
+    world_.trace.command(world_.now(), index_, command);
     drained = drained || std::holds_alternative<Drained>(command);
     carry_out(command);
     if (!alive() || life_ != life) return;
   }
+  if (world_.hostile) world_.hostile->check_bounds(index_);
   if (drained) {
     require(draining_, "drain", "Drained without Drain");
     die();
@@ -222,10 +244,10 @@ void Node::check_now() const {
 
 void Node::arm_timer() {
   const Time next = engine_->next_timer();
-  if (next == Time::never() || (timer_at_ <= next && world_.now() < timer_at_)) return;
+  if (next == Time::never() || (timer_at_ <= next && clock() < timer_at_)) return;
   timer_at_ = next;
   // Never in the past: an engine whose timer does not move on would run for ever within a moment.
-  const Duration delay = std::max<Duration>(next - world_.now(), microseconds(1));
+  const Duration delay = std::max<Duration>(next - clock(), microseconds(1));
   world_.after_on(index_, delay, [this, next] {
     if (timer_at_ != next) return;
     timer_at_ = Time::never();
@@ -278,6 +300,7 @@ bool Node::copying_layout(const LayoutHandle* layout) const {
 void Node::carry_out(Command& command) {
   Network& network = *world_.network;
   Workload& workload = *world_.workload;
+  if (world_.hostile && world_.hostile->carry_out(index_, command)) return;
   std::visit(Overloaded{[&](const Reply& c) { workload.on_reply(index_, c); },
                         [&](const Publish& c) { workload.on_publish(index_, c); },
                         [&](const SetDoneWord& c) { workload.on_done_word(index_, c); },
@@ -369,7 +392,10 @@ void Node::compile_copy(const CompileCopy& command) {
 }
 
 void Node::resolve_pull(const ResolvePull& command) {
-  PullResolved answer = world_.workload->resolve_pull(*command.pull, *command.layout);
+  const bool hostile = world_.hostile && world_.hostile->owns(index_, command.link);
+  PullResolved answer = hostile
+                            ? world_.workload->resolve_enemy_pull(*command.pull, *command.layout)
+                            : world_.workload->resolve_pull(*command.pull, *command.layout);
   if (world_.mishap(world_.scenario.faults.stale_cards)) {
     answer.reason = Reason::kStaleCards;
     world_.workload->unreachable({{}, {}, command.pull->transfer.id, {}}, kCauseStale);
@@ -391,6 +417,11 @@ void Node::try_resolve(const Resolve& command, uint32_t tries) {
   Resolved answer = world_.workload->resolve(*command.receive, command.declines, peers);
   answer.resolve = command.resolve;
   bool ready = true;
+  if (world_.hostile && peers.erase(world_.hostile->index()) != 0 &&
+      !world_.hostile->link_up(index_)) {
+    world_.hostile->dial(index_);
+    ready = false;
+  }
   if (answer.reason == Reason::kNone)
     for (const uint32_t peer : peers)
       if (peer != index_ && !world_.network->link_up(index_, peer)) {
@@ -647,7 +678,8 @@ void Node::start_scatter(const Scatter& command) {
   const Copy& stored = copies_[key];
   if (command.check.kind != CheckKind::kNone &&
       checksum(stored.region, stored.bytes, command.check.kind) != command.check) {
-    if ((world_.workload->side_by_uid(stored.plan->side)->transfer->causes & kCauseCorrupt) == 0)
+    if ((world_.workload->side_by_uid(stored.plan->side)->transfer->causes &
+         (kCauseCorrupt | kCauseHostile)) == 0)
       throw Violation("bytes", "a landed chunk is not what was sent, for " +
                                    label(*world_.workload->side_by_uid(stored.plan->side)));
     world_.after_on(index_, rng_.micros(1, 100),

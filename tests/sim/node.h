@@ -44,6 +44,9 @@ class Node {
   // Something for the engine; handled soon, in order.
   void post(engine::Event event);
   void stall(Duration length);
+  // Its clock alone is that much later from one moment to the next; what the engine is told of it
+  // comes behind what has waited in its inbox.
+  void leap(Duration length);
   void drain(Duration limit);
   bool draining() const { return draining_; }
   LinkId new_link_id() { return {++last_link_}; }
@@ -94,6 +97,7 @@ class Node {
     bool reads() const { return destination != nullptr || gather; }
   };
 
+  Time clock() const;  // the engine's time
   void schedule(Duration delay);
   void tick();
   void arm_timer();
@@ -140,6 +144,7 @@ class Node {
   std::deque<engine::Event> inbox_;
   bool scheduled_ = false;
   Time stalled_until_{};
+  Duration ahead_{};  // of the world's time, for ever: each leap's length
   Time timer_at_ = Time::never();
   std::vector<std::vector<uint8_t>> segments_;  // of all arenas
   std::vector<uint32_t> arena_of_;              // by segment

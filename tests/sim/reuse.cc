@@ -24,6 +24,7 @@ void Workload::draw_prompt(Transfer& transfer) {
   // A system prompt that many begin with, or any other.
   const uint64_t chosen = own.chance(600) ? 0 : own.below(transfers_.size() - 1);
   const Transfer& parent = *transfers_[chosen];
+  if ((parent.causes & kCauseHostile) != 0) return;  // its text is whatever the enemy says
   uint64_t shared = std::min(parent.tokens, transfer.tokens);
   if (own.chance(400)) shared = own.below(shared + 1);
   transfer.parent = &parent;

@@ -87,6 +87,16 @@ void mapped(Scenario& s, bool tiny) {
   }
 }
 
+// In a quarter of all seeds one peer more, an enemy. Drawn apart as well.
+void hostile(Scenario& s) {
+  if (mix(s.seed ^ 0x40571) % 4 != 0) return;
+  s.hostile.acts = static_cast<uint32_t>(30 + mix(s.seed ^ 0x40572) % 470);
+  s.hostile.transfers = static_cast<uint32_t>(mix(s.seed ^ 0x40573) % 6);
+  // Who lies all the time loses its link at once.
+  s.hostile.manners = static_cast<uint32_t>(mix(s.seed ^ 0x40576) % 1000);
+  s.hostile.floods = static_cast<uint32_t>(mix(s.seed ^ 0x40574) % 60);
+}
+
 Profile profile_of(Rng& rng) {
   const uint64_t roll = rng.below(100);
   if (roll < 8) return Profile::kClean;
@@ -197,6 +207,10 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
       if (rng.chance(300)) s.habits.revoke = rng.pick(0, 300);
       break;
   }
+  const bool may_end = s.profile == Profile::kEnds || s.profile == Profile::kChaos;
+  if (may_end && mix(seed ^ 0x1EA8) % 2 == 0)
+    s.faults.leaps = static_cast<uint32_t>(1 + mix(seed ^ 0x1EA7) % 4);
+  hostile(s);
   return s;
 }
 

@@ -39,6 +39,7 @@ struct Faults {
   uint32_t slow_copy = 0;      // of a copy
   uint32_t lost_in_break = 0;  // of what is in flight when a lane breaks
   uint32_t stalls = 0;         // a daemon that does not run for a while
+  uint32_t leaps = 0;          // a daemon's clock that is much later at once
   uint32_t rails_deaths = 0;
   uint32_t worker_deaths = 0;
   uint32_t daemon_deaths = 0;
@@ -77,6 +78,14 @@ struct Habits {
   uint32_t reuse = 0;  // 0: layouts take no part in it
 };
 
+// A peer with an identity of its own that says whatever it likes (hostile.h).
+struct HostilePeer {
+  uint32_t acts = 0;       // things that it does; 0: there is none
+  uint32_t transfers = 0;  // of honest workers with a worker of its own
+  uint32_t manners = 0;    // of what it says, in thousandths: as a daemon would
+  uint32_t floods = 0;     // of an act, in thousandths: hundreds of one kind at once
+};
+
 struct Scenario {
   uint64_t seed = 0;
   Profile profile = Profile::kClean;
@@ -107,6 +116,7 @@ struct Scenario {
   uint32_t max_tokens = 48;
   Faults faults;
   Habits habits;
+  HostilePeer hostile;
   bool check_each_step = true;
 
   // Whether `from` maps what `to` lends, and whether it can see `to`'s process end.

@@ -50,6 +50,16 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"regions drained", e.regions_drained},
           {"regions proven free", e.regions_proven},
           {"regions released", e.regions_released},
+          {"clock leaps", totals.leaps},
+          {"transfers with the enemy", totals.hostile_transfers},
+          {"links to the enemy", totals.hostile_links},
+          {"messages of the enemy", totals.hostile_messages},
+          {"offers of the enemy", totals.hostile_offers},
+          {"... that were accepted", totals.hostile_landings},
+          {"offers to the enemy", totals.hostile_served},
+          {"mapped writes of the enemy", totals.hostile_writes},
+          {"dropped for wrong proofs", dropped(engine::DropCause::kProof)},
+          {"dropped as wrong", dropped(engine::DropCause::kProtocol)},
           {"chunks scattered", e.chunks_scattered},
           {"chunks copied locally", e.chunks_local},
           {"offers sent", e.offers_sent},
@@ -124,6 +134,14 @@ void Totals::add(const Totals& run) {
   unmapped += run.unmapped;
   gathers_beside += run.gathers_beside;
   offers_on_slow_lanes += run.offers_on_slow_lanes;
+  leaps += run.leaps;
+  hostile_transfers += run.hostile_transfers;
+  hostile_links += run.hostile_links;
+  hostile_messages += run.hostile_messages;
+  hostile_offers += run.hostile_offers;
+  hostile_landings += run.hostile_landings;
+  hostile_served += run.hostile_served;
+  hostile_writes += run.hostile_writes;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);
 }

@@ -40,6 +40,7 @@ enum Cause : uint32_t {
   kCauseExhausted = 1U << 16,
   kCauseMissing = 1U << 17,
   kCauseUnfinished = 1U << 18,
+  kCauseHostile = 1U << 19,  // the other side is the enemy's: any end is right, in time
 };
 
 struct Transfer;
@@ -191,6 +192,7 @@ struct Transfer {
   uint32_t causes = 0;
   bool skewed = false;
   bool revoked = false;
+  bool leapt = false;  // a clock has, on a daemon with a side of it
   bool unknown_group = false;
   std::optional<std::string> aux;
   Duration lease{}, wait{}, deadline{};
@@ -202,6 +204,17 @@ struct Transfer {
   // The transfer that had this token first.
   uint64_t text_of(uint64_t token) const;
 };
+
+// A transfer that the enemy has a side of, by what it knows: for each honest sender's rank, or of
+// an honest receiver (`sender` is null).
+struct EnemyTask {
+  engine::TransferKey key;
+  std::shared_ptr<const SimLayout> sender;
+  uint64_t tokens = 0;
+};
+
+// Digest of both card sets: equal on both sides as long as both instances live on.
+Digest16 cards_of(const Incarnation& sender, const Incarnation& receiver);
 
 class Workload {
  public:
@@ -230,13 +243,25 @@ class Workload {
                            std::set<uint32_t>& nodes) const;
   engine::PullResolved resolve_pull(const engine::MsgPull& pull,
                                     const engine::LayoutHandle& layout) const;
+  engine::PullResolved resolve_enemy_pull(const engine::MsgPull& pull,
+                                          const engine::LayoutHandle& layout) const;
   void before_gather(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;
   void before_scatter(const SimPlan& plan, uint64_t offset, uint64_t bytes) const;
+
+  // What the enemy knows.
+  const Instance& enemy_instance() const { return *enemy_; }
+  const std::vector<EnemyTask>& enemy_tasks() const { return enemy_tasks_; }
+  std::optional<EnemyTask> enemy_task(const std::string& id) const;
+  bool with_enemy(const std::string& id) const;
+  // Bytes and digest of the stream that the offer makes of that pull; no offer: of all it needs.
+  std::pair<uint64_t, uint64_t> enemy_stream(const engine::MsgPull& pull,
+                                             const std::vector<engine::GroupRanges>& offer) const;
 
   // What goes wrong.
   void link_lost(uint32_t a, uint32_t b);
   void unreachable(const engine::TransferKey& key, uint32_t cause);
   void data_corrupted();
+  void leapt(uint32_t node);
   void revoke_all(uint32_t node);
   void copy_failed(uint64_t side);
   void worker_dies();
@@ -246,7 +271,7 @@ class Workload {
   void draining(uint32_t node);
 
  private:
-  // setup.cc
+  // instances.cc
   void make_instances();
   Instance& make_instance(std::vector<uint32_t> nodes, Rng& rng);
   void make_neighbours();
@@ -257,8 +282,18 @@ class Workload {
   void lose_sides(Worker& worker, uint32_t cause);
   bool instance_stands(const Instance& instance) const;
 
-  // transfers
+  // hostile_calls.cc
+  void plan_enemy();
+  void begin_with_enemy(bool sends);
+  engine::Resolved resolve_enemy(const engine::ReceiveOp& receive, bool declines,
+                                 std::set<uint32_t>& nodes) const;
+
+  // transfers.cc
   void begin_transfer(uint32_t tries_left);
+  Transfer& new_transfer();
+  void make_sender_sides(Transfer& transfer);
+  void make_receiver_sides(Transfer& transfer, uint32_t place);
+  void plan_sides(Transfer& transfer);
   bool choose_pair(Instance*& sender, Instance*& receiver);
   void choose_neighbours(Instance*& sender, Instance*& receiver) const;
   void choose_habits(Transfer& transfer, Instance& receiver);
@@ -270,6 +305,8 @@ class Workload {
   void plan_sender(Side& side);
   void plan_receiver(Side& side);
   void plan_ends(Transfer& transfer);
+
+  // calls.cc
   bool can_call(const Side& side) const;
   void call_open(Side& side);
   void call_next_send(Side& side);
@@ -326,6 +363,8 @@ class Workload {
   Rng rng_;
   Shape shape_;
   std::vector<std::unique_ptr<Instance>> instances_;
+  std::unique_ptr<Instance> enemy_;  // none of instances_; null without a hostile peer
+  std::vector<EnemyTask> enemy_tasks_;
   std::size_t apart_ = 0;  // instances below may be drawn for transfers between nodes
   std::vector<std::unique_ptr<Worker>> workers_;
   std::vector<std::unique_ptr<Transfer>> transfers_;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "tests/sim/hostile.h"
 #include "tests/sim/network.h"
 #include "tests/sim/node.h"
 #include "tests/sim/workload.h"
@@ -29,6 +30,7 @@ World::World(Scenario scenario_in, Trace& trace_in)
     : scenario(std::move(scenario_in)), trace(trace_in), rng(mix(scenario.seed ^ 0x3012D)) {
   for (uint32_t n = 0; n < scenario.nodes; ++n) nodes.push_back(std::make_unique<Node>(*this, n));
   network = std::make_unique<Network>(*this);
+  if (scenario.hostile.acts != 0) hostile = std::make_unique<Hostile>(*this);
   workload = std::make_unique<Workload>(*this);
 }
 
@@ -71,6 +73,15 @@ void World::plan_network_faults() {
       const uint64_t most = scenario.profile == Profile::kChaos ? 600000 : 150000;
       nodes[some_node()]->stall(rng.micros(1000, most));
     });
+  Rng leaps(scenario.seed ^ 0x1EA9);
+  for (uint32_t i = 0; i < faults.leaps; ++i) {
+    const auto at =
+        Duration(static_cast<int64_t>(leaps.below(static_cast<uint64_t>(faults.until.count()))));
+    const auto node = static_cast<uint32_t>(leaps.below(nodes.size()));
+    // Some by less than a peer may be silent for, some by more than anything may wait for.
+    const uint64_t most = leaps.chance(400) ? 600'000 : 120'000'000;
+    after(at, [this, node, by = leaps.micros(50'000, most)] { nodes[node]->leap(by); });
+  }
   for (uint32_t i = 0; i < faults.partitions; ++i)
     after(moment(), [this] {
       const uint32_t a = some_node();
@@ -96,6 +107,7 @@ void World::plan_deaths() {
 void World::run() {
   for (auto& node : nodes) node->start();
   workload->plan();
+  if (hostile) hostile->plan();
   plan_network_faults();
   plan_deaths();
   try {
@@ -155,6 +167,11 @@ void World::look_after_lent() {
     if (!node->alive()) continue;
     for (const engine::LentView& lent : node->snapshot().lent) {
       if (lent.linked) continue;
+      if (hostile && lent.node == Hostile::kName) {
+        if (hostile->gone() && !scenario.one_host(node->index(), hostile->index()))
+          node->post(engine::ReleaseQuarantine{1, lent.node, lent.boot});
+        continue;
+      }
       const auto peer = std::find_if(nodes.begin(), nodes.end(),
                                      [&](const auto& of) { return of->name() == lent.node; });
       const uint32_t index = (*peer)->index();
@@ -229,6 +246,7 @@ void World::finish() {
     if (node->uses() != 0) leak("copies or requests that use its arena");
     if (node->watches() != 0) leak("conditions that it watches");
     network->check_idle(node->index());
+    if (hostile) hostile->check_idle(node->index());
     node->engine().check_invariants();
     for (const uint64_t count : node->engine().stats().dropped) trace.fold(count);
     trace.fold(node->engine().stats().bytes_received);

@@ -19,6 +19,7 @@ namespace kvferry::sim {
 
 class Node;
 class Network;
+class Hostile;
 class Workload;
 
 class World {
@@ -47,6 +48,7 @@ class World {
   Rng rng;
   std::vector<std::unique_ptr<Node>> nodes;
   std::unique_ptr<Network> network;
+  std::unique_ptr<Hostile> hostile;  // null in most runs
   std::unique_ptr<Workload> workload;
   uint64_t steps = 0;
   Totals totals;

@@ -218,6 +218,17 @@ TEST_CASE("all acked and a last one: DELIVERED, END; END(COMPLETED) does not wai
   CHECK(s.status("a").released);
 }
 
+TEST_CASE("a receiver that is complete before any last slice was told breaks the protocol") {
+  Lone s;
+  s.send("a", 0, {0, 6}, false);
+  s.say(0, s.pull_of("a", 1, {1}));
+  s.resolve();
+  s.compile_all();
+  s.say(0, MsgEnd{{boot_of(2), 1}, {}, Outcome::kCompleted, Reason::kNone, std::nullopt});
+  CHECK(s.status("a").state == TransferState::kFailed);
+  CHECK(s.status("a").reason == Reason::kProtocol);
+}
+
 TEST_CASE("an ack for a chunk that was never offered fails the leg") {
   Lone s;
   s.open("a", 4, {1});
