@@ -239,7 +239,13 @@ MsgWritten Hostile::make_written(Link& link) {
 }
 
 ControlMessage Hostile::some_message(Link& link) {
-  if (rng_.chance(120) && !overheard_.empty()) return overheard_[rng_.below(overheard_.size())];
+  if (rng_.chance(120) && !overheard_.empty()) {
+    ControlMessage message = overheard_[rng_.below(overheard_.size())];
+    auto* pull = std::get_if<MsgPull>(&message);
+    // Another's, under a number of its own.
+    if (pull != nullptr && rng_.chance(700)) pull->pull = {link.boot, link.next_pull++};
+    return message;
+  }
   if (rng_.chance(60) && !said_.empty()) return said_[rng_.below(said_.size())];
   switch (rng_.below(16)) {
     case 0:

@@ -185,10 +185,12 @@ constexpr FlawCase kFlaws[] = {
     {"keep_written", Flaw::kKeepWritten, Profile::kRevoke},
     {"forget_written", Flaw::kForgetWritten, Profile::kRevoke},
     {"reuse_written", Flaw::kReuseWritten, Profile::kRevoke},
+    {"trust_pull", Flaw::kTrustPull, Profile::kLossy},
     {"foreign_ack", Flaw::kForeignAck, Profile::kLossy},
     {"foreign_leg", Flaw::kForeignLeg, Profile::kLossy},
     {"hold_all", Flaw::kHoldAll, Profile::kEnds},
     {"free_by_time", Flaw::kFreeByTime, Profile::kChaos},
+    {"deliver_less", Flaw::kDeliverLess, Profile::kRevoke},
     {"sticky", Flaw::kSticky, Profile::kRevoke},
 };
 

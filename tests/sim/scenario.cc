@@ -194,6 +194,8 @@ Scenario make_scenario(uint64_t seed, std::optional<Profile> wanted) {
       lossy(s.faults, rng);
       s.habits.revoke = rng.pick(300, 900);
       s.faults.ambush = rng.chance(500) ? rng.pick(0, 80) : 0;
+      // In a quarter some senders leave out what is needed, beside what they take back.
+      if (mix(seed ^ 0x0FFE4) % 4 == 0) s.habits.not_offered = 300;
       break;
     case Profile::kEnds:
       if (rng.chance(500)) lossy(s.faults, rng);
