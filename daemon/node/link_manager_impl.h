@@ -117,8 +117,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   void begin_new_rules() KVFERRY_REQUIRES(mutex);
   // Counts a handshake that made no link.
   void count_failure(const Error& error) {
-    if (!is_daily_life(error))
-      failed_handshakes.fetch_add(1, std::memory_order_relaxed);
+    if (!is_daily_life(error)) failed_handshakes.fetch_add(1, std::memory_order_relaxed);
   }
   // To the pool, unless stop() was called: callbacks of transports may come later than that.
   bool post_at(Time when, std::function<void()> task) KVFERRY_EXCLUDES(mutex);
