@@ -11,31 +11,6 @@ namespace {
 // A message has 64 KiB for all but its aux; a range takes 16 bytes.
 constexpr uint64_t kMostRanges = 3500;
 
-// Enters [number, number] into disjoint intervals; false if it is there.
-bool enter_number(std::map<uint64_t, uint64_t>& intervals, uint64_t number) {
-  auto next = intervals.upper_bound(number);
-  if (next != intervals.begin()) {
-    auto before = std::prev(next);
-    if (number <= before->second) return false;
-    if (before->second + 1 == number) {
-      before->second = number;
-      if (next != intervals.end() && next->first == number + 1) {
-        before->second = next->second;
-        intervals.erase(next);
-      }
-      return true;
-    }
-  }
-  if (next != intervals.end() && next->first == number + 1) {
-    const uint64_t last = next->second;
-    intervals.erase(next);
-    intervals.emplace(number, last);
-    return true;
-  }
-  intervals.emplace(number, number);
-  return true;
-}
-
 }  // namespace
 
 // The live leg that a message of this link means; else nothing, and the peer is answered if it
@@ -161,16 +136,17 @@ void Sender::announce(TxLeg& leg, uint64_t ordinal, TxSlice& slice) {
 
 // ---- credits and acks -------------------------------------------------------------------------
 
+// A receiver tells its credits in order, and all that are LIVE again where a control lane starts.
+// So one below the newest has been taken already, or was withdrawn before it came here.
 void Sender::take_credits(Link& link, TxLeg& leg, const std::vector<CreditGrant>& credits) {
   for (const CreditGrant& credit : credits) {
     if (credit.credit.value == 0 || credit.bytes == 0 ||
-        credit.place.has_value() != leg.mapped.has_value() ||
-        leg.seen_credits.size() > 4 * uint64_t{link.max_credits}) {
+        credit.place.has_value() != leg.mapped.has_value()) {
       core_.lanes.protocol_error(link.id);
       return;
     }
-    // A credit is told again by each resync; it is used once.
-    if (!enter_number(leg.seen_credits, credit.credit.value)) continue;
+    if (credit.credit.value <= leg.newest_credit) continue;
+    leg.newest_credit = credit.credit.value;
     leg.credits.push_back(credit);
     sends_.at(leg.send).timeline.note(Step::kGranted, core_.now);
     // More than may be LIVE: the oldest have been withdrawn, as a mapped leg's never are.
@@ -190,11 +166,14 @@ void Sender::update_in(Link& link, const MsgUpdate& message) {
     if (it == link.pulls.end()) {
       core_.dropped(DropCause::kUnknownPull);
     } else if (it->second.kind == PeerPull::Kind::kParked) {
-      // Kept for its Send, as many as a leg may have.
+      // Kept for its Send, as many as a leg may have: the newest, as others have been withdrawn.
       ParkedPull& parked = *it->second.parked;
-      for (const CreditGrant& credit : message.credits)
-        if (parked.credits.size() < 4 * std::size_t{link.max_credits} && !parked.pull->mapped)
-          parked.credits.push_back(credit);
+      for (const CreditGrant& credit : message.credits) {
+        std::vector<CreditGrant>& kept = parked.credits;
+        if (parked.pull->mapped || (!kept.empty() && credit.credit <= kept.back().credit)) continue;
+        kept.push_back(credit);
+        if (kept.size() > link.max_credits) kept.erase(kept.begin());
+      }
     } else {
       core_.dropped(DropCause::kLate);
       answer_end(link, message.pull.counter, it->second);

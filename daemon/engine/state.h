@@ -257,9 +257,9 @@ struct TxLeg {
   // first, and those that came back from a lost offer, which it may have spent, last.
   std::deque<CreditGrant> credits;
   std::deque<CreditGrant> returned;
-  std::optional<CreditGrant> spent;           // the newest that was refused
-  bool asking = false;                        // an offer that names it is out
-  std::map<uint64_t, uint64_t> seen_credits;  // intervals [first, last] of numbers
+  std::optional<CreditGrant> spent;  // the newest that was refused
+  bool asking = false;               // an offer that names it is out
+  uint64_t newest_credit = 0;        // that was told
   std::vector<StrayOffer> stray_offers;
   std::map<std::pair<uint64_t, uint64_t>, DroppedWrite> dropped_writes;  // by slice, chunk
   bool queued = false;  // in one of the queues for staging, or for gathers into peers' regions
