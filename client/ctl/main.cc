@@ -341,7 +341,8 @@ int run(int argc, const char* const* argv) {
   auto* release = arenas->add_subcommand(
       "release", "Say that a peer on another machine is gone: what was lent to it is used again");
   release->add_option("--node", arguments.node, "The peer's node id");
-  release->add_option("--boot", arguments.boot, "One life of its daemon, as \"arenas\" shows it");
+  release->add_option("--boot", arguments.boot,
+                      "Only this life of its daemon, as \"arenas\" shows it");
   arenas->callback([&, release] {
     if (!release->parsed()) chosen = shows(&Stub::ListArenas, arenas_text);
   });

@@ -367,12 +367,12 @@ struct PeerProcessGone {
 struct PeerUnmapped {
   LinkId link;
 };
-// An operator vouches for the same, of peers on other hosts: regions lent to this node, to this
-// life of it, or both where both are given. What the peer of a link that is up may write is never
-// released by this. Answered by QuarantineReleased.
+// An operator vouches for the same, of peers on other hosts: regions lent to this node, or to this
+// life of it alone. What the peer of a link that is up may write is never released by this.
+// Answered by QuarantineReleased.
 struct ReleaseQuarantine {
   uint64_t call = 0;  // for the answer
-  std::string node;   // empty: any
+  std::string node;   // empty: nobody
   std::optional<BootId> boot;
 };
 struct RailsUp {};

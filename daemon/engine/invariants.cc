@@ -76,7 +76,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
   std::map<uint64_t, uint32_t> gathers;
   std::map<uint64_t, uint32_t> reads;
   std::map<std::pair<uint64_t, uint64_t>, uint32_t> packed_gathers;
-  std::map<PullId, uint32_t> writing;
+  std::map<std::pair<uint64_t, PullId>, uint32_t> writing;
   std::map<uint64_t, uint32_t> asking;
   for (const auto& [copy, of] : packings_) {
     ++gathers[of.first];
@@ -95,7 +95,7 @@ void Sender::check_invariants(std::vector<std::pair<RegionKind, memory::Region>>
   check_shares();
   for (const auto& [id, staging] : stagings_) {
     const StagingRegion& region = regions_.at(staging.region);
-    if (staging.mapped && region.gathering) ++writing[staging.pull];
+    if (staging.mapped && region.gathering) ++writing[{staging.peer, staging.pull}];
     KVFERRY_CHECK(region.ours != (staging.lent || staging.mapped),
                   "a chunk has a region here, but one that is lent or written to a peer");
     KVFERRY_CHECK(staging.wanted || region.gathering || staging.sends > 0,

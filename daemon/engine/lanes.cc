@@ -66,9 +66,9 @@ Link* Lanes::find_life(const std::string& node, const BootId& boot) {
   return link != nullptr && link->boot == boot && !link->looped() ? link : nullptr;
 }
 
-Link* Lanes::find_boot(const BootId& boot) {
+Link* Lanes::find_life(uint64_t peer, const BootId& boot) {
   for (auto& [id, link] : links_)
-    if (link.boot == boot && !link.looped()) return &link;
+    if (link.peer == peer && link.boot == boot && !link.looped()) return &link;
   return nullptr;
 }
 

@@ -54,9 +54,10 @@ class Lanes {
   Link* find(LinkId id);
   const Link* find(LinkId id) const;
   Link* find_node(const std::string& node);
-  Link* find_boot(const BootId& boot);
-  // A node's link, if it is to that life of it.
+  // A node's link, if it is to that life of it. A boot id alone finds nothing: it is the peer's own
+  // word, and two nodes may say the same.
   Link* find_life(const std::string& node, const BootId& boot);
+  Link* find_life(uint64_t peer, const BootId& boot);
   std::map<LinkId, Link>& all() { return links_; }
   const std::map<LinkId, Link>& all() const { return links_; }
 

@@ -216,10 +216,8 @@ void Receiver::release_quarantine(const ReleaseQuarantine& event) {
   QuarantineReleased answer;
   answer.call = event.call;
   std::vector<uint64_t> pulls;
-  const bool named = !event.node.empty() || event.boot;
   for (const auto& [pull, leg] : legs_) {
-    if (!named || leg.lent == 0) continue;
-    if (!event.node.empty() && event.node != leg.node) continue;
+    if (leg.lent == 0 || event.node != leg.node) continue;
     if (event.boot && *event.boot != leg.boot) continue;
     if (core_.lanes.find(leg.link) == nullptr)
       pulls.push_back(pull);

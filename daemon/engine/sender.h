@@ -274,9 +274,9 @@ class Sender {
   std::vector<Turns> turns_;  // by arena
   std::set<uint64_t> ready_;  // legs with something to offer
   FairQueue mapped_turns_;    // mapped legs with a credit and a chunk to gather
-  // Gathers into peers' regions that run: of all, and of each pull.
+  // Gathers into peers' regions that run: of all, and of each pull of each node (Link::peer).
   uint32_t mapped_gathers_ = 0;
-  std::map<PullId, uint32_t> writing_;
+  std::map<std::pair<uint64_t, PullId>, uint32_t> writing_;
 };
 
 }  // namespace kvferry::engine

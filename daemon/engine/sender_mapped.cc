@@ -54,7 +54,7 @@ void Sender::gather_into_peer(TxLeg& leg) {
   staging.pull = leg.pull->pull;
   staging.credit = credit;
   ++mapped_gathers_;
-  ++writing_[staging.pull];
+  ++writing_[{staging.peer, staging.pull}];
   Gather command;
   command.copy = CopyId{core_.next_number()};
   command.plan = slice.plan;
@@ -120,7 +120,7 @@ void Sender::give_back_credit(TxLeg& leg, const std::pair<uint64_t, uint64_t>& o
 
 void Sender::writing_ended(const Staging& staging) {
   --mapped_gathers_;
-  const auto writing = writing_.find(staging.pull);
+  const auto writing = writing_.find({staging.peer, staging.pull});
   if (--writing->second == 0) writing_.erase(writing);
   if (staging.wanted) return;
   const auto leg = legs_.find(staging.leg);
@@ -133,7 +133,7 @@ void Sender::writing_ended(const Staging& staging) {
       give_back_credit(leg->second, {staging.slice, staging.chunk}, staging.credit,
                        regions_.at(staging.region).check);
     update(leg->second);
-  } else if (Link* link = core_.lanes.find_boot(staging.pull.receiver)) {
+  } else if (Link* link = core_.lanes.find_life(staging.peer, staging.pull.receiver)) {
     const auto ended = link->pulls.find(staging.pull.counter);
     if (ended != link->pulls.end()) tell_drained(*link, staging.pull, ended->second);
   }
@@ -146,14 +146,15 @@ void Sender::ask_drained(Link& link, const PullId& pull) {
   if (ended != link.pulls.end()) {
     ended->second.drain_asked = true;
     tell_drained(link, pull, ended->second);
-  } else if (!writing_.contains(pull)) {  // of which there is not even a tombstone any more
+  } else if (!writing_.contains(
+                 {link.peer, pull})) {  // of which there is not even a tombstone any more
     (void)core_.lanes.send(link, MsgDrained{pull});
   }
 }
 
 void Sender::tell_drained(Link& link, const PullId& pull, const PeerPull& ended) {
   if (ended.kind != PeerPull::Kind::kEnded || !ended.drain_asked) return;
-  if (writing_.contains(pull) && !flawed(Flaw::kDrainEarly)) return;
+  if (writing_.contains({link.peer, pull}) && !flawed(Flaw::kDrainEarly)) return;
   (void)core_.lanes.send(link, MsgDrained{pull});
 }
 

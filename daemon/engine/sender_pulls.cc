@@ -315,7 +315,8 @@ void Sender::end_pull(Link& link, uint64_t pull, const TransferName& name, Outco
   if (link.ended_out <= core_.config.max_tombstones) return;
   // Too many: the lowest ended one becomes history, but none that still writes to the peer.
   const auto lowest = std::find_if(link.pulls.begin(), link.pulls.end(), [&](const auto& of) {
-    return of.second.kind == PeerPull::Kind::kEnded && !writing_.contains({link.boot, of.first});
+    return of.second.kind == PeerPull::Kind::kEnded &&
+           !writing_.contains({link.peer, {link.boot, of.first}});
   });
   if (lowest == link.pulls.end()) return;
   link.oldest = std::max(link.oldest, lowest->first + 1);

@@ -316,7 +316,7 @@ struct Staging {
   bool lent = false;
   bool mapped = false;
   PullId pull;                   // mapped
-  uint64_t peer = 0;             // holds the region, if it is here
+  uint64_t peer = 0;             // the receiver's node; holds the region, if it is here
   bool wanted = true;            // the chunk is not ACKED, dropped or of an ended leg
   uint32_t sends = 0;            // UCX sends that have not ended
   OfferId offer;                 // the newest

@@ -56,15 +56,6 @@ std::shared_ptr<rpc::PeerStub> LinkManager::Impl::stub_back(
   return dialer.dial({route->endpoint.host, route->endpoint.port, route->identities});
 }
 
-// A boot id is one node's: it names in evidence who may still write what.
-Status LinkManager::Impl::check_boot(const rpc::PeerHello& theirs) const {
-  for (const auto& [id, link] : links)
-    if (link.boot == theirs.boot && link.node != theirs.node)
-      return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
-                  "another node is linked under this boot id");
-  return {};
-}
-
 Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
   if (stopped) return fail(Code::kUnavailable, "SHUTDOWN", "the daemon is stopping");
   if (rails.empty()) return fail(Code::kUnavailable, "RAILS_DOWN", "the peer's rails are not up");
@@ -73,7 +64,6 @@ Status LinkManager::Impl::may_link_now(const rpc::PeerHello& theirs) {
     if (link != nullptr && link->boot == theirs.boot)
       return fail(Code::kAlreadyExists, "ALREADY_LINKED", "the two daemons have a link");
   }
-  KVFERRY_RETURN_IF_ERROR(check_boot(theirs));
   // Both dial: the dial of the smaller node id stays.
   const auto dial = dials.find(theirs.node);
   if (config.node < theirs.node && dial != dials.end() && dial->second.under_way)
@@ -121,6 +111,8 @@ Result<rpc::PeerHello> LinkManager::Impl::check_hello(const rpc::Caller& from,
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
                 "this node says that it is another than its certificate says");
   KVFERRY_RETURN_IF_ERROR(check_inbound(allowed, theirs->node, from.host, mode, has_secret()));
+  // Of other peers' boot ids nothing is asked: a refusal would let who says one first keep its
+  // owner out.
   if (theirs->node == config.node || theirs->boot == config.boot)
     return fail(Code::kPermissionDenied, "IDENTITY_MISMATCH",
                 "two daemons have the same node id: set node.id");

@@ -178,16 +178,14 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
       keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes, secret, true);
   std::string wanted;
   std::vector<ops::PeerConfig> allowed;
-  Status status;
   {
     MutexLock lock(mutex);
     const auto dial = dials.find(attempt->key);
     if (dial != dials.end()) wanted = dial->second.target.node;
     allowed = peers;
-    status = check_boot(*theirs);
   }
   Result<Agreed> agreed = agree(attempt->hello, *theirs, config.max_lanes);
-  if (status) status = check_reply(*attempt, wanted, *theirs, allowed);
+  Status status = check_reply(*attempt, wanted, *theirs, allowed);
   if (!status || !agreed) {
     take_back(*attempt, keys);
     return dial_failed(attempt->key, attempt->number,

@@ -170,7 +170,6 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   Result<rpc::SignedHello> answer_hello(const rpc::Caller& from, const rpc::SignedHello& hello)
       KVFERRY_EXCLUDES(mutex);
   Status may_link_now(const rpc::PeerHello& theirs) KVFERRY_REQUIRES(mutex);
-  Status check_boot(const rpc::PeerHello& theirs) const KVFERRY_REQUIRES(mutex);
   // How to call a peer that dialled us; null if it is nowhere that [peers] allows.
   std::shared_ptr<rpc::PeerStub> stub_back(const std::vector<ops::PeerConfig>& allowed,
                                            const std::string& node, const std::string& host,

@@ -279,7 +279,7 @@ class AdminBackend {
   virtual void list_peers(Time deadline, Reply<std::vector<PeerInfo>> done) = 0;
   virtual void list_rails(Time deadline, Reply<std::vector<RailInfo>> done) = 0;
   virtual void list_arenas(Time deadline, Reply<ArenasInfo> done) = 0;
-  // At least one of the two is given.
+  // The node is given; with a boot id, only that life of it is meant.
   virtual void release_arenas(std::string node, std::optional<BootId> boot, Time deadline,
                               Reply<ReleasedInfo> done) = 0;
   // `selector` is a handle ("s12"), or an id hash, which may name several parts. NOT_FOUND

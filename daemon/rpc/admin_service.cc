@@ -352,9 +352,10 @@ class AdminService final : public pb::Admin::CallbackService {
         return reactor;
       }
     }
-    if (request->node().empty() && !boot) {
+    // A boot id alone may be said by several nodes, of which not all are gone.
+    if (request->node().empty()) {
       finish(reactor, Error{Code::kInvalidArgument, "NOTHING_NAMED",
-                            "name the node, the boot id, or both", "node"});
+                            "name the node that the memory was lent to", "node"});
       return reactor;
     }
     backend_.release_arenas(request->node(), boot, deadline_of(*context),

@@ -368,7 +368,10 @@ TEST_CASE_METHOD(Fixture, "kvferryctl answers by its exit code") {
   CHECK(backend.released_node == "away");
   REQUIRE(backend.released_boot.has_value());
   CHECK(backend.released_boot->bytes[0] == 0xab);
+  backend.released_node.clear();
   CHECK(ctl("arenas release").second == 1);
+  CHECK(ctl("arenas release --boot ab000000000000000000000000000000").second == 1);
+  CHECK(backend.released_node.empty());
   CHECK(ctl("arenas release --boot xyz").second == 1);
   CHECK(ctl("cancel r9").second == 1);
   CHECK(ctl("cancel").second == 64);

@@ -329,4 +329,80 @@ TEST_CASE("a later link's DRAINED waits for the gathers of the earlier one") {
 }
 
 }  // namespace
+// Boot ids are the peers' word: node3 says node2's, and its pulls are numbered as node2's.
+struct SameBoot : Sending {
+  SameBoot() {
+    post(LinkUp{kNode3, "node3", boot_of(2), true, 1, kChunk, 64, CheckKind::kNone});
+    post(LaneConnected{{kNode3, 0, 0}});
+    say3(MsgHello{false});
+    say3(MsgHello{true});
+    post(ArenaMapped{kNode3, kTheirs});
+  }
+  void say3(ControlMessage message) {
+    post(MessageIn{{kNode3, 0, 0}, number++, std::move(message)});
+  }
+  void end3() {
+    MsgEnd end;
+    end.pull = {boot_of(2), 1};
+    end.mapped = true;
+    say3(end);
+  }
+  // node3 pulls with one chunk, whose gather is handed back.
+  Gather write_to_node3() {
+    send("c", 0, {0, kChunk / 10}, true);
+    MsgPull pull = pull_of("c", 1, {});
+    pull.mapped = kTheirs;
+    ProofFields fields;
+    fields.pull = pull.pull;
+    fields.id = pull.transfer.id;
+    fields.instance = pull.transfer.instance;
+    fields.incarnation = pull.transfer.incarnation;
+    fields.sender_node = "node1";
+    fields.receiver_node = "node3";
+    pull.proof = receiver_proof(key_of("c").secret, fields);
+    say3(pull);
+    resolve();
+    compile_all();
+    MsgUpdate update;
+    update.pull = {boot_of(2), 1};
+    update.credits = {at(1)};
+    update.oldest = 1;
+    say3(update);
+    const auto gathers = seen<Gather>();
+    REQUIRE_FALSE(gathers.empty());
+    CHECK(gathers.back().link == kNode3);
+    return gathers.back();
+  }
+  // Over which links DRAINED has been told, in order.
+  std::vector<LinkId> drained() const {
+    std::vector<LinkId> links;
+    for (const SendMessage& command : seen<SendMessage>())
+      if (std::holds_alternative<MsgDrained>(command.message)) links.push_back(command.lane.link);
+    return links;
+  }
+
+  static constexpr LinkId kNode3{3};
+  uint64_t number = 0;
+};
+
+TEST_CASE("DRAINED goes to the node that was written to, not to one with the same boot id") {
+  SameBoot s;
+  const Gather gather = s.write_to_node3();
+  s.end3();
+  CHECK(s.drained().empty());
+  s.post(CopyEnded{gather.copy, CopyOutcome::kOk, {}});
+  CHECK(s.drained() == std::vector<LinkId>{SameBoot::kNode3});
+}
+
+TEST_CASE("DRAINED waits for no gather of another node with the same boot id") {
+  SameBoot s;
+  const Gather gather = s.write_to_node3();
+  s.end();  // node2's pull of the same number, of which nothing was ever seen
+  CHECK(s.drained() == std::vector<LinkId>{{1}});
+  s.end3();
+  CHECK(s.drained() == std::vector<LinkId>{{1}});
+  s.post(CopyEnded{gather.copy, CopyOutcome::kOk, {}});
+  CHECK(s.drained() == std::vector<LinkId>{{1}, SameBoot::kNode3});
+}
+
 }  // namespace kvferry::engine::test

@@ -192,6 +192,45 @@ TEST_CASE("a daemon that comes back with a new boot id ends the old link") {
   CHECK(a.manager->keys(second->link));
 }
 
+TEST_CASE("who says another node's boot id keeps nobody from linking, and ends nobody's link") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b"), allow("liar")});
+  Daemon b("b", 2, dialer, {allow("a")});
+  Daemon liar("liar", 3, dialer, {allow("a")}, {}, "1.13.1", 1, nullptr, b.boot);
+  dialer.serve(1, a.manager.get());
+  dialer.serve(2, b.manager.get());
+  dialer.serve(3, liar.manager.get());
+  REQUIRE(liar.link("a", 1));
+  const auto lied = a.event<engine::LinkUp>();
+  REQUIRE(lied);
+  SECTION("the other node comes") {
+    CHECK(reason(b.link("a", 1)) == "");
+  }
+  SECTION("the other node is dialled") {
+    CHECK(reason(a.link("b", 2)) == "");
+  }
+  SECTION("the other node comes back after the liar") {
+    REQUIRE(a.link("b", 2));
+    a.manager->close_link({a.event<engine::LinkUp>()->link, Reason::kPeerLost});
+    REQUIRE(b.event<engine::LinkEnded>());
+    CHECK(reason(b.link("a", 1)) == "");
+  }
+  const auto up = a.event<engine::LinkUp>();
+  REQUIRE(up);
+  CHECK(up->node == "b");
+  CHECK(up->boot == lied->boot);
+  // Each link is its own node's, with keys of its own.
+  CHECK(a.manager->peer_of(up->link)->node == "b");
+  CHECK(a.manager->peer_of(lied->link)->node == "liar");
+  CHECK(a.manager->keys(up->link)->link_name != a.manager->keys(lied->link)->link_name);
+  // What is said of the one is not said of the other.
+  liar.manager->close_link({liar.event<engine::LinkUp>()->link, Reason::kPeerLost});
+  const auto ended = a.event<engine::LinkEnded>();
+  REQUIRE(ended);
+  CHECK(ended->link == lied->link);
+  CHECK(a.manager->keys(up->link));
+}
+
 TEST_CASE("lanes are reopened by the side that dialled, lost lanes and links are told") {
   PlainDialer dialer;
   Daemon a("a", 1, dialer, {allow("b")});

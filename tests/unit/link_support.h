@@ -262,11 +262,15 @@ inline ops::PeerConfig allow(const std::string& node, ops::PeerMode mode = ops::
 struct Daemon {
   Daemon(std::string name, uint16_t port, rpc::PeerDialer& dialer,
          std::vector<ops::PeerConfig> peers, std::string secret = {}, std::string ucx = "1.13.1",
-         uint32_t rails = 1, std::shared_ptr<const rpc::PeerTls> tls = nullptr)
+         uint32_t rails = 1, std::shared_ptr<const rpc::PeerTls> tls = nullptr,
+         std::optional<BootId> said_boot = {})
       : pool("links", 2, 1000) {
     LinkManagerConfig config;
     config.node = name;
-    random_bytes(config.boot.bytes);
+    if (said_boot)
+      config.boot = *said_boot;
+    else
+      random_bytes(config.boot.bytes);
     config.advertise = "127.0.0.1:" + std::to_string(port);
     config.peers = std::move(peers);
     config.cluster_secret.assign(secret.begin(), secret.end());
