@@ -111,7 +111,7 @@ TEST_CASE("sockets and peers add up over the files, and one of the same name tak
   REQUIRE(socket.config.sockets.size() == 2);
   CHECK(socket.config.sockets[0].tenant == "t");
   CHECK(socket.config.sockets[0].mode == 0660);
-  CHECK(socket.config.sockets[0].limits.max_transfers == 4096);
+  CHECK(socket.config.sockets[0].limits.max_transfers == SocketConfig().limits.max_transfers);
   CHECK(origins(socket)["socket[0].mode"] == "default");
 
   folder.part("15.toml", "peers = []\n");
