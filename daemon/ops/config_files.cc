@@ -98,10 +98,15 @@ class Parts {
     const auto refuse = [](std::string message) {
       return fail(Code::kFailedPrecondition, "CONFIG_FILE", std::move(message));
     };
+    struct stat info {};
+    // A link first as itself: a stranger's may lead to a file of ours that was never meant.
+    if (::lstat(path.c_str(), &info) != 0)
+      return refuse(std::string("cannot be opened: ") + std::strerror(errno));
+    if (S_ISLNK(info.st_mode) && !is_trusted(info))
+      return refuse("is a link that " + untrusted(info));
     // O_NONBLOCK: a FIFO would wait for its writer.
     const UniqueFd file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
     if (!file) return refuse(std::string("cannot be opened: ") + std::strerror(errno));
-    struct stat info {};
     if (::fstat(file.get(), &info) != 0) return refuse(std::strerror(errno));
     if (!S_ISREG(info.st_mode)) return refuse("is not a regular file");
     if (!is_trusted(info)) return refuse(untrusted(info));

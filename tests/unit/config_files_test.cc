@@ -1,5 +1,6 @@
 // conf.d, where each value comes from, and what a reload takes over.
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <filesystem>
@@ -171,6 +172,14 @@ TEST_CASE("what cannot be read or trusted in conf.d is an error, and never waits
     const std::string elsewhere = folder.scratch.write("other", "[engine]\nleg_credits = 3\n");
     std::filesystem::create_symlink(elsewhere, folder.at("x.toml"));
     CHECK(folder.load("").config.engine.leg_credits == 3);
+  }
+  SECTION("a stranger's link to a file of ours") {
+    if (::geteuid() != 0) return;  // only root can make one
+    const std::string elsewhere = folder.scratch.write("other", "[engine]\nleg_credits = 3\n");
+    std::filesystem::create_symlink(elsewhere, folder.at("x.toml"));
+    CHECK(folder.load("").ok());
+    REQUIRE(::lchown(folder.at("x.toml").c_str(), 12345, 0) == 0);
+    CHECK(refused(folder.at("x.toml"), "is a link that belongs to user 12345"));
   }
   SECTION("one that everybody writes") {
     folder.part("x.toml", "", 0666);
