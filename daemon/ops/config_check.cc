@@ -371,6 +371,11 @@ class Checker {
     ordered("engine.lease", engine.lease, "engine.lease_max", engine.lease_max);
     ordered("engine.wait_deadline", engine.wait_deadline, "engine.wait_deadline_max",
             engine.wait_deadline_max);
+    // The engine keeps its books of leases and waits, too, for this long at most.
+    ordered("engine.lease_max", engine.lease_max, "engine.transfer_deadline_max",
+            engine.transfer_deadline_max);
+    ordered("engine.wait_deadline_max", engine.wait_deadline_max, "engine.transfer_deadline_max",
+            engine.transfer_deadline_max);
     ordered("engine.transfer_deadline", engine.transfer_deadline, "engine.transfer_deadline_max",
             engine.transfer_deadline_max);
     ordered("engine.lane_retry", engine.lane_retry, "engine.lane_retry_max", engine.lane_retry_max);

@@ -194,7 +194,9 @@ std::vector<Key> engine_timer_keys(EngineConfig& engine) {
       {"wait_deadline", "From Receive until the first slice is announced; default and longest.",
        limit(engine.wait_deadline)},
       {"wait_deadline_max", "", limit(engine.wait_deadline_max)},
-      {"transfer_deadline", "From a transfer's first activity to its end; default and longest.",
+      {"transfer_deadline",
+       "From a transfer's first activity to its end; default and longest. The longest lease and\n"
+       "the longest wait_deadline must not be longer than the longest of these.",
        limit(engine.transfer_deadline)},
       {"transfer_deadline_max", "", limit(engine.transfer_deadline_max)},
       {"heartbeat_interval",

@@ -126,7 +126,8 @@ class Soak {
                        "engine.silence_limit=" + std::to_string(kSilence.count()) + "ms",
                        "engine.wait_deadline=10s", "engine.transfer_deadline=10s",
                        // Twice this long daemons remember how transfers ended.
-                       "engine.transfer_deadline_max=10s", "engine.lease=10s", "drain.limit=2s"};
+                       "engine.transfer_deadline_max=10s", "engine.wait_deadline_max=10s",
+                       "engine.lease=10s", "engine.lease_max=10s", "drain.limit=2s"};
     if (const char* const rails = std::getenv("KVFERRY_RAILS_BINARY"))
       daemon.settings.push_back("rails.binary=" + std::string(rails));
     daemon.settings.insert(daemon.settings.end(), options_.settings.begin(),

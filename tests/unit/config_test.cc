@@ -118,7 +118,7 @@ TEST_CASE("each wrong value is refused with its key") {
     std::string set;
     std::string words;
   };
-  const std::array<Row, 46> rows{{
+  const std::array<Row, 48> rows{{
       {"node.id=white space", "must be a name"},
       {"log.format=xml", "is none of"},
       {"admin.socket=admin.sock", "must be an absolute path"},
@@ -152,6 +152,8 @@ TEST_CASE("each wrong value is refused with its key") {
       {"engine.leg_credits=0", "must be between"},
       {"engine.lease=30", "is not a duration"},
       {"engine.lease=11m", "is longer than engine.lease_max"},
+      {"engine.lease_max=11m", "is longer than engine.transfer_deadline_max"},
+      {"engine.wait_deadline_max=11m", "is longer than engine.transfer_deadline_max"},
       {"engine.silence_limit=1s", "must be at least twice"},
       {"checks.kind=crc32", "is none of"},
       {"shares.worker_share=0", "above 0"},
