@@ -201,14 +201,10 @@ class Checker {
       for (const std::string& tenant : peer.tenants)
         if (!is_name(tenant))
           problem(at + "tenants", toml_quote(tenant) + " is not a tenant's name");
-      const bool local =
-          std::all_of(peer.addresses.begin(), peer.addresses.end(), [](const AddressRule& rule) {
-            return is_loopback(rule.host) && (!rule.numeric || rule.prefix_bits >= 8);
-          });
       if (peer.mode != config_.peer.mode)
         warning(at + "mode",
                 "is not peer.mode, so the peer can be dialled but cannot dial this node");
-      if (peer.mode == PeerMode::kPlain && !local && config_.peer.cluster_secret_file.empty())
+      if (needs_cluster_secret(peer) && config_.peer.cluster_secret_file.empty())
         problem(at + "addresses", "mode plain off loopback needs peer.cluster_secret_file");
     }
   }
@@ -426,6 +422,14 @@ class Checker {
 };
 
 }  // namespace
+
+bool needs_cluster_secret(const PeerConfig& peer) {
+  const bool local =
+      std::all_of(peer.addresses.begin(), peer.addresses.end(), [](const AddressRule& rule) {
+        return is_loopback(rule.host) && (!rule.numeric || rule.prefix_bits >= 8);
+      });
+  return peer.mode == PeerMode::kPlain && !local;
+}
 
 uint64_t least_arena_bytes(const Config& config) {
   return (config.engine.staged_ahead + uint64_t{2}) * std::bit_ceil(config.engine.chunk_bytes);

@@ -117,4 +117,7 @@ Binding choice_binding(E& target, std::vector<Choice<E>> choices,
   return {assign, print};
 }
 
+// Whether the peer is plain and may be off loopback.
+bool needs_cluster_secret(const PeerConfig& peer);
+
 }  // namespace kvferry::ops

@@ -80,8 +80,14 @@ RunningConfig::Change RunningConfig::take(const LoadedConfig& read) {
       change.waiting.push_back(key);
     }
   }
-  if (config_.peers != read.config.peers) change.taken.emplace_back("peers");
-  config_.peers = read.config.peers;
+  if (config_.peers != read.config.peers) {
+    // Written for a secret that is not in force, they would be refused, or believed by the old one.
+    const bool waits =
+        differs("peer.cluster_secret_file") &&
+        std::any_of(read.config.peers.begin(), read.config.peers.end(), needs_cluster_secret);
+    (waits ? change.waiting : change.taken).emplace_back("peers");
+    if (!waits) config_.peers = read.config.peers;
+  }
   if (config_.sockets != read.config.sockets) change.waiting.emplace_back("socket");
   if (config_.ucx != read.config.ucx) change.waiting.emplace_back("ucx");
   next_ = read.config;

@@ -31,7 +31,8 @@ class RunningConfig {
     std::vector<std::string> waiting;  // differ, and are in force from the next start on
   };
   // Takes over of `read`, which has no problems, what may change in a running daemon, all at once.
-  // A default of calls waits beside its longest value, if that differs, too.
+  // A default of calls waits beside its longest value, if that differs, too; [[peers]] with one
+  // that is plain off loopback waits beside another peer.cluster_secret_file.
   Change take(const LoadedConfig& read);
 
   Config config() const;

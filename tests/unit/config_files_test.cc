@@ -346,6 +346,30 @@ TEST_CASE("a default of calls never gets past a maximum that waits for a restart
   CHECK(running.config() == started.config);
 }
 
+TEST_CASE("peers that rest on another cluster secret wait for it") {
+  const Folder folder;
+  const std::string secret = "[peer]\ncluster_secret_file = \"" +
+                             folder.scratch.write("secret", "0123456789abcdef0123\n") + "\"\n";
+  RunningConfig running(folder.load(""));
+  const LoadedConfig distant = folder.load(secret + peer("b", "10.0.0.1"));
+  INFO(all_of(distant.problems));
+  REQUIRE(distant.ok());
+  const RunningConfig::Change waits = running.take(distant);
+  CHECK(waits.taken.empty());
+  CHECK(waits.waiting == std::vector<std::string>{"peer.cluster_secret_file", "peers"});
+  CHECK(running.config().peers.empty());
+  CHECK(find(running.values(), "peers[0].identity")->next == "\"b\"");
+
+  // Those on loopback rest on none.
+  const RunningConfig::Change local = running.take(folder.load(secret + peer("c", "127.0.0.3")));
+  CHECK(local.taken == std::vector<std::string>{"peers"});
+  CHECK(local.waiting == std::vector<std::string>{"peer.cluster_secret_file"});
+  // Nor do those wait whose secret is in force.
+  RunningConfig with_secret(folder.load(secret));
+  CHECK(with_secret.take(distant).taken == std::vector<std::string>{"peers"});
+  CHECK(with_secret.config().peers.size() == 1);
+}
+
 TEST_CASE("every key that a reload takes over says so in the default file") {
   std::size_t told = 0;
   std::string section;
