@@ -470,14 +470,15 @@ Result<TraceReply> decode_trace_reply(std::string_view bytes) {
     return bad("trace.parts");
   for (const v1::TraceReply::Part& from : in.parts()) {
     if ((from.role() != "send" && from.role() != "receive") || !is_word(from.state()) ||
-        from.reason() >= kReasonCount ||
         static_cast<std::size_t>(from.steps_size()) > kMaxTraceSteps)
       return bad("trace.parts");
     TraceReplyPart& part = out.parts.emplace_back();
     part.role = from.role();
     part.rank = from.rank();
     part.state = from.state();
-    part.reason = static_cast<Reason>(from.reason());
+    // A later release may know more.
+    part.reason =
+        reason_from_wire(static_cast<uint16_t>(std::min<uint32_t>(from.reason(), kReasonCount)));
     part.bytes_done = from.bytes_done();
     part.bytes_total = from.bytes_total();
     part.fragments = from.fragments();

@@ -6,6 +6,7 @@
 
 #include "daemon/link/envelope.h"
 #include "daemon/node/handshake.h"
+#include "kvferry/v1/peer.pb.h"
 #include "tests/unit/link_support.h"
 
 using namespace kvferry;
@@ -467,13 +468,32 @@ TEST_CASE("a trace is read as it was written, and nothing but a trace is") {
   CHECK(bad(reply, [](R& r) { r.parts[0].role = "sends"; }));
   CHECK(bad(reply, [](R& r) { r.parts[0].state = ""; }));
   CHECK(bad(reply, [](R& r) { r.parts[0].state = "\x1b[2J"; }));
-  CHECK(bad(reply, [](R& r) { r.parts[0].reason = static_cast<Reason>(kReasonCount); }));
   CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].name = "a b"; }));
   CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].first_ago = Duration::max(); }));
   CHECK(bad(reply, [](R& r) { r.parts[0].steps[0].last_ago = Duration::min(); }));
   CHECK(bad(reply, [](R& r) { r.parts[0].steps.resize(65, r.parts[0].steps[0]); }));
   CHECK(bad(reply, [](R& r) { r.parts.resize(257, r.parts[0]); }));
   CHECK_FALSE(rpc::decode_trace_reply("\xff"));
+}
+
+TEST_CASE("a trace of a later release is read, with reasons and steps that are news") {
+  rpc::TraceReply reply;
+  reply.parts = {{"send", 1, "PAUSED", static_cast<Reason>(kReasonCount), 2, 3, 4, 5, {}}};
+  reply.parts[0].steps = {{"folded", {}, {}, 1}, {"asked", {}, {}, 1}};
+  const auto read = rpc::decode_trace_reply(rpc::encode(reply));
+  REQUIRE(read);
+  CHECK(read->parts[0].reason == Reason::kProtocol);
+  CHECK(read->parts[0].state == "PAUSED");
+  CHECK(read->parts[0].steps == reply.parts[0].steps);
+
+  // Not one of those that are known after a cut to sixteen bits.
+  v1::TraceReply wide;
+  wide.add_parts()->set_role("send");
+  wide.mutable_parts(0)->set_state("FAILED");
+  wide.mutable_parts(0)->set_reason((1U << 16U) + 1);
+  const auto cut = rpc::decode_trace_reply(wide.SerializeAsString());
+  REQUIRE(cut);
+  CHECK(cut->parts[0].reason == Reason::kProtocol);
 }
 
 TEST_CASE("all of it works over gRPC") {
