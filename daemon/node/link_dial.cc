@@ -242,11 +242,11 @@ void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Err
     dial.last_error = error;
     count_failure(error);
     waiters.swap(dial.waiters);
-    if (!is_daily_life(error) && refusals.allow(monotonic_now()))
+    if (!is_daily_life(error) && failed_dials.allow(monotonic_now()))
       ops::log_warning(
           "peer not linked",
           {ops::field("peer", dial.target.node), ops::field("address", dial.target.address),
-           ops::field("error", error), ops::field("suppressed", refusals.suppressed())});
+           ops::field("error", error), ops::field("suppressed", failed_dials.suppressed())});
   }
   for (EnsureDone& waiter : waiters) waiter(tl::unexpected<Error>(error));
 }

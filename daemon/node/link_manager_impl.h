@@ -85,8 +85,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   // Counts changes of whom we link: a handshake that began under other rules makes no link.
   uint64_t rules KVFERRY_GUARDED_BY(mutex) = 0;
-  // Of both directions, in the log.
+  // In the log. Two, so that strangers at the door do not hide what our own dials meet.
   ops::LogLimiter refusals KVFERRY_GUARDED_BY(mutex){8, std::chrono::minutes(1)};
+  ops::LogLimiter failed_dials KVFERRY_GUARDED_BY(mutex){8, std::chrono::minutes(1)};
   std::string ucx_version KVFERRY_GUARDED_BY(mutex);
   std::vector<rpc::PeerRail> rails KVFERRY_GUARDED_BY(mutex);
   uint64_t next_link KVFERRY_GUARDED_BY(mutex) = 1;

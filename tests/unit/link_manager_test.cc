@@ -1,9 +1,14 @@
 // Two link managers, joined by plain calls or by gRPC on loopback.
 #include "daemon/node/link_manager.h"
 
+#include <unistd.h>
+
 #include <catch2/catch.hpp>
+#include <cstdio>
+#include <memory>
 #include <set>
 
+#include "daemon/base/unique_fd.h"
 #include "daemon/link/envelope.h"
 #include "daemon/node/handshake.h"
 #include "kvferry/v1/peer.pb.h"
@@ -165,6 +170,44 @@ TEST_CASE("a handshake that was listened to cannot be played again") {
   request.tag[0] ^= 1;
   a.manager->handshake({"127.0.0.1", 5}, request, put);
   CHECK(answers.take()->error().reason == "PEER_NOT_ALLOWED");
+}
+
+TEST_CASE("strangers at the door do not hide from the log that our own dials fail") {
+  PlainDialer dialer;
+  Daemon a("a", 1, dialer, {allow("b")}, "secret of the cluster");
+  Daemon b("b", 2, dialer, {}, "another secret");
+  dialer.serve(2, b.manager.get());
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> log(std::tmpfile(), std::fclose);
+  REQUIRE(log != nullptr);
+  const UniqueFd before(::dup(STDERR_FILENO));
+  REQUIRE(::dup2(::fileno(log.get()), STDERR_FILENO) >= 0);
+  Box<Result<rpc::SignedHello>> answers;
+  const int strangers = 20;  // more than are logged in a minute
+  for (int i = 0; i < strangers; ++i)
+    a.manager->handshake({"127.0.0.1", 5}, {"hello", {}},
+                         [&](Result<rpc::SignedHello> answer) { answers.put(std::move(answer)); });
+  int refused = 0;
+  for (int i = 0; i < strangers; ++i) {
+    const auto answer = answers.take();
+    refused += answer && !*answer && answer->error().code == Code::kPermissionDenied ? 1 : 0;
+  }
+  const Result<PeerRef> ref = a.link("b", 2);
+  REQUIRE(::dup2(before.get(), STDERR_FILENO) >= 0);
+  CHECK(refused == strangers);
+  CHECK(reason(ref) == "PEER_NOT_ALLOWED");
+  std::rewind(log.get());
+  std::string text(64 * 1024, ' ');
+  text.resize(std::fread(text.data(), 1, text.size(), log.get()));
+  INFO(text);
+  const auto count = [&](const std::string& what) {
+    int found = 0;
+    for (std::size_t at = 0; (at = text.find(what, at)) != std::string::npos; at += what.size())
+      ++found;
+    return found;
+  };
+  CHECK(count("peer refused") >= 8);
+  CHECK(count("peer refused") < strangers);
+  CHECK(count("peer not linked") == 1);
 }
 
 TEST_CASE("a daemon that comes back with a new boot id ends the old link") {
