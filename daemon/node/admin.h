@@ -16,6 +16,7 @@
 #include "daemon/node/link_manager.h"
 #include "daemon/node/peer_links.h"
 #include "daemon/node/registry.h"
+#include "daemon/node/trace_rules.h"
 #include "daemon/ops/config.h"
 #include "daemon/ops/http.h"
 #include "daemon/ops/watchdog.h"
@@ -76,7 +77,7 @@ class Admin final : public rpc::AdminBackend, public TraceAnswers {
   void config(rpc::Reply<std::vector<rpc::ConfigValueInfo>> done) override;
   void health(Time deadline, rpc::Reply<std::vector<rpc::HealthCheckInfo>> done) override;
 
-  // TraceAnswers. Some tens of times a second at most; else RESOURCE_EXHAUSTED TRACE_BUSY.
+  // TraceAnswers. As TraceBudget allows; else RESOURCE_EXHAUSTED TRACE_BUSY.
   void answer_trace(const PeerRef& peer, const rpc::TraceQuery& query,
                     std::function<void(Result<rpc::TraceReply>)> done) override;
 
@@ -94,7 +95,7 @@ class Admin final : public rpc::AdminBackend, public TraceAnswers {
   const Orders orders_;
   const Time started_ = monotonic_now();
   std::atomic<bool> draining_{false};
-  std::atomic<int64_t> traces_paid_ns_{0};  // answers to peers are paid for until then
+  TraceBudget trace_budget_;
 };
 
 // The handle that tools show and take, such as s3x17: side, worker, the worker's own number.

@@ -13,10 +13,6 @@ namespace {
 
 // The longest that a peer is waited for.
 constexpr Duration kPeerPatience = std::chrono::seconds(2);
-// A look at all transfers on the engine's thread is no peer's to order as often as it likes: so
-// many at once, and then one each of these.
-constexpr int64_t kAnswersAtOnce = 16;
-constexpr Duration kBetweenAnswers = std::chrono::milliseconds(20);
 
 // "s3x17", as transfer_handle() makes it.
 std::optional<engine::TraceQuery::Part> parse_handle(std::string_view text) {
@@ -189,14 +185,8 @@ void Admin::trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo
 
 void Admin::answer_trace(const PeerRef& peer, const rpc::TraceQuery& query,
                          std::function<void(Result<rpc::TraceReply>)> done) {
-  const int64_t now = monotonic_now().ns;
-  int64_t paid = traces_paid_ns_.load(std::memory_order_relaxed);
-  int64_t next = 0;
-  do {
-    next = std::max(paid, now) + kBetweenAnswers.count();
-    if (next - now > kAnswersAtOnce * kBetweenAnswers.count())
-      return done(fail(Code::kResourceExhausted, "TRACE_BUSY", "asked too often: ask again"));
-  } while (!traces_paid_ns_.compare_exchange_weak(paid, next, std::memory_order_relaxed));
+  if (!trace_budget_.take(peer.node, monotonic_now()))
+    return done(fail(Code::kResourceExhausted, "TRACE_BUSY", "asked too often: ask again"));
   engine::TraceQuery question;
   question.hash = query.hash;
   question.node = peer.node;

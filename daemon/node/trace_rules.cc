@@ -1,0 +1,24 @@
+#include "daemon/node/trace_rules.h"
+
+#include <algorithm>
+
+namespace kvferry::node {
+
+bool TraceBudget::take(const std::string& node, Time now) {
+  MutexLock lock(mutex_);
+  std::erase_if(paid_of_, [&](const auto& peer) { return peer.second <= now; });
+  const auto it = paid_of_.find(node);
+  const Time all = std::max(paid_, now) + kBetween;
+  const Time own = (it == paid_of_.end() ? now : it->second) + kBetweenPerPeer;
+  if (all - now > kAtOnce * kBetween || own - now > kAtOncePerPeer * kBetweenPerPeer) return false;
+  paid_ = all;
+  paid_of_[node] = own;
+  return true;
+}
+
+std::size_t TraceBudget::peers() const {
+  MutexLock lock(mutex_);
+  return paid_of_.size();
+}
+
+}  // namespace kvferry::node

@@ -1,0 +1,47 @@
+// What one peer can do to the traces of others.
+#include "daemon/node/trace_rules.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <string>
+
+using namespace kvferry;
+using namespace kvferry::node;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+namespace {
+
+constexpr Time kStart{1'000'000'000};
+
+}  // namespace
+
+TEST_CASE("a peer that asks for traces without end leaves the others their answers") {
+  TraceBudget budget;
+  int greedy = 0;
+  for (Time now = kStart; now < kStart + seconds(10); now = now + milliseconds(1)) {
+    if (budget.take("greedy", now)) ++greedy;
+    if ((now - kStart) % seconds(1) == Duration(0)) CHECK(budget.take("modest", now));
+  }
+  // Four at once, and five a second.
+  CHECK(greedy >= 50);
+  CHECK(greedy <= 54);
+}
+
+TEST_CASE("all peers together get no more than the engine's thread is to give") {
+  TraceBudget budget;
+  int answered = 0;
+  std::size_t most = 0;
+  for (Time now = kStart; now < kStart + seconds(2); now = now + milliseconds(1)) {
+    const int64_t peer = (now - kStart) / milliseconds(1);
+    if (budget.take("peer" + std::to_string(peer), now)) ++answered;
+    most = std::max(most, budget.peers());
+  }
+  // Sixteen at once, and fifty a second.
+  CHECK(answered >= 115);
+  CHECK(answered <= 116);
+  // Of two thousand who asked, only those are remembered that still owe.
+  CHECK(most <= 32);
+  CHECK(budget.take("late", kStart + seconds(60)));
+  CHECK(budget.peers() == 1);
+}
