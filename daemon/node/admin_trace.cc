@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "daemon/base/mutex.h"
+#include "daemon/engine/traces.h"
 #include "daemon/node/admin.h"
 
 namespace kvferry::node {
@@ -136,7 +137,11 @@ void Admin::trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo
     const std::vector<engine::TransferTrace> found = find(engine, selector, now);
     if (found.empty())
       return done(fail(Code::kNotFound, "TRANSFER_UNKNOWN",
-                       "no transfer of the last ten minutes is called " + selector));
+                       "neither an open transfer nor one of the last " +
+                           std::to_string(engine::kMostKeptTraces) +
+                           " ranks' parts, closed within " +
+                           std::to_string(engine::kTraceLife / std::chrono::minutes(1)) +
+                           " minutes, is called " + selector));
     auto gathering = std::make_shared<Gathering>();
     gathering->done = done;
     std::set<std::string> nodes;
