@@ -12,9 +12,6 @@
 namespace kvferry::node {
 namespace {
 
-// The longest that a peer is waited for.
-constexpr Duration kPeerPatience = std::chrono::seconds(2);
-
 // "s3x17", as transfer_handle() makes it.
 std::optional<engine::TraceQuery::Part> parse_handle(std::string_view text) {
   if (text.empty() || (text[0] != 's' && text[0] != 'r')) return std::nullopt;
@@ -167,7 +164,7 @@ void Admin::trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo
     for (const std::string& node : nodes) {
       const Time asked = monotonic_now();
       links_.get_trace(
-          node, {hash}, std::min(deadline, asked + kPeerPatience),
+          node, {hash}, peer_deadline(asked, deadline),
           [gathering, settle, node, hash, asked](Result<rpc::TraceReply> reply) {
             const Time got = monotonic_now();
             {

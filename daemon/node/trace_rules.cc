@@ -3,6 +3,12 @@
 #include <algorithm>
 
 namespace kvferry::node {
+namespace {
+
+// The longest that a peer is waited for.
+constexpr Duration kPeerPatience = std::chrono::seconds(2);
+
+}  // namespace
 
 bool TraceBudget::take(const std::string& node, Time now) {
   MutexLock lock(mutex_);
@@ -19,6 +25,10 @@ bool TraceBudget::take(const std::string& node, Time now) {
 std::size_t TraceBudget::peers() const {
   MutexLock lock(mutex_);
   return paid_of_.size();
+}
+
+Time peer_deadline(Time asked, Time deadline) {
+  return std::min(asked + (deadline - asked) / 2, asked + kPeerPatience);
 }
 
 }  // namespace kvferry::node

@@ -32,4 +32,9 @@ class TraceBudget {
   std::map<std::string, Time> paid_of_ KVFERRY_GUARDED_BY(mutex_);
 };
 
+// Until when a peer is waited for that is asked at `asked`, for somebody who waits until
+// `deadline`: half of that time at most, so that what is known here is told if the peer says
+// nothing.
+Time peer_deadline(Time asked, Time deadline);
+
 }  // namespace kvferry::node

@@ -45,3 +45,10 @@ TEST_CASE("all peers together get no more than the engine's thread is to give") 
   CHECK(budget.take("late", kStart + seconds(60)));
   CHECK(budget.peers() == 1);
 }
+
+TEST_CASE("a silent peer leaves time to tell what is known here") {
+  CHECK(peer_deadline(kStart, kStart + seconds(1)) == kStart + milliseconds(500));
+  CHECK(peer_deadline(kStart, kStart + seconds(30)) == kStart + seconds(2));
+  CHECK(peer_deadline(kStart, Time::never()) == kStart + seconds(2));
+  CHECK(peer_deadline(kStart, kStart + Duration(0)) == kStart);
+}
