@@ -223,7 +223,11 @@ class Rank:
                 self._released(half, transfer, status)
             elif event.kind is EventKind.REJECTED:
                 self._rejected(half, transfer, event)
-        if status is not None and status.state.terminal and status.released:
+        ended = status is not None and status.state.terminal and status.released
+        # What was refused has no end that would be told. Until the last of its operations has its
+        # answer it stays open: each refusal tries.
+        refused = event.kind is EventKind.REJECTED and (half is None or half.released)
+        if ended or refused:
             self._close(transfer)
 
     def _released(self, half: Half, transfer: Transfer, status: TransferStatus) -> None:

@@ -1,0 +1,82 @@
+"""What the connectors share: nothing is left of a transfer that was refused."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import pytest
+from conftest import TIMEOUT, Worker, Workers
+
+import kvferry as kv
+from kvferry._rank import Half, Rank, RankSettings
+
+TOKENS = 20
+BLOCKS = kv.GroupBlocks([5, 6, 2])
+OUT_OF_RANGE = kv.GroupBlocks([5, 16, 2])
+
+
+def rank_of(worker: Worker) -> Rank:
+    settings = RankSettings(worker.instance, 0, 1, 1, 0, False, "", "test-model", None)
+    return Rank(settings, logging.getLogger("kvferry.test"), worker.client)
+
+
+def poll_until_nothing_is_left(rank: Rank, rejected: int) -> None:
+    transfers = rank.client._transfers
+    limit = time.monotonic() + TIMEOUT
+    while transfers.rejected < rejected or rank._halves or transfers._entries:
+        assert time.monotonic() < limit, (rank._halves, transfers.rejected, transfers._entries)
+        rank.poll()
+        time.sleep(0.001)  # between two looks
+    assert transfers.rejected == rejected
+    assert transfers._by_key == {}
+
+
+def send(
+    rank: Rank, workers: Workers, half: Half, key: kv.TransferKey, index: int, *, bad: bool
+) -> None:
+    begin = 8 * index
+    transfer = rank.client.send(
+        key,
+        workers.sender.layout,
+        OUT_OF_RANGE if bad else BLOCKS,
+        num_tokens=TOKENS,
+        tokens=(begin, begin + 8),
+        index=index,
+        last=False,
+    )
+    rank.follow(half, transfer)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_refused_send_leaves_nothing(workers: Workers, slices: int) -> None:
+    rank, half, key = rank_of(workers.sender), Half("sent"), workers.key()
+    for index in range(slices):
+        send(rank, workers, half, key, index, bad=True)
+    poll_until_nothing_is_left(rank, slices)
+    assert (half.released, half.ok, half.reason) == (True, False, "BLOCK_OUT_OF_RANGE")
+
+
+def test_a_refused_slice_ends_the_ones_before(workers: Workers) -> None:
+    rank, half, key = rank_of(workers.sender), Half("sent"), workers.key()
+    send(rank, workers, half, key, 0, bad=False)
+    send(rank, workers, half, key, 1, bad=True)
+    poll_until_nothing_is_left(rank, 1)
+    assert (half.released, half.ok, half.reason) == (True, False, "CANCELLED")
+
+
+def test_a_refused_receive_leaves_nothing(workers: Workers) -> None:
+    receiver = workers.receiver
+    rank, half, key = rank_of(receiver), Half("received"), workers.key()
+    transfer = rank.client.receive(
+        key, receiver.layout, workers.ticket, OUT_OF_RANGE, num_tokens=TOKENS
+    )
+    rank.follow(half, transfer)
+    poll_until_nothing_is_left(rank, 1)
+    assert (half.released, half.ok, half.reason) == (True, False, "BLOCK_OUT_OF_RANGE")
+
+
+def test_a_refused_claim_that_nobody_follows_leaves_nothing(workers: Workers) -> None:
+    rank = rank_of(workers.receiver)
+    rank.client.claim(workers.key(), workers.receiver.layout, "not a ticket")
+    poll_until_nothing_is_left(rank, 1)
