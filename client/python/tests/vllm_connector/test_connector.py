@@ -16,6 +16,8 @@ pytest.importorskip("vllm.config", reason="vllm is not installed: deploy/test-en
 from daemons import Pair
 from harness import BLOCK, Engine, run
 
+from kvferry.errors import Code, KvferryError
+
 PROMPT = [(i * 37 + 11) % 1000 for i in range(75)]
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
 
@@ -196,6 +198,22 @@ def test_a_load_that_fails(site: Site, policy: str, hybrid: bool) -> None:
     reason = str(target.outputs["d0"].finish_reason)
     assert ("error" if policy == "fail" else "length") in reason.lower()
     assert target.free_blocks() == free
+
+
+def test_a_load_that_cannot_be_asked_for_is_declined(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise KvferryError(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", "a test")
+
+    source, target = site.engine("prefill", lease=60.0), site.engine("decode")
+    worker = target.ranks[0].connector.worker
+    monkeypatch.setattr(worker.client, "receive", full)
+    target.add("d0", PROMPT, prefill(source, "p0"))
+    run(lambda: "d0" in target.outputs and target.idle and source.idle, source, target)
+    assert reports(target, "failed_recving") == ["d0"]
+    assert reports(source, "finished_sending") == ["p0"]
+    assert worker._claims == {}
 
 
 def test_untrusted_parameters_are_not_believed(site: Site) -> None:

@@ -238,6 +238,8 @@ class WorkerSide:
         except KvferryError as error:
             logger.warning("kvferry: %s: receive: %s", receive.request_id, error)
             receiving.give_up(error.reason)
+            # It is not tried again: the sender need not keep its blocks, as the claim has it do.
+            self._decline(Coming(receive.request_id, receive.key, receive.ticket))
             return
         self._claims.pop(receive.request_id, None)
         self.rank.follow(receiving, transfer)
