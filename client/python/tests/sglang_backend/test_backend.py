@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 
 pytest.importorskip(
     "sglang.srt.plugins", reason="sglang is not installed: deploy/test-engine.sh sglang"
@@ -223,6 +224,21 @@ def test_servers_with_different_keys_do_not_meet(site: Site) -> None:
     run(lambda: receiving.outcome is not None, receiving)
     assert receiving.outcome == KVPoll.Failed
     assert "key_file" in receiving.reasons[0]
+
+
+def test_a_wrong_ticket_at_the_registry_is_put_right(site: Site) -> None:
+    source, target = site.both()
+    url = f"http://{source.address}/kvferry/ticket"
+
+    def told() -> Any:
+        return requests.get(url, params={"dp_rank": 0}, timeout=5)
+
+    run(lambda: told().ok)
+    right = told().json()
+    wrong = {"dp_rank": 0, "ticket": "wrong", "proof": "wrong"}
+    requests.put(url, json=wrong, timeout=5).raise_for_status()
+    run(lambda: told().json() == right)
+    hand_off(source, target)
 
 
 def test_metadata_of_another_size_is_refused(site: Site) -> None:

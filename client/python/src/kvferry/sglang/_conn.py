@@ -99,21 +99,20 @@ class KVManager(CommonKVManager):  # type: ignore[misc]
         self._registry_url = url.removesuffix("/route")
 
     def _publish(self) -> None:
-        """Gives the ticket to the registry once all ranks have registered, and again when it has
-        changed, as it does when any of them registers anew."""
+        """Gives the ticket to the registry once all ranks have registered, and again and again: it
+        changes when any of them registers anew, and the registry keeps whatever it was told last,
+        by whomever, and nothing when it was started again."""
         group = int(self.settings.instance.rpartition("-dp")[2])
-        given = ""
         pause = _FIRST_PAUSE
         while not self._stop.is_set():
             self._ask_now.clear()
             ticket = self.rank.ticket()
-            if ticket and ticket != given:
+            if ticket:
                 proof = to_text(self.settings.mac(f"ticket {group} {ticket}"))
                 entry = {"dp_rank": group, "ticket": ticket, "proof": proof}
                 try:
                     url = self._registry_url + PATH
                     requests.put(url, json=entry, timeout=_CALL_SECONDS).raise_for_status()
-                    given = ticket
                 except requests.RequestException as error:
                     logger.warning("kvferry: the registry does not take the ticket: %s", error)
             if self._ask_now.wait(pause):
