@@ -251,6 +251,7 @@ struct Daemon::Impl {
   Gpu gpu;
   std::unique_ptr<copy::CopyPool> copies;
   std::unique_ptr<TaskPool> look_ups;
+  std::unique_ptr<TaskPool> files;  // one thread: reloads and looks at certificates, in turn
   std::unique_ptr<TaskPool> compiles;
   std::unique_ptr<TaskPool> packer;
   std::unique_ptr<rpc::PeerDialer> dialer;
@@ -276,7 +277,6 @@ struct Daemon::Impl {
   bool drained KVFERRY_GUARDED_BY(mutex) = false;
   std::vector<std::function<void()>> when_drained KVFERRY_GUARDED_BY(mutex);
   bool ended KVFERRY_GUARDED_BY(mutex) = false;  // nobody tells of the drain any more
-  Mutex reload_mutex;                            // one at a time
   ops::ConfigSources sources;
   std::atomic<bool> served{false};
   bool stopped = false;
@@ -294,8 +294,9 @@ struct Daemon::Impl {
   void look_at_certificates();
   Admin::Orders orders();
   void begin_drain(Duration limit, std::function<void()> done);
-  Result<rpc::ReloadedInfo> reload() KVFERRY_EXCLUDES(reload_mutex);
-  Result<rpc::ReloadedInfo> read_again() KVFERRY_REQUIRES(reload_mutex);
+  // On the thread of `files`.
+  Result<rpc::ReloadedInfo> reload();
+  Result<rpc::ReloadedInfo> read_again();
   std::vector<rpc::ConfigValueInfo> config_values() const;
 };
 
@@ -385,6 +386,7 @@ Status Daemon::Impl::make_core() {
   copy_options.cpus = numa->copy_cpus();
   copies = std::make_unique<copy::CopyPool>(copy_options);
   look_ups = std::make_unique<TaskPool>("kvf-lookup", 2, 1 << 16);
+  files = std::make_unique<TaskPool>("kvf-files", 1, 64);
   compiles = std::make_unique<TaskPool>("kvf-compile", 1, 1 << 17);
   packer = std::make_unique<TaskPool>("kvf-pack", 1, 1 << 16);
   std::shared_ptr<const rpc::PeerTls> tls;
@@ -682,7 +684,7 @@ void Daemon::turn() {
   if (now < d.next_look || !ops::wants_mtls(d.config) || d.looking.exchange(true)) return;
   d.next_look = now + kCertificateInterval;
   // Not on this thread: a file system that hangs would make the daemon look dead.
-  if (!d.look_ups->post([&d] {
+  if (!d.files->post([&d] {
         d.look_at_certificates();
         d.looking.store(false);
       }))
@@ -698,8 +700,8 @@ Admin::Orders Daemon::Impl::orders() {
   };
   out.config = [this] { return config_values(); };
   out.reload = [this](rpc::Reply<rpc::ReloadedInfo> done) {
-    if (!look_ups->post([this, done] { done(reload()); }))
-      done(fail(Code::kResourceExhausted, "TOO_MANY_TASKS", "too much waits to be looked up"));
+    if (!files->post([this, done] { done(reload()); }))
+      done(fail(Code::kResourceExhausted, "TOO_MANY_TASKS", "too many reloads wait"));
   };
   return out;
 }
@@ -722,7 +724,6 @@ void Daemon::Impl::begin_drain(Duration limit, std::function<void()> done) {
 }
 
 Result<rpc::ReloadedInfo> Daemon::Impl::reload() {
-  MutexLock lock(reload_mutex);
   Result<rpc::ReloadedInfo> info = read_again();
   metrics->of(info ? ops::ReloadResult::kOk : ops::ReloadResult::kRefused).add();
   metrics->last_reload_ok.set(info ? 1 : 0);
@@ -788,8 +789,8 @@ std::vector<rpc::ConfigValueInfo> Daemon::Impl::config_values() const {
 }
 
 void Daemon::reload() {
-  if (!impl_->look_ups->post([d = impl_.get()] { (void)d->reload(); }))
-    ops::log_error("not reloaded", {ops::field("error", "too much waits to be looked up")});
+  if (!impl_->files->post([d = impl_.get()] { (void)d->reload(); }))
+    ops::log_error("not reloaded", {ops::field("error", "too many reloads wait")});
 }
 
 Duration Daemon::drain_limit() const {
@@ -832,6 +833,7 @@ void Daemon::stop() {
   if (d.admin_server) d.admin_server->shutdown(soon);
   if (d.peer_server) d.peer_server->shutdown(soon);
   if (d.look_ups) d.look_ups->stop();
+  if (d.files) d.files->stop();
   if (d.compiles) d.compiles->stop();
   if (d.packer) d.packer->stop();
   if (d.registry) d.registry->stop();

@@ -1,8 +1,10 @@
 // Hand-offs between real daemons over mutual TLS: with certificates as deploy/make-test-certs.sh
 // makes them, with bad ones, and with new ones while transfers run.
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -522,6 +524,40 @@ TEST_CASE(
   reload(with_b, "reloaded peers=1");
   // b is told what it last heard until it dials again.
   CHECK(comes_true([&] { return hand_off.try_it() != "FAILED PEER_NOT_ALLOWED"; }));
+  hand_off.require_good();
+}
+
+TEST_CASE("reloads whose files hang stop no handshake, and run one after the other") {
+  Scene s;
+  s.certify("a b");
+  s.start_both();
+  const std::string main = s.daemons["a"]->config_file();
+  const pid_t pid = s.daemons["a"]->pid();
+  const std::string text = read_file(main);
+  // A FIFO that nobody fills is like a file system that hangs.
+  REQUIRE(::rename(main.c_str(), (main + ".kept").c_str()) == 0);
+  REQUIRE(::mkfifo(main.c_str(), 0600) == 0);
+  const auto taken = [&] {  // whether the daemon has the signal, and may be sent another
+    const std::string status = read_file("/proc/" + std::to_string(pid) + "/status");
+    return status.find("ShdPnd:\t0000000000000000") != std::string::npos;
+  };
+  REQUIRE(::kill(pid, SIGHUP) == 0);
+  int fifo = -1;
+  REQUIRE(comes_true(
+      [&] { return (fifo = ::open(main.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC)) >= 0; }));
+  for (int more = 0; more < 2; ++more) {
+    REQUIRE(::kill(pid, SIGHUP) == 0);
+    REQUIRE(comes_true(taken));
+  }
+  HandOff hand_off(s);
+  hand_off.require_good();
+  CHECK(s.links("a") == 1);
+  CHECK(s.count("a", "reloaded") == 0);
+
+  REQUIRE(::rename((main + ".kept").c_str(), main.c_str()) == 0);
+  CHECK(::write(fifo, text.data(), text.size()) == static_cast<ssize_t>(text.size()));
+  ::close(fifo);
+  CHECK(comes_true([&] { return s.count("a", "reloaded peers=1") == 3; }));
   hand_off.require_good();
 }
 
