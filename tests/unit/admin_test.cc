@@ -428,7 +428,7 @@ TEST_CASE_METHOD(Fixture, "live views print one picture after the other and end 
   REQUIRE(pictures.size() == 2);
   for (const auto& picture : pictures) {
     const double interval = picture["interval_seconds"];
-    CHECK(interval >= 0.05);
+    CHECK(interval > 0.04);  // measured between pictures, of which the first may have been late
     CHECK(picture["transfers"][0]["bytes_per_second"].get<double>() * interval == Approx(1 << 20));
     CHECK(picture["transfers"][1]["bytes_per_second"] == 0);
     CHECK(picture["total"] == 3);
