@@ -1,6 +1,7 @@
 #include "client/ctl/render.h"
 
 #include <algorithm>
+#include <cmath>
 #include <ctime>
 #include <map>
 #include <vector>
@@ -534,7 +535,10 @@ std::string health_text(const Json& json) {
 
 std::string trace_text(const Json& json) {
   const auto at = [](const char* key) {
-    return [key](const Json& row) { return "+" + human_duration(row.at(key).get<double>()); };
+    return [key](const Json& row) {
+      const auto seconds = row.at(key).get<double>();
+      return (seconds < 0 ? "-" : "+") + human_duration(std::abs(seconds));
+    };
   };
   std::string out;
   for (const Json& part : json.at("parts")) {

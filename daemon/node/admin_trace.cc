@@ -2,6 +2,7 @@
 // theirs; and the same question from a peer.
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <set>
 #include <utility>
 
@@ -107,13 +108,24 @@ struct Gathering {
   std::vector<Moments> parts KVFERRY_GUARDED_BY(mutex);
   std::vector<rpc::TraceGapInfo> gaps KVFERRY_GUARDED_BY(mutex);
   std::size_t left KVFERRY_GUARDED_BY(mutex) = 0;
+  Time begin;  // of the first step here: what times count from, whatever peers say
   rpc::Reply<rpc::TraceInfo> done;
+
+  // What a peer says, or why it is left out.
+  void add(const std::string& node, std::vector<Moments> of, const TraceWindow& window)
+      KVFERRY_REQUIRES(mutex) {
+    for (const Moments& part : of)
+      for (const Moments::Step& step : part.steps)
+        if (!window.holds(step.first, step.last)) {
+          gaps.push_back(
+              {node, "TRACE_TIMES: it tells of times that the transfer cannot have had"});
+          return;
+        }
+    std::move(of.begin(), of.end(), std::back_inserter(parts));
+  }
 
   rpc::TraceInfo finish(Time now) KVFERRY_REQUIRES(mutex) {
     rpc::TraceInfo info;
-    Time begin = now;
-    for (const Moments& of : parts)
-      for (const Moments::Step& step : of.steps) begin = std::min(begin, step.first);
     for (Moments& of : parts) {
       for (Moments::Step& step : of.steps)
         of.part.steps.push_back(
@@ -141,11 +153,14 @@ void Admin::trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo
                            " minutes, is called " + selector));
     auto gathering = std::make_shared<Gathering>();
     gathering->done = done;
+    gathering->begin = now;
     std::set<std::string> nodes;
     {
       MutexLock lock(gathering->mutex);
       for (const engine::TransferTrace& trace : found) {
         gathering->parts.push_back(moments_of(trace, config_.node.id));
+        for (const Moments::Step& step : gathering->parts.back().steps)
+          gathering->begin = std::min(gathering->begin, step.first);
         nodes.insert(trace.view.nodes.begin(), trace.view.nodes.end());
       }
       nodes.erase(std::string());
@@ -161,22 +176,28 @@ void Admin::trace(std::string selector, Time deadline, rpc::Reply<rpc::TraceInfo
       }
       gathering->done(std::move(info));
     };
+    const Duration longest = std::max({config_.engine.lease_max, config_.engine.wait_deadline_max,
+                                       config_.engine.transfer_deadline_max});
     for (const std::string& node : nodes) {
       const Time asked = monotonic_now();
       links_.get_trace(
           node, {hash}, peer_deadline(asked, deadline),
-          [gathering, settle, node, hash, asked](Result<rpc::TraceReply> reply) {
+          [gathering, settle, node, hash, asked, longest](Result<rpc::TraceReply> reply) {
             const Time got = monotonic_now();
             {
               MutexLock lock(gathering->mutex);
-              if (!reply)
+              if (!reply) {
                 gathering->gaps.push_back({node, reply.error().to_string()});
-              else if (reply->parts.empty())
+              } else if (reply->parts.empty()) {
                 gathering->gaps.push_back({node, "TRANSFER_UNKNOWN: it knows nothing of it"});
-              else
+              } else {
+                std::vector<Moments> parts;
                 for (rpc::TraceReplyPart& part : reply->parts)
-                  gathering->parts.push_back(moments_of(part, node, hash, asked + (got - asked) / 2,
-                                                        (got - asked + Duration(1)) / 2));
+                  parts.push_back(moments_of(part, node, hash, asked + (got - asked) / 2,
+                                             (got - asked + Duration(1)) / 2));
+                gathering->add(node, std::move(parts),
+                               trace_window(gathering->begin, got, engine::kTraceLife, longest));
+              }
             }
             settle(got);
           });

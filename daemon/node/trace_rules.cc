@@ -7,6 +7,8 @@ namespace {
 
 // The longest that a peer is waited for.
 constexpr Duration kPeerPatience = std::chrono::seconds(2);
+// By how much a peer's clock may run otherwise than ours.
+constexpr Duration kSlack = std::chrono::seconds(1);
 
 }  // namespace
 
@@ -29,6 +31,10 @@ std::size_t TraceBudget::peers() const {
 
 Time peer_deadline(Time asked, Time deadline) {
   return std::min(asked + (deadline - asked) / 2, asked + kPeerPatience);
+}
+
+TraceWindow trace_window(Time begin, Time now, Duration kept, Duration longest) {
+  return {begin + -(kept + 2 * longest), now + kSlack};
 }
 
 }  // namespace kvferry::node

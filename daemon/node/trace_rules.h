@@ -37,4 +37,16 @@ class TraceBudget {
 // nothing.
 Time peer_deadline(Time asked, Time deadline);
 
+// When a peer's steps of a transfer can have been.
+struct TraceWindow {
+  Time from;
+  Time until;
+  bool holds(Time first, Time last) const {
+    return first >= from && first <= until && last >= from && last <= until;
+  }
+};
+// `begin`: of the first step here; `kept`: how long closed transfers are known; `longest`: of all
+// leases and deadlines, with which a peer's part may have begun before ours and ours be kept.
+TraceWindow trace_window(Time begin, Time now, Duration kept, Duration longest);
+
 }  // namespace kvferry::node

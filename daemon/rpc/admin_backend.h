@@ -245,7 +245,7 @@ struct TraceGapInfo {
   std::string node;
   std::string detail;
 };
-// Times count from the first step of all.
+// Times count from the first step here; those of peers may be negative.
 struct TraceInfo {
   std::vector<TracePartInfo> parts;
   std::vector<TraceGapInfo> gaps;

@@ -157,6 +157,7 @@ class FakeBackend : public AdminBackend {
     other.state = "FAILED";
     other.reason = Reason::kDeadline;
     other.clock_error = microseconds(250);
+    other.steps = {{"asked", -milliseconds(1500), -microseconds(20), 2}};
     done(TraceInfo{{own, other}, {{"node-c", "LINK_DOWN: there is\x1b no link"}}, seconds(2)});
   }
   std::string traced;
@@ -401,7 +402,8 @@ TEST_CASE_METHOD(Fixture, "a trace is told part by part, and what could not be h
         "receive rank 4 on node-b (0badcafe): FAILED DEADLINE\n"
         "0 B of 0 B, 0 chunks of 0 pieces of memory\n"
         "times may be wrong by 250us\n"
-        "no steps\n"
+        "STEP   FIRST   LAST  COUNT\n"
+        "asked  -1.5s  -20us      2\n"
         "\n"
         "node-c did not tell of its side; ask there: LINK_DOWN: there is\\x1b no link\n");
   const auto json = nlohmann::json::parse(ctl("--json trace s3x17").first);

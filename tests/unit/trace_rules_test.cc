@@ -52,3 +52,15 @@ TEST_CASE("a silent peer leaves time to tell what is known here") {
   CHECK(peer_deadline(kStart, Time::never()) == kStart + seconds(2));
   CHECK(peer_deadline(kStart, kStart + Duration(0)) == kStart);
 }
+
+TEST_CASE("a peer's steps are believed only where the transfer can have had them") {
+  const Time begin = kStart + seconds(10'000);
+  const Time now = begin + seconds(30);
+  const TraceWindow window = trace_window(begin, now, seconds(600), seconds(100));
+  CHECK(window.holds(begin, now));
+  CHECK(window.holds(begin + -seconds(800), now + seconds(1)));
+  CHECK_FALSE(window.holds(begin + -seconds(800) + -Duration(1), now));
+  CHECK_FALSE(window.holds(begin, now + seconds(1) + Duration(1)));
+  CHECK_FALSE(window.holds(now + seconds(1) + Duration(1), now));
+  CHECK_FALSE(window.holds(begin, begin + -seconds(801)));
+}
