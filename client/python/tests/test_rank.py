@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import pytest
 from conftest import TIMEOUT, Worker, Workers
@@ -19,6 +20,13 @@ OUT_OF_RANGE = kv.GroupBlocks([5, 16, 2])
 def rank_of(worker: Worker) -> Rank:
     settings = RankSettings(worker.instance, 0, 1, 1, 0, False, "", "test-model", None)
     return Rank(settings, logging.getLogger("kvferry.test"), worker.client)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < limit, "the condition does not come about"
+        time.sleep(0.001)  # between two looks
 
 
 def poll_until_nothing_is_left(rank: Rank, rejected: int) -> None:
@@ -80,3 +88,27 @@ def test_a_refused_claim_that_nobody_follows_leaves_nothing(workers: Workers) ->
     rank = rank_of(workers.receiver)
     rank.client.claim(workers.key(), workers.receiver.layout, "not a ticket")
     poll_until_nothing_is_left(rank, 1)
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_claim_that_is_declined_leaves_nothing(workers: Workers, answered: bool) -> None:
+    receiver, key = workers.receiver, workers.key()
+    rank = rank_of(receiver)
+    rank.client.claim(key, receiver.layout, workers.ticket)
+    if answered:
+        wait_until(lambda: rank.client.stats().operations_accepted == 1)
+    rank.client.decline(key, receiver.layout, workers.ticket)
+    wait_until(lambda: rank.client.stats().operations_accepted == 2)
+    poll_until_nothing_is_left(rank, 0)
+
+
+def test_a_refused_receive_of_what_was_claimed_leaves_nothing(workers: Workers) -> None:
+    receiver = workers.receiver
+    rank, half, key = rank_of(receiver), Half("received"), workers.key()
+    rank.client.claim(key, receiver.layout, workers.ticket)
+    transfer = rank.client.receive(
+        key, receiver.layout, workers.ticket, OUT_OF_RANGE, num_tokens=TOKENS
+    )
+    rank.follow(half, transfer)
+    poll_until_nothing_is_left(rank, 1)
+    assert (half.released, half.ok, half.reason) == (True, False, "BLOCK_OUT_OF_RANGE")

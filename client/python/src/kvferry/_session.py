@@ -153,10 +153,10 @@ class Session:
     def _call(self, method: str, request: Message, response: type[Response]) -> Response:
         return self._current().call(method, request, response, self._call_timeout)
 
-    def _on_result(self, handle: int, result: pb.OperationResult) -> None:
+    def _on_result(self, operation: pb.Operation, handle: int, result: pb.OperationResult) -> None:
         taken = (pb.OPERATION_OUTCOME_ACCEPTED, pb.OPERATION_OUTCOME_EXISTING)
         error = None if result.outcome in taken else decode_error(result.error)
-        if self._transfers.answer(handle, error):
+        if self._transfers.answer(handle, error, operation.HasField("claim")):
             self._notify()
 
     def _send_host_pools(self, connection: Connection, pools: Iterable[Pool]) -> None:

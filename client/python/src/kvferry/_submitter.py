@@ -36,10 +36,10 @@ class Submitter:
         self,
         max_operations: int,
         max_bytes: int,
-        on_result: Callable[[int, pb.OperationResult], None],
+        on_result: Callable[[pb.Operation, int, pb.OperationResult], None],
     ) -> None:
-        """`on_result` is called on the submitter's thread, without a lock: the handle given to
-        enqueue, and the answer."""
+        """`on_result` is called on the submitter's thread, without a lock: the operation and the
+        handle given to enqueue, and the answer."""
         self._max_operations = max_operations
         self._max_bytes = max_bytes
         self._on_result = on_result
@@ -182,4 +182,4 @@ class Submitter:
             if item is None:
                 return  # dropped with a former connection, or answered twice
             self._bytes -= item.bytes
-        self._on_result(item.handle, result)
+        self._on_result(item.operation, item.handle, result)

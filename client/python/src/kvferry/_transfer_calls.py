@@ -216,7 +216,8 @@ class TransferCalls(EventCalls):
 
     def decline(self, key: TransferKey, layout: Optional[LayoutRef], ticket: str) -> None:
         """ "I shall not come": the sender's pages are freed at once. Takes a claim back; a receive
-        is given up by cancel(). Never blocks."""
+        is given up by cancel(). The transfer that claim() returned is closed with it. Never
+        blocks."""
         self._check_alive()
         request = pb.DeclineRequest(
             transfer=_encode.transfer_ref(key),
@@ -224,6 +225,7 @@ class TransferCalls(EventCalls):
             ticket=ticket,
         )
         self._submitter.enqueue(pb.Operation(decline=request), 0, 256)
+        self._transfers.declined(_encode.transfer_key(Side.RECEIVER, key, layout))
 
     def commit_reuse(self, transfer: Transfer, groups: Sequence[GroupCommit]) -> None:
         """Publishes received blocks in the node's reuse index, after COMPLETED. Never blocks."""

@@ -49,6 +49,7 @@ class _Entry:
 
     __slots__ = (
         "accepted",
+        "declined",
         "dirty",
         "home",
         "key",
@@ -74,7 +75,8 @@ class _Entry:
         self.told_slices = 0
         self.told_end = False
         self.operations = 1  # without an answer yet
-        self.accepted = False
+        self.accepted = False  # the daemon has it; it has none for a claim alone
+        self.declined = False
         self.lost = False
         self.dirty = False
         self.rejections: deque[KvferryError] = deque()  # not reported yet
@@ -194,7 +196,7 @@ class Transfers:
             if created and entry.operations == 0:
                 self._remove(entry)
 
-    def answer(self, handle: int, error: Optional[KvferryError]) -> bool:
+    def answer(self, handle: int, error: Optional[KvferryError], claim: bool) -> bool:
         """An answer has come; handle 0 for operations without a transfer. Whether there is an
         event."""
         with self._lock:
@@ -205,7 +207,8 @@ class Transfers:
             if error is None:
                 self.accepted += 1
                 if entry is not None:
-                    entry.accepted = True
+                    entry.accepted = entry.accepted or not claim
+                    self._remove_if_declined(entry)
                 return False
             self.rejected += 1
             self._unread += 1
@@ -216,6 +219,15 @@ class Transfers:
             else:
                 self._global.append(Event(EventKind.REJECTED, None, None, error.reason, 0, error))
             return True
+
+    def declined(self, key: bytes) -> None:
+        """Nothing more is told of a claim under this key: it is forgotten once it has its answer,
+        unless that is a refusal, which is."""
+        with self._lock:
+            entry = self._by_key.get(key)
+            if entry is not None:
+                entry.declined = True
+                self._remove_if_declined(entry)
 
     def settle(self, handle: int, deadline: float) -> None:
         """Waits until no operation of the transfer is without an answer: a call about it must not
@@ -410,6 +422,10 @@ class Transfers:
     def _remove(self, entry: _Entry) -> None:
         self._by_key.pop(entry.key, None)
         self._entries.pop(entry.transfer.handle, None)
+
+    def _remove_if_declined(self, entry: _Entry) -> None:
+        if entry.declined and not (entry.accepted or entry.operations or entry.refusal):
+            self._remove(entry)
 
     def _mark(self, entry: _Entry) -> None:
         if not entry.dirty:
