@@ -73,6 +73,37 @@ def test_a_refused_slice_ends_the_ones_before(workers: Workers) -> None:
     assert (half.released, half.ok, half.reason) == (True, False, "CANCELLED")
 
 
+def test_a_slice_after_a_refused_one_is_waited_for(workers: Workers) -> None:
+    rank, half, key = rank_of(workers.sender), Half("sent"), workers.key()
+    send(rank, workers, half, key, 0, bad=True)
+    (event,) = rank.client.wait_any(TIMEOUT)
+    send(rank, workers, half, key, 0, bad=False)  # of which the event does not know
+    assert event.transfer is not None
+    rank._take(event.transfer, event)
+    poll_until_nothing_is_left(rank, 1)
+    assert (half.released, half.ok, half.reason) == (True, False, "CANCELLED")
+
+
+def test_pages_are_the_receives_though_its_claim_was_refused(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receiver = workers.receiver
+    rank, half, key = rank_of(receiver), Half("received"), workers.key()
+    cancelled: list[Half] = []
+    monkeypatch.setattr(rank, "cancel", cancelled.append)  # as while a copy runs: it ends nothing
+    rank.client.claim(key, receiver.layout, "not a ticket")
+    transfer = rank.client.receive(key, receiver.layout, workers.ticket, BLOCKS, num_tokens=TOKENS)
+    rank.follow(half, transfer)
+    wait_until(lambda: rank.client.stats().operations_accepted == 1)
+    rank.poll()
+    assert cancelled == [half]
+    assert not half.released
+    sent = workers.sender.client.send(key, workers.sender.layout, BLOCKS, num_tokens=TOKENS)
+    poll_until_nothing_is_left(rank, 1)
+    assert (half.released, half.ok) == (True, True)
+    assert sent.wait(TIMEOUT).ok
+
+
 def test_a_refused_receive_leaves_nothing(workers: Workers) -> None:
     receiver = workers.receiver
     rank, half, key = rank_of(receiver), Half("received"), workers.key()

@@ -201,8 +201,9 @@ class Rank:
         self._close(transfer)
 
     def poll(self) -> bool:
-        """Takes all events, without a call but to close what has ended; whether the rank was
-        registered anew with a daemon that had restarted: card and ticket are new then."""
+        """Takes all events, without a call but to close what has ended, and to cancel what was
+        refused; whether the rank was registered anew with a daemon that had restarted: card and
+        ticket are new then."""
         anew = False
         while events := self.client.poll():
             for event in events:
@@ -249,15 +250,16 @@ class Rank:
         half.released = True
 
     def _rejected(self, half: Half, transfer: Transfer, event: Event) -> None:
+        """What was accepted of the same transfer has the pages until its end is told."""
         self._logger.warning("kvferry: %s: %s", half.name, event.error)
-        if transfer.side is Side.RECEIVER:
-            # Nothing was started by it; a claim of the same request is of no use any more.
-            self.cancel(half)
-            half.give_up(event.reason)
-        elif event.status is not None and event.status.state is TransferState.NONE:
-            half.give_up(event.reason)
-        else:
-            self.cancel(half)  # of earlier slices
+        if half.released:
+            return
+        self.cancel(half)
+        # Now, not when the event was made: an operation behind the refused one may have begun it.
+        with contextlib.suppress(KvferryError):  # TRANSFER_OPEN
+            if transfer.status().state is TransferState.NONE:
+                transfer.close()
+                half.give_up(event.reason)
 
     def _close(self, transfer: Transfer) -> None:
         self._halves.pop(transfer, None)
