@@ -39,6 +39,7 @@ class Half:
     released: bool = False
     ok: bool = False  # once released: the receiver has everything, or the sender gave everything
     reason: str = ""  # once released and not ok
+    refused: bool = False  # once released: nothing was begun, but a claim may stand
     receiver_ready: bool = False  # sender: what the receiver needs is known
     wants_aux: bool = False
     aux: Optional[bytes] = None  # once released, if wanted and there is some
@@ -260,6 +261,7 @@ class Rank:
             if transfer.status().state is TransferState.NONE:
                 transfer.close()
                 half.give_up(event.reason)
+                half.refused = True
 
     def _close(self, transfer: Transfer) -> None:
         self._halves.pop(transfer, None)

@@ -17,6 +17,7 @@ from daemons import Pair
 from harness import BLOCK, Engine, run
 
 from kvferry.errors import Code, KvferryError
+from kvferry.types import GroupBlocks
 
 PROMPT = [(i * 37 + 11) % 1000 for i in range(75)]
 REMOTE_DECODE = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -214,6 +215,24 @@ def test_a_load_that_cannot_be_asked_for_is_declined(
     assert reports(target, "failed_recving") == ["d0"]
     assert reports(source, "finished_sending") == ["p0"]
     assert worker._claims == {}
+
+
+def test_a_load_that_is_refused_is_declined(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = site.engine("prefill", lease=60.0), site.engine("decode")
+    worker = target.ranks[0].connector.worker
+    receive = worker.client.receive
+
+    def with_wrong_blocks(key: Any, layout: Any, ticket: str, groups: Any, **options: Any) -> Any:
+        wrong = [GroupBlocks([1 << 30] * len(group.ids), group.group) for group in groups]
+        return receive(key, layout, ticket, wrong, **options)
+
+    monkeypatch.setattr(worker.client, "receive", with_wrong_blocks)
+    target.add("d0", PROMPT, prefill(source, "p0"))
+    run(lambda: "d0" in target.outputs and target.idle and source.idle, source, target)
+    assert reports(target, "failed_recving") == ["d0"]
+    assert reports(source, "finished_sending") == ["p0"]
+    assert worker._claims == {}
+    assert worker.client.stats().open_transfers == 0
 
 
 def test_untrusted_parameters_are_not_believed(site: Site) -> None:

@@ -31,6 +31,11 @@ class _Sending(Half):
     final: bool = False  # nothing follows
 
 
+@dataclass(eq=False)
+class _Receiving(Half):
+    coming: Coming = field(kw_only=True)
+
+
 class WorkerSide:
     """One thread: the model runner's."""
 
@@ -44,7 +49,7 @@ class WorkerSide:
         self._news = News()
         self._ticket = ""
         self._sendings: dict[str, _Sending] = {}
-        self._receivings: dict[str, Half] = {}
+        self._receivings: dict[str, _Receiving] = {}
         self._claims: dict[str, Transfer] = {}
         self._finished: set[str] = set()
 
@@ -219,7 +224,9 @@ class WorkerSide:
         self._claims.pop(coming.request_id, None)
 
     def _receive(self, receive: Receive) -> None:
-        receiving = self._receivings[receive.request_id] = Half(receive.request_id)
+        coming = Coming(receive.request_id, receive.key, receive.ticket)
+        receiving = _Receiving(receive.request_id, coming=coming)
+        self._receivings[receive.request_id] = receiving
         assert self.rank.layout is not None
         try:
             transfer = self.client.receive(
@@ -238,8 +245,7 @@ class WorkerSide:
         except KvferryError as error:
             logger.warning("kvferry: %s: receive: %s", receive.request_id, error)
             receiving.give_up(error.reason)
-            # It is not tried again: the sender need not keep its blocks, as the claim has it do.
-            self._decline(Coming(receive.request_id, receive.key, receive.ticket))
+            receiving.refused = True
             return
         self._claims.pop(receive.request_id, None)
         self.rank.follow(receiving, transfer)
@@ -282,8 +288,8 @@ class WorkerSide:
     # ---- results -----------------------------------------------------------------------------
 
     def results(self, finished: set[str]) -> tuple[set[str], set[str], set[str]]:
-        """Sent, received and failed among these; each request once. No call is made but to close
-        what has ended."""
+        """Sent, received and failed among these; each request once. No call is made but those
+        of Rank.poll()."""
         self._finished |= finished & self._sendings.keys()
         if self.rank.poll():
             self._new_card()
@@ -297,7 +303,10 @@ class WorkerSide:
         for request_id in sent:
             del self._sendings[request_id]
         for request_id in received:
-            del self._receivings[request_id]
+            receiving = self._receivings.pop(request_id)
+            if receiving.refused:
+                # It is not tried again: the sender need not keep its blocks, as a claim has it do.
+                self._decline(receiving.coming)
         self._finished -= sent
         return sent, received, failed
 
