@@ -42,7 +42,7 @@ if ((bad > 0)); then
   exit 1
 fi
 # What never happened in a piece fails it; here is what happened in all of them.
-awk 'match($0, /^  [^0-9].* [0-9]+$/) { count = $NF; $NF = ""; sum[$0] += count }
-     END { for (name in sum) printf "  %-30s %d\n", name, sum[name] }' \
-  $(find "$out" -type f -name '*[0-9]') | sort
+find "$out" -type f -name '*[0-9]' -print0 |
+  xargs -0 awk 'match($0, /^  [^0-9].* [0-9]+$/) { count = $NF; $NF = ""; sum[$0] += count }
+     END { for (name in sum) printf "  %-30s %d\n", name, sum[name] }' | sort
 [[ $runs -eq $((last - first + 1)) ]]
