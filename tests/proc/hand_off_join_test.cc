@@ -143,6 +143,20 @@ TEST_CASE("ranks on two daemons are joined once and send to a receiver on a thir
     require_ok(ended);
     for (const auto& status : *ended) CHECK(status.reason == "DECLINED");
   }
+  // Takes a claim back, answered or not: nothing of it stays with the client.
+  for (const bool answered : {true, false}) {
+    CAPTURE(answered);
+    client::ClaimRequest back;
+    back.key = new_key("prefill");
+    back.ticket = *ticket;
+    const uint64_t before = (*scheduler)->stats().operations_accepted;
+    require_ok((*scheduler)->claim(back));
+    if (answered)
+      REQUIRE(comes_true([&] { return (*scheduler)->stats().operations_accepted > before; }));
+    CHECK((*scheduler)->stats().open_transfers == 1);
+    require_ok((*scheduler)->decline(back));
+    CHECK(comes_true([&] { return (*scheduler)->stats().open_transfers == 0; }));
+  }
   // Or keeps it: its claim holds the pages beyond their lease.
   client::ClaimRequest held;
   held.key = new_key("prefill");

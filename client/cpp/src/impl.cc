@@ -60,10 +60,10 @@ Client::Impl::Impl(AttachOptions options)
     : options_(std::move(options)),
       fork_at_(fork_generation()),
       transfers_(options_.queue_operations),
-      submitter_({options_.queue_operations, options_.queue_bytes},
-                 [this](TransferHandle handle, const pb::OperationResult& result) {
-                   on_result(handle, result);
-                 }) {}
+      submitter_(
+          {options_.queue_operations, options_.queue_bytes},
+          [this](const pb::Operation& operation, TransferHandle handle,
+                 const pb::OperationResult& result) { on_result(operation, handle, result); }) {}
 
 Client::Impl::~Impl() {
   if (watcher_.joinable()) {
@@ -100,8 +100,10 @@ std::shared_ptr<Connection> Client::Impl::current() const {
 
 // ---- waking and waiting ------------------------------------------------------------------------
 
-void Client::Impl::on_result(TransferHandle handle, const pb::OperationResult& result) {
+void Client::Impl::on_result(const pb::Operation& operation, TransferHandle handle,
+                             const pb::OperationResult& result) {
   OperationAnswer answer;
+  answer.claim = operation.has_claim();
   answer.accepted = result.outcome() == pb::OPERATION_OUTCOME_ACCEPTED ||
                     result.outcome() == pb::OPERATION_OUTCOME_EXISTING;
   if (!answer.accepted) answer.error = decode(result.error());

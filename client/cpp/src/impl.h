@@ -133,7 +133,8 @@ class Client::Impl {
   };
   using LayoutKey = std::pair<std::string, uint32_t>;
 
-  void on_result(TransferHandle handle, const pb::OperationResult& result);
+  void on_result(const pb::Operation& operation, TransferHandle handle,
+                 const pb::OperationResult& result);
   void notify();         // wakes whoever waits for events
   void take_wake_ups();  // before looking
   bool block(Deadline deadline);

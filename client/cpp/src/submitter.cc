@@ -192,7 +192,7 @@ void Submitter::answer(const pb::OperationResult& result) {
     bytes_ -= item.bytes;
     items_.erase(it);
   }
-  on_result_(item.handle, result);
+  on_result_(*item.operation, item.handle, result);
 }
 
 }  // namespace kvferry::client

@@ -27,8 +27,10 @@ class Submitter {
     std::size_t operations = 16384;
     std::size_t bytes = std::size_t{64} << 20;
   };
-  // On the reader's thread, no lock held: the handle given to enqueue, and the answer.
-  using OnResult = std::function<void(TransferHandle, const pb::OperationResult&)>;
+  // On the reader's thread, no lock held: the operation and the handle given to enqueue, and the
+  // answer.
+  using OnResult =
+      std::function<void(const pb::Operation&, TransferHandle, const pb::OperationResult&)>;
 
   Submitter(Limits limits, OnResult on_result);
   ~Submitter() { stop(); }

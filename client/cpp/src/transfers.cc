@@ -82,9 +82,25 @@ void Transfers::undo(TransferHandle handle, bool created) {
   Transfer* transfer = find(handle);
   if (transfer == nullptr) return;
   if (transfer->operations > 0) --transfer->operations;
-  if (!created || transfer->operations > 0) return;
-  by_key_.erase(transfer->key);
-  transfers_.erase(handle);
+  if (created && transfer->operations == 0) remove(*transfer);
+}
+
+void Transfers::remove(const Transfer& transfer) {
+  by_key_.erase(transfer.key);
+  transfers_.erase(transfer.handle);
+}
+
+void Transfers::remove_if_declined(const Transfer& t) {
+  if (t.declined && !t.accepted && t.operations == 0 && !t.refusal) remove(t);
+}
+
+void Transfers::declined(const std::string& key) {
+  MutexLock lock(mutex_);
+  const auto it = by_key_.find(key);
+  if (it == by_key_.end()) return;
+  Transfer& transfer = *transfers_.at(it->second);
+  transfer.declined = true;
+  remove_if_declined(transfer);
 }
 
 void Transfers::settle(TransferHandle handle, Time deadline) {
@@ -106,7 +122,8 @@ bool Transfers::answer(TransferHandle handle, OperationAnswer answer) {
   Transfer* transfer = find(handle);
   if (transfer != nullptr) {
     if (transfer->operations > 0) --transfer->operations;
-    if (answer.accepted) transfer->accepted = true;
+    if (answer.accepted && !answer.claim) transfer->accepted = true;
+    if (answer.accepted) remove_if_declined(*transfer);
   }
   if (!answer.error) return false;
   ++unread_;
@@ -404,8 +421,7 @@ void Transfers::forget(TransferHandle handle) {
   Transfer* transfer = find(handle);
   if (transfer == nullptr) return;
   unread_ -= std::min(unread_, transfer->rejections.size());
-  by_key_.erase(transfer->key);
-  transfers_.erase(handle);
+  remove(*transfer);
 }
 
 bool Transfers::draining() const {

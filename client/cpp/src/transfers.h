@@ -22,6 +22,7 @@ namespace kvferry::client {
 // Of one operation.
 struct OperationAnswer {
   bool accepted = false;       // or existing
+  bool claim = false;          // what it answers
   std::optional<Error> error;  // rejected
 };
 
@@ -43,6 +44,10 @@ class Transfers {
   void undo(TransferHandle handle, bool created) KVFERRY_EXCLUDES(mutex_);
   // An answer has come; handle 0 for operations without a transfer. True if there is an event.
   bool answer(TransferHandle handle, OperationAnswer answer) KVFERRY_EXCLUDES(mutex_);
+
+  // Nothing more is told of a claim under this key: it is forgotten once it has its answer, unless
+  // that is a refusal, which is told.
+  void declined(const std::string& key) KVFERRY_EXCLUDES(mutex_);
 
   // Waits until no operation of the transfer is without an answer, it is forgotten or its daemon
   // lost, or until the deadline: a call about it must not overtake the operation that opened it.
@@ -94,10 +99,11 @@ class Transfers {
     std::string key;
     std::shared_ptr<Attachment> home;  // whose daemon has it
     std::optional<uint32_t> slot;
-    control_page::Record seen;     // what the page said last, or what the loss of the daemon made
-    control_page::Record told;     // what has been reported
-    uint32_t operations = 0;       // without an answer yet
-    bool accepted = false;         // at least one operation
+    control_page::Record seen;  // what the page said last, or what the loss of the daemon made
+    control_page::Record told;  // what has been reported
+    uint32_t operations = 0;    // without an answer yet
+    bool accepted = false;      // the daemon has it; it has none for a claim alone
+    bool declined = false;
     bool lost = false;             // its daemon is
     bool dirty = false;            // in dirty_
     std::deque<Error> rejections;  // not reported yet
@@ -110,6 +116,8 @@ class Transfers {
   void mark(Transfer& transfer) KVFERRY_REQUIRES(mutex_);
   bool next_event(Transfer& transfer, Event& out) KVFERRY_REQUIRES(mutex_);
   Transfer* find(TransferHandle handle) KVFERRY_REQUIRES(mutex_);
+  void remove(const Transfer& transfer) KVFERRY_REQUIRES(mutex_);
+  void remove_if_declined(const Transfer& transfer) KVFERRY_REQUIRES(mutex_);
   static TransferStatus status_of(const Transfer& transfer);
   static bool over(const Transfer& transfer);
   static bool refused(const Transfer& transfer);

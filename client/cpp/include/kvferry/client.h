@@ -116,7 +116,8 @@ class KVFERRY_API Client {
   // Extends the sender's lease until the receive, a decline or the end of this worker. Another ttl
   // or ticket than before is rejected (CLAIM_EXISTS), and so are too many (TOO_MANY_CLAIMS).
   Result<TransferHandle> claim(const ClaimRequest& request);
-  // Frees the sender's pages. Takes a claim back; a receive is given up by cancel().
+  // Frees the sender's pages. Takes a claim back, whose handle is closed with it; a receive is
+  // given up by cancel().
   Status decline(const ClaimRequest& request);
   Status commit_reuse(TransferHandle transfer, std::vector<GroupCommit> groups);
   // The caller has seen the end and forgets the transfer: no event of it follows.
