@@ -1,16 +1,10 @@
 #include "daemon/rails/rails_client.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <csignal>
-#include <cstring>
-#include <iterator>
-#include <unordered_map>
+#include <utility>
 
-#include "daemon/rails/rails_capabilities.h"
+#include "daemon/rails/rails_plan.h"
 #include "daemon/rails/rails_process.h"
 
 namespace kvferry::rails {
@@ -19,89 +13,10 @@ namespace {
 // How often the process is asked whether it lives while nobody sleeps on its descriptor.
 constexpr Duration kAliveCheck = std::chrono::milliseconds(5);
 
-template <std::size_t N>
-bool copy_name(char (&out)[N], const std::string& name) {
-  if (name.size() >= N) return false;
-  std::memcpy(out, name.c_str(), name.size() + 1);
-  return true;
-}
-
-Status check_rails(const RailsConfig& config) {
-  if (config.rails.empty() || config.rails.size() > kMaxRails)
-    return invalid("rails", "RAILS_CONFIG_INVALID",
-                   "1 to " + std::to_string(kMaxRails) + " rails are possible");
-  uint64_t tcp_rails = 0;
-  for (const RailSpec& rail : config.rails) {
-    if (rail.transport != "tcp" && rail.transport != "shm")
-      return invalid("rails.transport", "RAILS_CONFIG_INVALID",
-                     "'" + rail.transport + "' is neither tcp nor shm");
-    const bool good_device = std::all_of(rail.device.begin(), rail.device.end(), [](char c) {
-      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-             c == '_' || c == '-' || c == '.' || c == ':' || c == '@';
-    });
-    if (!good_device || rail.device.size() >= sizeof(SetupRail::device))
-      return invalid("rails.device", "RAILS_CONFIG_INVALID", "not a device name");
-    if (rail.transport == "tcp") ++tcp_rails;
-  }
-  const uint64_t ports = uint64_t{config.ucx.port_last} - config.ucx.port_first + 1;
-  // The self-test has one listener more than there are rails.
-  if (config.ucx.port_first != 0 && tcp_rails > 0 && ports < tcp_rails + 1)
-    return invalid("rails.port_range", "PORT_RANGE_INVALID",
-                   "needs one port more than there are tcp rails");
-  if (!SharedLayout::make(config.limits, static_cast<uint32_t>(config.rails.size())))
-    return invalid("rails.limits", "RAILS_CONFIG_INVALID", "a count is zero or too large");
-  return {};
-}
-
 std::string ended_by(int signal) {
   // Without last words: the thread that made the call had the signal blocked.
   if (signal == SIGSYS) return "made a system call that its seccomp filter refuses (SIGSYS)";
   return "ended by signal " + std::to_string(signal);
-}
-
-// Of a device segment only what can be seen without a driver.
-Status check_segment(const Segment& segment, const std::string& field) {
-  const auto wrong = [&](std::string what) {
-    return invalid(field, "SEGMENT_INVALID", std::move(what));
-  };
-  if (!is_segment_kind(segment.kind)) return wrong("no such kind of memory");
-  if (segment.bytes == 0) return wrong("has no bytes");
-  const bool given = segment.handle != SegmentHandle{};
-  const bool named = segment.device_uuid != DeviceUuid{};
-  if (!has_handle(segment.kind) && given) return wrong("its kind has no handle");
-  if (!has_descriptor(segment.kind) && segment.fd >= 0) return wrong("its kind has no descriptor");
-  if (segment.kind == SegmentKind::kHost) {
-    if (named) return wrong("host memory is on no device");
-    if (auto sealed = check_sealed(segment.fd, segment.bytes); !sealed) {
-      Error error = std::move(sealed).error();
-      error.field = field;
-      return tl::unexpected<Error>(std::move(error));
-    }
-    return {};
-  }
-  if (!named) return wrong("names no device");
-  if (has_handle(segment.kind) && !given) return wrong("lacks its handle");
-  if (has_descriptor(segment.kind) && ::fcntl(segment.fd, F_GETFD) < 0)
-    return wrong("lacks its descriptor");
-  return {};
-}
-
-// Fills in the set-up's segments; the descriptors of those that have one, in their order.
-Result<std::vector<UniqueFd>> take_segments(std::span<const Segment> segments, Setup& setup) {
-  if (segments.empty() || segments.size() > kMaxSegments)
-    return invalid("segments", "SEGMENT_INVALID",
-                   "1 to " + std::to_string(kMaxSegments) + " segments are possible");
-  std::vector<UniqueFd> fds;
-  setup.segment_count = static_cast<uint32_t>(segments.size());
-  for (std::size_t i = 0; i < segments.size(); ++i) {
-    const Segment& segment = segments[i];
-    KVFERRY_RETURN_IF_ERROR(check_segment(segment, "segments[" + std::to_string(i) + "]"));
-    setup.segments[i] = {segment.kind, 0, segment.bytes, segment.device_uuid, segment.handle};
-    if (!has_descriptor(segment.kind)) continue;
-    if (!fds.emplace_back(::fcntl(segment.fd, F_DUPFD_CLOEXEC, 4)))
-      return fail_errno("SEGMENT_INVALID", "fcntl(F_DUPFD_CLOEXEC)", errno);
-  }
-  return fds;
 }
 
 uint64_t load(const std::atomic<uint64_t>& counter) {
@@ -110,104 +25,26 @@ uint64_t load(const std::atomic<uint64_t>& counter) {
 
 }  // namespace
 
-class RailsClient::Impl {
- public:
-  Impl(RailsConfig config, RailsProcess::Plan plan, std::vector<UniqueFd> segment_fds)
-      : config_(std::move(config)), plan_(std::move(plan)), segment_fds_(std::move(segment_fds)) {}
-
-  Status start(Time now);
-  void stop();
-  void kill(std::string_view why);
-  uint32_t poll(Time now, RailsEvents& events, uint32_t max_records);
-  std::vector<pollfd> pollfds() const;
-  void waited(std::span<const pollfd> polled);
-
-  Status connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address);
-  Status close(LaneKey lane);
-  Status send(Command command, LaneKey lane, std::span<const uint8_t> bytes, const Region& region,
-              SendToken token);
-  Status accept(DescriptorId descriptor, LaneKey lane, Region region, LandingId landing);
-  Status drop(DescriptorId descriptor);
-
-  enum class LaneState : uint8_t { kConnecting, kUp, kClosing };
-  struct Lane {
-    uint32_t rail = 0;
-    LaneState state = LaneState::kConnecting;
-    uint32_t address_slot = kNoSlot;  // until the answer to kConnect
-    uint64_t operations = 0;          // sends and receives not yet told
-  };
-  struct Send {
-    LaneKey lane;
-    uint32_t rail = 0;
-    uint32_t slot = kNoSlot;
-  };
-  struct Landing {
-    LaneKey lane;
-    uint32_t rail = 0;
-    uint64_t bytes = 0;
-  };
-  struct Held {
-    uint32_t rail = 0;
-    uint64_t remote = 0;  // the process's own number; means nothing here
-    uint64_t bytes = 0;
-  };
-  struct RailBook {
-    uint64_t operations = 0;
-    uint64_t held = 0;
-    bool ready = false;
-  };
-
-  void forget_everything();
-  void notice_death(Time now, RailsEvents& events);
-  void restart(Time now);
-  Duration backoff() const;
-  Result<Lane*> usable_lane(LaneKey key);
-  Status check_region(const Region& region) const;
-
-  // One record of the process; false: it lies.
-  bool handle(Time now, uint32_t rail, const Record& record, RailsEvents& events);
-  bool on_ready_record(uint32_t rail, const Record& record, Time now, RailsEvents& events);
-  bool on_lane_record(uint32_t rail, const Record& record, RailsEvents& events);
-  bool on_message(uint32_t rail, const Record& record, RailsEvents& events);
-  bool on_send_ended(uint32_t rail, const Record& record, RailsEvents& events);
-  bool on_receive_ended(uint32_t rail, const Record& record, RailsEvents& events);
-  void end_operation(LaneKey lane, uint32_t rail);
-
-  RailsConfig config_;
-  RailsProcess::Plan plan_;
-  std::vector<UniqueFd> segment_fds_;
-  std::unique_ptr<RailsProcess> process_;
-  Phase phase_ = Phase::kStopped;
-  uint64_t generation_ = 0;
-  uint64_t restarts_ = 0;
-  uint64_t bogus_ = 0;
-  uint32_t failures_ = 0;  // lives in a row that ended early
-  uint32_t next_rail_ = 0;
-  bool waited_ = false;      // and nobody has said what poll(2) saw
-  RailsProcess::Seen seen_;  // while this thread slept
-  bool looked_ = false;      // what seen_ says was found out since the last poll()
-  Time started_at_;
-  Time ready_at_;
-  Time restart_at_ = Time::never();
-  Time checked_at_;
-  std::string kill_reason_;
-
-  RailsReady ready_;
-  std::vector<RailBook> books_;
-  std::unordered_map<LaneKey, Lane, IdHash> lanes_;
-  std::unordered_map<SendToken, Send, IdHash> sends_;
-  std::unordered_map<LandingId, Landing, IdHash> landings_;
-  std::unordered_map<DescriptorId, Held, IdHash> held_;
-  uint64_t next_descriptor_ = 1;  // never starts anew: an id of a dead process is met by nobody
-  std::vector<uint8_t> inbox_;
-};
-
 // --- Life of the process.
 
-Status RailsClient::Impl::start(Time now) {
+Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
+                                                       std::span<const Segment> segments) {
+  auto plan = plan_rails(config, segments);
+  if (!plan) return tl::unexpected<Error>(plan.error());
+  return std::unique_ptr<RailsClient>(new RailsClient(std::move(config), std::move(*plan)));
+}
+
+RailsClient::RailsClient(RailsConfig config, RailsPlan plan)
+    : config_(std::move(config)), plan_(std::make_unique<RailsPlan>(std::move(plan))) {}
+
+RailsClient::~RailsClient() {
+  stop();
+}
+
+Status RailsClient::start(Time now) {
   if (process_)
     return fail(Code::kFailedPrecondition, "RAILS_RUNNING", "the rails process runs already");
-  auto process = RailsProcess::spawn(plan_);
+  auto process = RailsProcess::spawn(plan_->process);
   if (!process) return tl::unexpected<Error>(process.error());
   process_ = std::move(*process);
   forget_everything();
@@ -219,7 +56,7 @@ Status RailsClient::Impl::start(Time now) {
   return {};
 }
 
-void RailsClient::Impl::forget_everything() {
+void RailsClient::forget_everything() {
   ready_ = {};
   books_.assign(config_.rails.size(), {});
   ready_.rails.resize(config_.rails.size());
@@ -229,11 +66,10 @@ void RailsClient::Impl::forget_everything() {
   held_.clear();
   next_rail_ = 0;
   waited_ = false;
-  seen_ = {};
-  looked_ = false;
+  channel_spoke_ = exit_seen_ = looked_ = false;
 }
 
-void RailsClient::Impl::stop() {
+void RailsClient::stop() {
   if (process_) {
     process_->child().end(std::chrono::seconds(1));
     process_.reset();
@@ -245,19 +81,19 @@ void RailsClient::Impl::stop() {
   failures_ = 0;
 }
 
-void RailsClient::Impl::kill(std::string_view why) {
+void RailsClient::kill(std::string_view why) {
   if (!process_) return;
   if (kill_reason_.empty()) kill_reason_ = std::string(why.substr(0, 512));
   process_->child().kill();
 }
 
-Duration RailsClient::Impl::backoff() const {
+Duration RailsClient::backoff() const {
   Duration delay = config_.backoff_first;
   for (uint32_t i = 1; i < failures_ && delay < config_.backoff_limit; ++i) delay *= 2;
   return std::min(delay, config_.backoff_limit);
 }
 
-void RailsClient::Impl::restart(Time now) {
+void RailsClient::restart(Time now) {
   restart_at_ = Time::never();
   ++restarts_;
   if (start(now)) return;
@@ -267,7 +103,7 @@ void RailsClient::Impl::restart(Time now) {
   restart_at_ = now + backoff();
 }
 
-void RailsClient::Impl::notice_death(Time now, RailsEvents& events) {
+void RailsClient::notice_death(Time now, RailsEvents& events) {
   checked_at_ = now;
   ChildProcess::Exit exit;
   if (!process_->child().reap(exit)) return;
@@ -289,19 +125,41 @@ void RailsClient::Impl::notice_death(Time now, RailsEvents& events) {
   events.on_died(told);
 }
 
-std::vector<pollfd> RailsClient::Impl::pollfds() const {
+std::vector<pollfd> RailsClient::pollfds() const {
   std::vector<pollfd> fds;
   if (process_) process_->append_pollfds(fds);
   return fds;
 }
 
-void RailsClient::Impl::waited(std::span<const pollfd> polled) {
+void RailsClient::waited(std::span<const pollfd> polled) {
   if (!process_ || !std::exchange(waited_, false)) return;
-  seen_ = process_->end_wait(polled);
+  const RailsProcess::Seen seen = process_->end_wait(polled);
+  channel_spoke_ = seen.channel;
+  exit_seen_ = seen.exit;
   looked_ = !polled.empty();
 }
 
-uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_records) {
+Time RailsClient::next_wakeup() const {
+  switch (phase_) {
+    case Phase::kStopped:
+    case Phase::kReady:
+      return Time::never();
+    case Phase::kStarting:
+      return started_at_ + config_.ready_timeout;
+    case Phase::kWaiting:
+      return restart_at_;
+  }
+  return Time::never();
+}
+
+bool RailsClient::prepare_wait(Wake wake) {
+  if (!process_) return true;
+  if (!process_->prepare_wait(wake)) return false;
+  waited_ = true;
+  return true;
+}
+
+uint32_t RailsClient::poll(Time now, RailsEvents& events, uint32_t max_records) {
   if (!process_) {
     if (phase_ == Phase::kWaiting && now >= restart_at_) restart(now);
     return 0;
@@ -311,8 +169,8 @@ uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_rec
     for (pollfd& entry : all) entry.revents = POLLIN;
     waited(all);
   }
-  const RailsProcess::Seen seen = std::exchange(seen_, {});
-  if (seen.channel) process_->read_last_words();
+  const bool exit_seen = std::exchange(exit_seen_, false);
+  if (std::exchange(channel_spoke_, false)) process_->read_last_words();
   process_->flush();
   // One record of each rail in turn, until all are empty.
   uint32_t handled = 0;
@@ -337,15 +195,19 @@ uint32_t RailsClient::Impl::poll(Time now, RailsEvents& events, uint32_t max_rec
   process_->ring();
   if (phase_ == Phase::kStarting && now >= started_at_ + config_.ready_timeout)
     kill("not ready in time");
-  if (std::exchange(looked_, false) && !seen.exit) checked_at_ = now;
-  if (seen.exit || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck)
+  if (std::exchange(looked_, false) && !exit_seen) checked_at_ = now;
+  if (exit_seen || !kill_reason_.empty() || now >= checked_at_ + kAliveCheck)
     notice_death(now, events);
   return handled;
 }
 
+void RailsClient::ring() {
+  if (process_) process_->ring();
+}
+
 // --- Records of the process.
 
-bool RailsClient::Impl::handle(Time now, uint32_t rail, const Record& record, RailsEvents& events) {
+bool RailsClient::handle(Time now, uint32_t rail, const Record& record, RailsEvents& events) {
   switch (static_cast<Event>(record.kind)) {
     case Event::kReady:
       return on_ready_record(rail, record, now, events);
@@ -365,8 +227,8 @@ bool RailsClient::Impl::handle(Time now, uint32_t rail, const Record& record, Ra
   return false;
 }
 
-bool RailsClient::Impl::on_ready_record(uint32_t rail, const Record& record, Time now,
-                                        RailsEvents& events) {
+bool RailsClient::on_ready_record(uint32_t rail, const Record& record, Time now,
+                                  RailsEvents& events) {
   if (books_[rail].ready || record.offset > UINT16_MAX) return false;
   if (!process_->take_slot(rail, record.slot, record.slot_bytes, inbox_) || inbox_.empty())
     return false;
@@ -388,7 +250,7 @@ bool RailsClient::Impl::on_ready_record(uint32_t rail, const Record& record, Tim
   return true;
 }
 
-bool RailsClient::Impl::on_lane_record(uint32_t rail, const Record& record, RailsEvents& events) {
+bool RailsClient::on_lane_record(uint32_t rail, const Record& record, RailsEvents& events) {
   const LaneKey key{record.lane};
   const auto found = lanes_.find(key);
   if (found == lanes_.end() || found->second.rail != rail) {
@@ -423,7 +285,7 @@ bool RailsClient::Impl::on_lane_record(uint32_t rail, const Record& record, Rail
   return true;
 }
 
-bool RailsClient::Impl::on_message(uint32_t rail, const Record& record, RailsEvents& events) {
+bool RailsClient::on_message(uint32_t rail, const Record& record, RailsEvents& events) {
   if (!process_->take_slot(rail, record.slot, record.slot_bytes, inbox_)) return false;
   if (static_cast<Event>(record.kind) == Event::kControlIn) {
     // Nobody knows our address before all rails are ready.
@@ -452,12 +314,12 @@ bool RailsClient::Impl::on_message(uint32_t rail, const Record& record, RailsEve
   return true;
 }
 
-void RailsClient::Impl::end_operation(LaneKey lane, uint32_t rail) {
+void RailsClient::end_operation(LaneKey lane, uint32_t rail) {
   --books_[rail].operations;
   if (const auto found = lanes_.find(lane); found != lanes_.end()) --found->second.operations;
 }
 
-bool RailsClient::Impl::on_send_ended(uint32_t rail, const Record& record, RailsEvents& events) {
+bool RailsClient::on_send_ended(uint32_t rail, const Record& record, RailsEvents& events) {
   const SendToken token{record.token};
   const auto found = sends_.find(token);
   if (found == sends_.end() || found->second.rail != rail) {
@@ -472,7 +334,7 @@ bool RailsClient::Impl::on_send_ended(uint32_t rail, const Record& record, Rails
   return true;
 }
 
-bool RailsClient::Impl::on_receive_ended(uint32_t rail, const Record& record, RailsEvents& events) {
+bool RailsClient::on_receive_ended(uint32_t rail, const Record& record, RailsEvents& events) {
   const LandingId token{record.token};
   const auto found = landings_.find(token);
   if (found == landings_.end() || found->second.rail != rail) {
@@ -504,23 +366,23 @@ tl::unexpected<Error> no_lane() {
 
 }  // namespace
 
-Result<RailsClient::Impl::Lane*> RailsClient::Impl::usable_lane(LaneKey key) {
+Result<RailsClient::Lane*> RailsClient::usable_lane(LaneKey key) {
   if (phase_ != Phase::kReady) return down();
   const auto found = lanes_.find(key);
   if (found == lanes_.end() || found->second.state == LaneState::kClosing) return no_lane();
   return &found->second;
 }
 
-Status RailsClient::Impl::check_region(const Region& region) const {
+Status RailsClient::check_region(const Region& region) const {
   uint64_t end = 0;
-  if (region.segment >= plan_.setup.segment_count || region.bytes == 0 ||
+  if (region.segment >= plan_->process.setup.segment_count || region.bytes == 0 ||
       !checked_add(region.offset, region.bytes, end) ||
-      end > plan_.setup.segments[region.segment].bytes)
+      end > plan_->process.setup.segments[region.segment].bytes)
     return invalid("region", "REGION_INVALID", "outside its segment");
   return {};
 }
 
-Status RailsClient::Impl::connect(LaneKey key, uint32_t rail, std::span<const uint8_t> address) {
+Status RailsClient::connect(LaneKey key, uint32_t rail, std::span<const uint8_t> address) {
   if (phase_ != Phase::kReady) return down();
   if (rail >= process_->rail_count()) return invalid("rail", "RAIL_UNKNOWN", "no such rail");
   if (!key) return invalid("lane", "LANE_UNKNOWN", "zero names no lane");
@@ -545,7 +407,7 @@ Status RailsClient::Impl::connect(LaneKey key, uint32_t rail, std::span<const ui
   return {};
 }
 
-Status RailsClient::Impl::close(LaneKey key) {
+Status RailsClient::close(LaneKey key) {
   auto lane = usable_lane(key);
   if (!lane) return tl::unexpected<Error>(lane.error());
   (*lane)->state = LaneState::kClosing;
@@ -556,8 +418,8 @@ Status RailsClient::Impl::close(LaneKey key) {
   return {};
 }
 
-Status RailsClient::Impl::send(Command command, LaneKey key, std::span<const uint8_t> bytes,
-                               const Region& region, SendToken token) {
+Status RailsClient::send(Command command, LaneKey key, std::span<const uint8_t> bytes,
+                         const Region& region, SendToken token) {
   auto lane = usable_lane(key);
   if (!lane) return tl::unexpected<Error>(lane.error());
   const bool offer = command == Command::kSendOffer;
@@ -590,8 +452,16 @@ Status RailsClient::Impl::send(Command command, LaneKey key, std::span<const uin
   return {};
 }
 
-Status RailsClient::Impl::accept(DescriptorId descriptor, LaneKey key, Region region,
-                                 LandingId landing) {
+Status RailsClient::send_control(LaneKey lane, std::span<const uint8_t> message, SendToken token) {
+  return send(Command::kSendControl, lane, message, {}, token);
+}
+
+Status RailsClient::send_offer(LaneKey lane, std::span<const uint8_t> header, Region region,
+                               SendToken token) {
+  return send(Command::kSendOffer, lane, header, region, token);
+}
+
+Status RailsClient::accept(DescriptorId descriptor, LaneKey key, Region region, LandingId landing) {
   auto lane = usable_lane(key);
   if (!lane) return tl::unexpected<Error>(lane.error());
   const auto found = held_.find(descriptor);
@@ -622,7 +492,7 @@ Status RailsClient::Impl::accept(DescriptorId descriptor, LaneKey key, Region re
   return {};
 }
 
-Status RailsClient::Impl::drop(DescriptorId descriptor) {
+Status RailsClient::drop(DescriptorId descriptor) {
   const auto found = held_.find(descriptor);
   if (!process_ || found == held_.end())
     return fail(Code::kNotFound, "OFFER_UNKNOWN", "no such offer is held");
@@ -636,137 +506,16 @@ Status RailsClient::Impl::drop(DescriptorId descriptor) {
   return {};
 }
 
-// --- The outside.
-
-Result<std::unique_ptr<RailsClient>> RailsClient::make(RailsConfig config,
-                                                       std::span<const Segment> segments) {
-  KVFERRY_RETURN_IF_ERROR(check_rails(config));
-  auto executable = find_rails_executable(config.executable);
-  if (!executable) return tl::unexpected<Error>(executable.error());
-  auto environment = make_rails_environment(config.ucx);
-  if (!environment) return tl::unexpected<Error>(environment.error());
-  RailsProcess::Plan plan;
-  plan.executable = std::move(*executable);
-  plan.environment = std::move(*environment);
-  const bool on_device = std::any_of(segments.begin(), segments.end(),
-                                     [](const Segment& s) { return is_on_device(s.kind); });
-  if (on_device) {
-    auto more = inherited_driver_environment();
-    std::move(more.begin(), more.end(), std::back_inserter(plan.environment));
-  }
-  for (const std::string& line : config.unchecked_environment) {
-    const std::string name = line.substr(0, line.find('=') + 1);
-    std::erase_if(plan.environment, [&](const std::string& l) { return l.starts_with(name); });
-    plan.environment.push_back(line);
-  }
-  Setup& setup = plan.setup;
-  setup.rail_count = static_cast<uint32_t>(config.rails.size());
-  auto fds = take_segments(segments, setup);
-  if (!fds) return tl::unexpected<Error>(fds.error());
-  for (const UniqueFd& fd : *fds) plan.segment_fds.push_back(fd.get());
-  if (!copy_name(setup.cuda_driver, config.cuda_driver))
-    return invalid("gpu.driver", "RAILS_CONFIG_INVALID", "the path is too long");
-  setup.limits = config.limits;
-  setup.confined = config.seccomp == Seccomp::kOn ? 1 : 0;
-  setup.spin_ns = static_cast<uint64_t>(std::max<int64_t>(config.spin.count(), 0));
-  setup.port_first = config.ucx.port_first;
-  setup.port_last = config.ucx.port_last;
-  for (std::size_t i = 0; i < config.rails.size(); ++i) {
-    setup.rails[i].cpus = config.rails[i].cpus;
-    if (!copy_name(setup.rails[i].transport, config.rails[i].transport) ||
-        !copy_name(setup.rails[i].device, config.rails[i].device))
-      return invalid("rails", "RAILS_CONFIG_INVALID", "a name is too long");
-  }
-  auto impl = std::make_unique<Impl>(std::move(config), std::move(plan), std::move(*fds));
-  return std::unique_ptr<RailsClient>(new RailsClient(std::move(impl)));
-}
-
-RailsClient::RailsClient(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-RailsClient::~RailsClient() {
-  impl_->stop();
-}
-
-Status RailsClient::start(Time now) {
-  return impl_->start(now);
-}
-void RailsClient::stop() {
-  impl_->stop();
-}
-void RailsClient::kill(std::string_view why) {
-  impl_->kill(why);
-}
-RailsClient::Phase RailsClient::phase() const {
-  return impl_->phase_;
-}
-uint64_t RailsClient::generation() const {
-  return impl_->generation_;
-}
-
-std::vector<pollfd> RailsClient::pollfds() const {
-  return impl_->pollfds();
-}
-
-Time RailsClient::next_wakeup() const {
-  switch (impl_->phase_) {
-    case Phase::kStopped:
-    case Phase::kReady:
-      return Time::never();
-    case Phase::kStarting:
-      return impl_->started_at_ + impl_->config_.ready_timeout;
-    case Phase::kWaiting:
-      return impl_->restart_at_;
-  }
-  return Time::never();
-}
-
-bool RailsClient::prepare_wait(Wake wake) {
-  if (!impl_->process_) return true;
-  if (!impl_->process_->prepare_wait(wake)) return false;
-  impl_->waited_ = true;
-  return true;
-}
-
-void RailsClient::waited(std::span<const pollfd> polled) {
-  impl_->waited(polled);
-}
-
-void RailsClient::ring() {
-  if (impl_->process_) impl_->process_->ring();
-}
-
-uint32_t RailsClient::poll(Time now, RailsEvents& events, uint32_t max_records) {
-  return impl_->poll(now, events, max_records);
-}
-
-Status RailsClient::connect(LaneKey lane, uint32_t rail, std::span<const uint8_t> address) {
-  return impl_->connect(lane, rail, address);
-}
-Status RailsClient::close(LaneKey lane) {
-  return impl_->close(lane);
-}
-Status RailsClient::send_control(LaneKey lane, std::span<const uint8_t> message, SendToken token) {
-  return impl_->send(Command::kSendControl, lane, message, {}, token);
-}
-Status RailsClient::send_offer(LaneKey lane, std::span<const uint8_t> header, Region region,
-                               SendToken token) {
-  return impl_->send(Command::kSendOffer, lane, header, region, token);
-}
-Status RailsClient::accept(DescriptorId descriptor, LaneKey lane, Region region,
-                           LandingId landing) {
-  return impl_->accept(descriptor, lane, region, landing);
-}
-Status RailsClient::drop(DescriptorId descriptor) {
-  return impl_->drop(descriptor);
-}
+// --- Looking on.
 
 uint32_t RailsClient::rail_count() const {
-  return static_cast<uint32_t>(impl_->config_.rails.size());
+  return static_cast<uint32_t>(config_.rails.size());
 }
 
 RailStats RailsClient::stats(uint32_t rail) const {
   RailStats stats;
-  if (!impl_->process_ || rail >= rail_count()) return stats;
-  const RailCounters& from = impl_->process_->counters(rail);
+  if (!process_ || rail >= rail_count()) return stats;
+  const RailCounters& from = process_->counters(rail);
   stats.ticks = load(from.ticks);
   stats.sleeps = load(from.sleeps);
   stats.spins = load(from.spins);
@@ -783,14 +532,8 @@ RailStats RailsClient::stats(uint32_t rail) const {
   return stats;
 }
 
-uint64_t RailsClient::bogus_records() const {
-  return impl_->bogus_;
-}
-uint64_t RailsClient::restarts() const {
-  return impl_->restarts_;
-}
 int RailsClient::pid() const {
-  return impl_->process_ ? impl_->process_->child().pid() : -1;
+  return process_ ? process_->child().pid() : -1;
 }
 
 }  // namespace kvferry::rails

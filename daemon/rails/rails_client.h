@@ -19,6 +19,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <vector>
 
 #include "daemon/base/ids.h"
@@ -160,6 +161,9 @@ struct RailStats {
   uint64_t operations = 0;
 };
 
+struct RailsPlan;
+class RailsProcess;
+
 class RailsClient {
  public:
   enum class Phase : uint8_t {
@@ -187,10 +191,10 @@ class RailsClient {
   // SIGKILL; on_died follows from poll(). For a receive that does not end (last resort).
   void kill(std::string_view why);
 
-  Phase phase() const;
+  Phase phase() const { return phase_; }
   // The readable ends to poll: doorbells, channel, process. Changes when generation() does.
   std::vector<pollfd> pollfds() const;
-  uint64_t generation() const;
+  uint64_t generation() const { return generation_; }
   // The moment poll() has something to do without any descriptor being readable.
   Time next_wakeup() const;
   // Before the thread sleeps on pollfds(): true if nothing is waiting and a doorbell will ring;
@@ -233,14 +237,86 @@ class RailsClient {
   uint32_t rail_count() const;
   RailStats stats(uint32_t rail) const;  // zeros while no process runs
   // Records that named what does not exist; each is ignored.
-  uint64_t bogus_records() const;
-  uint64_t restarts() const;
+  uint64_t bogus_records() const { return bogus_; }
+  uint64_t restarts() const { return restarts_; }
   int pid() const;  // -1 while no process runs
 
  private:
-  class Impl;
-  explicit RailsClient(std::unique_ptr<Impl> impl);
-  std::unique_ptr<Impl> impl_;
+  enum class LaneState : uint8_t { kConnecting, kUp, kClosing };
+  struct Lane {
+    uint32_t rail = 0;
+    LaneState state = LaneState::kConnecting;
+    uint32_t address_slot = kNoSlot;  // until the answer to kConnect
+    uint64_t operations = 0;          // sends and receives not yet told
+  };
+  struct Send {
+    LaneKey lane;
+    uint32_t rail = 0;
+    uint32_t slot = kNoSlot;
+  };
+  struct Landing {
+    LaneKey lane;
+    uint32_t rail = 0;
+    uint64_t bytes = 0;
+  };
+  struct Held {
+    uint32_t rail = 0;
+    uint64_t remote = 0;  // the process's own number; means nothing here
+    uint64_t bytes = 0;
+  };
+  struct RailBook {
+    uint64_t operations = 0;
+    uint64_t held = 0;
+    bool ready = false;
+  };
+
+  RailsClient(RailsConfig config, RailsPlan plan);
+  void forget_everything();
+  void notice_death(Time now, RailsEvents& events);
+  void restart(Time now);
+  Duration backoff() const;
+  Result<Lane*> usable_lane(LaneKey key);
+  Status send(Command command, LaneKey lane, std::span<const uint8_t> bytes, const Region& region,
+              SendToken token);
+  Status check_region(const Region& region) const;
+
+  // One record of the process; false: it lies.
+  bool handle(Time now, uint32_t rail, const Record& record, RailsEvents& events);
+  bool on_ready_record(uint32_t rail, const Record& record, Time now, RailsEvents& events);
+  bool on_lane_record(uint32_t rail, const Record& record, RailsEvents& events);
+  bool on_message(uint32_t rail, const Record& record, RailsEvents& events);
+  bool on_send_ended(uint32_t rail, const Record& record, RailsEvents& events);
+  bool on_receive_ended(uint32_t rail, const Record& record, RailsEvents& events);
+  void end_operation(LaneKey lane, uint32_t rail);
+
+  RailsConfig config_;
+  std::unique_ptr<const RailsPlan> plan_;
+  std::unique_ptr<RailsProcess> process_;
+  Phase phase_ = Phase::kStopped;
+  uint64_t generation_ = 0;
+  uint64_t restarts_ = 0;
+  uint64_t bogus_ = 0;
+  uint32_t failures_ = 0;  // lives in a row that ended early
+  uint32_t next_rail_ = 0;
+  bool waited_ = false;  // and nobody has said what poll(2) saw
+  // What was seen while this thread slept; looked_: since the last poll().
+  bool channel_spoke_ = false;
+  bool exit_seen_ = false;
+  bool looked_ = false;
+  Time started_at_;
+  Time ready_at_;
+  Time restart_at_ = Time::never();
+  Time checked_at_;
+  std::string kill_reason_;
+
+  RailsReady ready_;
+  std::vector<RailBook> books_;
+  std::unordered_map<LaneKey, Lane, IdHash> lanes_;
+  std::unordered_map<SendToken, Send, IdHash> sends_;
+  std::unordered_map<LandingId, Landing, IdHash> landings_;
+  std::unordered_map<DescriptorId, Held, IdHash> held_;
+  uint64_t next_descriptor_ = 1;  // never starts anew: an id of a dead process is met by nobody
+  std::vector<uint8_t> inbox_;
 };
 
 }  // namespace kvferry::rails
