@@ -63,7 +63,7 @@ void Inbox::drain(std::size_t most, std::vector<Posted>& out) {
     auto it = queues_.find(kInternal);
     if (it == queues_.end()) it = queues_.upper_bound(last_served_);
     if (it == queues_.end()) it = queues_.begin();
-    last_served_ = it->first;
+    if (it->first != kInternal) last_served_ = it->first;
     out.push_back(std::move(it->second.front()));
     it->second.pop_front();
     if (it->second.empty()) queues_.erase(it);

@@ -8,6 +8,7 @@
 #include <catch2/catch.hpp>
 #include <cstdlib>
 #include <thread>
+#include <variant>
 #include <vector>
 
 namespace kvferry::node {
@@ -59,6 +60,48 @@ TEST_CASE("a post that is refused wakes nobody") {
   CHECK_FALSE(readable(inbox));
   inbox.wake();
   CHECK(readable(inbox));
+}
+
+TEST_CASE("a source that has its limit waiting is refused, and no other is") {
+  Inbox inbox(2);
+  REQUIRE(inbox.post(1, question()));
+  REQUIRE(inbox.post(1, question()));
+  CHECK_FALSE(inbox.post(1, question()));
+  CHECK(inbox.waiting() == 2);
+  CHECK(inbox.post(2, question()));
+  // Answers to what the engine itself has asked for are bounded by that.
+  for (int i = 0; i < 5; ++i) CHECK(inbox.post(Inbox::kInternal, question()));
+  std::vector<Posted> out;
+  inbox.drain(6, out);  // the daemon's own, and one
+  CHECK(inbox.post(1, question()));
+  CHECK_FALSE(inbox.post(1, question()));
+}
+
+TEST_CASE("sources are served in turn, however much one of them has waiting") {
+  Inbox inbox(100);
+  const auto post = [&](uint64_t source) {
+    REQUIRE(inbox.post(source, Posted{engine::WorkerGone{{source}}, {}, {}}));
+  };
+  const auto drain = [&](std::size_t most) {
+    std::vector<Posted> out;
+    inbox.drain(most, out);
+    std::vector<uint64_t> sources;
+    for (const Posted& posted : out)
+      sources.push_back(std::get<engine::WorkerGone>(posted.event).worker.value);
+    return sources;
+  };
+  for (int i = 0; i < 50; ++i) post(7);
+  post(3);
+  post(9);
+  post(9);
+  CHECK(drain(5) == std::vector<uint64_t>{3, 7, 9, 7, 9});
+  post(3);
+  // A drain goes on where the last one ended.
+  CHECK(drain(3) == std::vector<uint64_t>{3, 7, 7});
+  // The daemon's own words come first and take nobody's turn.
+  post(Inbox::kInternal);
+  post(8);
+  CHECK(drain(3) == std::vector<uint64_t>{0, 8, 7});
 }
 
 TEST_CASE("posts of many threads reach a thread that sleeps without a limit of time") {
