@@ -305,6 +305,16 @@ TEST_CASE("the rails process is confined unless that is switched off, which is n
   CHECK_FALSE(load_config({"", {"rails.seccomp=auto"}, {}}).ok());
 }
 
+TEST_CASE("metrics are for this machine unless they are said to be for others, and that is named") {
+  const LoadedConfig own = load_config({"", {}, {}});
+  CHECK(own.config.http.address == "127.0.0.1");
+  CHECK(own.warnings.empty());
+  const LoadedConfig open = load_config({"", {"http.address=0.0.0.0"}, {}});
+  CHECK(open.ok());
+  REQUIRE(open.warnings.size() == 1);
+  CHECK(open.warnings[0].key == "http.address");
+}
+
 TEST_CASE("plain mode off loopback needs a secret that only its owner reads") {
   const Scratch scratch;
   const auto with = [&](const std::string& file) {
@@ -374,6 +384,7 @@ TEST_CASE("sockets keep their tenants, modes and users apart") {
   CHECK(loaded.config.sockets[1].grpc_path == "/run/b.rpc");
   REQUIRE(loaded.warnings.size() == 1);
   CHECK(loaded.warnings[0].key == "socket[1].mode");
+  CHECK(loaded.warnings[0].message == "lets every local process attach");
 
   const auto bad = [&](const std::string& line) {
     return load_text(scratch, "config_version = 1\n[[socket]]\n" + line + "\n");

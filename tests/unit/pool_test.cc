@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include <catch2/catch.hpp>
+#include <cinttypes>
+#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -238,6 +240,41 @@ TEST_CASE("an arena answers addresses only for regions inside a segment") {
   REQUIRE(other.has_value());
   *arena->address_of({1, 9, 1}) = std::byte{42};
   REQUIRE(*other->address_of({1, 9, 1}) == std::byte{42});
+}
+
+// Whether a core dump would hold the mapping that begins there.
+bool in_core_dumps(const void* at) {
+  std::ifstream maps("/proc/self/smaps");
+  bool ours = false;
+  for (std::string line; std::getline(maps, line);) {
+    uint64_t begin = 0;
+    uint64_t end = 0;
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &begin, &end) == 2)
+      ours = begin == reinterpret_cast<uintptr_t>(at);
+    else if (ours && line.starts_with("VmFlags:"))
+      return line.find(" dd") == std::string::npos;
+  }
+  FAIL("no mapping begins there");
+  return true;
+}
+
+TEST_CASE("no core dump holds arenas, workers' pools or packed copies") {
+  const auto arena = HostArena::create("arena", {2 * kPage});
+  REQUIRE(arena);
+  CHECK_FALSE(in_core_dumps(arena->segment(0).data()));
+  const auto again =
+      SharedMemory::map(UniqueFd(::dup(arena->fds()[0])), 2 * kPage, Access::kReadWrite);
+  REQUIRE(again);
+  CHECK_FALSE(in_core_dumps(again->data()));
+  const auto pool = HostPool::import(worker_memory(kPage, F_SEAL_SHRINK), kPage);
+  REQUIRE(pool);
+  CHECK_FALSE(in_core_dumps((*pool)->base()));
+  const auto copy = HostPool::create(kPage);
+  REQUIRE(copy);
+  CHECK_FALSE(in_core_dumps((*copy)->base()));
+  const auto open = SharedMemory::create("test", kPage, {.in_core_dumps = true});
+  REQUIRE(open);
+  CHECK(in_core_dumps(open->data()));
 }
 
 TEST_CASE("a sealed and allocated memfd becomes a pool that shares its bytes with the worker") {
