@@ -230,6 +230,17 @@ TEST_CASE("The rails' environment carries the daemon's promises and no override 
   REQUIRE(check_ucx_overrides({{"tcp", "y"}}).error().reason == "UCX_OVERRIDE_INVALID");
   REQUIRE(check_ucx_overrides({{"A=B", "y"}}).error().reason == "UCX_OVERRIDE_INVALID");
   REQUIRE(check_ucx_overrides({{"A", "x\ny"}}).error().reason == "UCX_OVERRIDE_INVALID");
+  // Whatever the daemon sets, but for the sizes of buffers.
+  const auto own = make_rails_environment({});
+  REQUIRE(own);
+  for (const std::string& line : *own) {
+    const std::string name = line.substr(0, line.find('='));
+    INFO(name);
+    if (name != "UCX_TCP_TX_SEG_SIZE" && name != "UCX_TCP_RX_SEG_SIZE")
+      CHECK(check_ucx_overrides({{name, "y"}}).error().reason == "UCX_OVERRIDE_DENIED");
+  }
+  for (const char* promise : {"UCX_HANDLE_ERRORS=none", "UCX_DEBUG_SIGNO=0", "UCX_VFS_ENABLE=n"})
+    CHECK(has(promise));
   settings.port_last = 50;
   REQUIRE(make_rails_environment(settings).error().reason == "PORT_RANGE_INVALID");
 }
