@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "daemon/base/crypto.h"
 #include "daemon/mapping/legs.h"
 #include "daemon/mapping/tokens.h"
 
@@ -44,6 +45,16 @@ bool works_out(const RegisteredLayout& from, uint32_t group, const RegisteredLay
 }
 
 }  // namespace
+
+Digest16 reuse_space_of(const ReuseDomain& domain) {
+  const Secret& key = domain.reuse_key.is_zero() ? domain.instance_key : domain.reuse_key;
+  const std::string who = key.is_zero() ? "user " + std::to_string(domain.uid)
+                                        : "key " + std::string(key.bytes.begin(), key.bytes.end());
+  std::string text = "kvferry reuse 1";
+  for (const std::string& part : {domain.tenant, who, domain.fingerprint, domain.hash_scheme})
+    text += std::to_string(part.size()) + ":" + part;
+  return {cut<16>(sha256({bytes_of(text)}))};
+}
 
 std::vector<engine::ReuseGroup> reuse_groups_of(const mapping::RankLayout& layout) {
   std::vector<engine::ReuseGroup> groups;

@@ -69,6 +69,17 @@ struct RegisteredLayout : engine::LayoutHandle {
 // How a layout's groups take part in reuse; block_tokens 0: not at all.
 std::vector<engine::ReuseGroup> reuse_groups_of(const mapping::RankLayout& layout);
 
+// Who may find whose blocks: tenant, key, model and how its blocks are hashed.
+struct ReuseDomain {
+  std::string tenant;
+  uint32_t uid = 0;  // of the worker's process; stands in for the key where there is none
+  Secret reuse_key;
+  Secret instance_key;  // stands in for the reuse key
+  std::string fingerprint;
+  std::string hash_scheme;
+};
+Digest16 reuse_space_of(const ReuseDomain& domain);
+
 // One side's compiled slice with everything that it points into. What the executor hands to the
 // copy threads.
 struct CompiledPlan : engine::Plan {

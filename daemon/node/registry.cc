@@ -168,18 +168,9 @@ Incarnation Registry::drawn_incarnation(const std::string& instance) {
 
 namespace {
 
-// Who may find whose blocks: tenant, key, model and how its blocks are hashed. Without any key the
-// user of the processes stands in for it.
-Digest16 reuse_space_of(const rpc::Session& session, const rpc::LayoutRequest& request) {
-  const rpc::Session::Facts& facts = session.facts();
-  const Secret& key = request.reuse_key.is_zero() ? request.instance_key : request.reuse_key;
-  const std::string who = key.is_zero() ? "user " + std::to_string(facts.uid)
-                                        : "key " + std::string(key.bytes.begin(), key.bytes.end());
-  std::string text = "kvferry reuse 1";
-  for (const std::string& part :
-       {facts.tenant, who, request.layout.fingerprint, request.hash_scheme})
-    text += std::to_string(part.size()) + ":" + part;
-  return {cut<16>(sha256({bytes_of(text)}))};
+ReuseDomain reuse_domain(const rpc::Session& session, const rpc::LayoutRequest& request) {
+  return {session.facts().tenant, session.facts().uid,        request.reuse_key,
+          request.instance_key,   request.layout.fingerprint, request.hash_scheme};
 }
 
 }  // namespace
@@ -232,7 +223,7 @@ Result<std::shared_ptr<RegisteredLayout>> Registry::build_layout(
   registered->holding = mapping::holding_of(request.layout);
   if (!request.instance_key.is_zero()) registered->instance_key = request.instance_key;
   if (!request.hash_scheme.empty()) {
-    registered->reuse_space = reuse_space_of(*worker.session, request);
+    registered->reuse_space = reuse_space_of(reuse_domain(*worker.session, request));
     registered->reuse_groups = reuse_groups_of(request.layout);
   }
   return registered;
@@ -359,7 +350,7 @@ Result<rpc::LayoutView> Registry::find_reuse_layout(const rpc::Session& session,
     asked.layout.fingerprint = registered->layout.fingerprint;
     asked.hash_scheme = found->second.request.hash_scheme;
     asked.reuse_key = key;
-    const Digest16 space = reuse_space_of(session, asked);
+    const Digest16 space = reuse_space_of(reuse_domain(session, asked));
     if (space == registered->reuse_space) return view;
     // Another domain: asked in the same way, and nothing is found, as on a miss.
     struct Foreign : engine::LayoutHandle {

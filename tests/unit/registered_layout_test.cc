@@ -138,4 +138,45 @@ TEST_CASE("Groups without hashed blocks of their own take no part") {
   CHECK_FALSE(registered({windowed})->serves(1, *registered({windowed}), 0));
 }
 
+TEST_CASE("Blocks are found within one tenant, key, model and way to hash, and nowhere else") {
+  ReuseDomain domain{"blue", 1000, {}, {}, "model", "sha256"};
+  const auto other = [&](const auto& change) {
+    ReuseDomain changed = domain;
+    change(changed);
+    return reuse_space_of(changed) != reuse_space_of(domain);
+  };
+  const auto check_parts = [&] {
+    CHECK(other([](ReuseDomain& d) { d.tenant = "green"; }));
+    CHECK(other([](ReuseDomain& d) { d.fingerprint = "model2"; }));
+    CHECK(other([](ReuseDomain& d) { d.hash_scheme = "sha512"; }));
+    CHECK(other([](ReuseDomain& d) { d.reuse_key.bytes[0] ^= 1; }));
+    // What one part ends with is not what the next begins with.
+    CHECK(other([](ReuseDomain& d) {
+      d.fingerprint += "s";
+      d.hash_scheme = d.hash_scheme.substr(1);
+    }));
+  };
+  {
+    INFO("without a key: the user");
+    check_parts();
+    CHECK(other([](ReuseDomain& d) { d.uid = 1001; }));
+    CHECK(other([](ReuseDomain& d) { d.instance_key.bytes[0] = 7; }));
+  }
+  {
+    INFO("with the instance's key: whoever runs it");
+    domain.instance_key.bytes.fill(3);
+    check_parts();
+    CHECK(other([](ReuseDomain& d) { d.instance_key.bytes[15] ^= 1; }));
+    CHECK_FALSE(other([](ReuseDomain& d) { d.uid = 1001; }));
+    // The same key given by its own name is the same domain.
+    CHECK_FALSE(other([](ReuseDomain& d) { std::swap(d.reuse_key, d.instance_key); }));
+  }
+  {
+    INFO("with a key of its own: whatever the instance's is");
+    domain.reuse_key.bytes.fill(4);
+    check_parts();
+    CHECK_FALSE(other([](ReuseDomain& d) { d.instance_key.bytes[15] ^= 1; }));
+  }
+}
+
 }  // namespace kvferry::node
