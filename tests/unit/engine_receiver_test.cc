@@ -228,6 +228,43 @@ TEST_CASE("the exit of the rails process is evidence for every receive it had") 
   CHECK(r.arena().landing_bytes == 0);
 }
 
+TEST_CASE("more slices than a pull may have end the transfer") {
+  EngineConfig config = small_config(2);
+  config.max_slices = 2;
+  Lone r(config);
+  const MsgPull pull = r.pull("a", 640);
+  r.slice(pull, 0, {0, 8}, false);
+  r.slice(pull, 1, {8, 16}, false);
+  REQUIRE(r.status().state == TransferState::kActive);
+  r.say(0, r.slice_of(pull, 2, {16, 24}, false));
+  CHECK(r.status().state == TransferState::kFailed);
+  CHECK(r.status().reason == Reason::kProtocol);
+}
+
+TEST_CASE("a transfer of too many legs is not begun, nor one more leg than its link may have") {
+  EngineConfig config = small_config(2);
+  config.max_legs = 1;
+  Lone r(config);
+  r.pull("a", 640);
+  ReceiveOp op;
+  op.op = {{2}, 1};
+  op.client_handle = ++r.handle;
+  op.key = key_of("b");
+  op.layout = r.layout;
+  op.needs = {{0, 0, 64, {{0, 64}}}};
+  r.post(op);
+  Resolved resolved;
+  resolved.resolve = r.seen<Resolve>().back().resolve;
+  resolved.sender_incarnation = incarnation_of(1);
+  const std::size_t legs = GENERATE(1U, 1025U);
+  for (uint32_t rank = 0; rank < legs; ++rank)
+    resolved.legs.push_back({rank, 0, "node1", false, rank == 0, 10, nullptr});
+  r.post(std::move(resolved));
+  CHECK(r.status().state == TransferState::kFailed);
+  CHECK(r.status().reason == (legs == 1 ? Reason::kRefused : Reason::kTooFragmented));
+  CHECK(r.told<MsgPull>().size() == 1);
+}
+
 TEST_CASE("a landing that takes too long costs its lane") {
   EngineConfig config = small_config(2);
   config.landing_timeout = std::chrono::milliseconds(500);
@@ -238,6 +275,20 @@ TEST_CASE("a landing that takes too long costs its lane") {
   r.pass(seconds(1));
   CHECK(r.seen<CloseLane>().size() == 1);
   CHECK(r.arena().quarantined_bytes == kChunk);
+}
+
+TEST_CASE("a landing of many bytes has as long as the least rate gives it") {
+  EngineConfig config = small_config(2);
+  config.landing_timeout = std::chrono::milliseconds(500);
+  config.landing_min_rate = kChunk / 2;  // a chunk may take two seconds
+  Lone r(config);
+  const MsgPull pull = r.pull("a", 640);
+  r.slice(pull, 0, {0, 64}, true);
+  r.offer(pull, 0, 0, pull.credits[0].credit);
+  r.pass(std::chrono::milliseconds(1900));
+  CHECK(r.seen<CloseLane>().empty());
+  r.pass(std::chrono::milliseconds(200));
+  CHECK(r.seen<CloseLane>().size() == 1);
 }
 
 TEST_CASE("terminal: granted and landed regions are free, landing ones are quarantined") {
