@@ -345,6 +345,21 @@ TEST_CASE("peers taken off the list lose their link") {
   CHECK(reason(a.link("b", 2)) == "PEER_NOT_ALLOWED");
 }
 
+TEST_CASE("a peer speaks for the tenants that its entry names, and for no other") {
+  PlainDialer dialer;
+  ops::PeerConfig b = allow("b");
+  b.tenants = {"default", "blue"};
+  Daemon a("a", 1, dialer, {b, allow("c")});
+  CHECK(a.manager->may_speak_for("b", "default"));
+  CHECK(a.manager->may_speak_for("b", "blue"));
+  CHECK_FALSE(a.manager->may_speak_for("b", "green"));
+  CHECK_FALSE(a.manager->may_speak_for("c", "blue"));
+  CHECK_FALSE(a.manager->may_speak_for("stranger", "default"));
+  CHECK(a.manager->may_speak_for("a", "green"));
+  a.manager->set_peers({allow("b")});
+  CHECK_FALSE(a.manager->may_speak_for("b", "blue"));
+}
+
 TEST_CASE("who watches is told of each link once, from its beginning to its end") {
   PlainDialer dialer;
   Daemon a("a", 1, dialer, {allow("b")});
