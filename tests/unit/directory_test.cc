@@ -9,8 +9,10 @@
 #include "daemon/base/mutex.h"
 #include "daemon/mapping/tokens.h"
 #include "daemon/mapping/validate.h"
+#include "daemon/node/cards.h"
 #include "daemon/node/compile_slice.h"
 #include "daemon/node/tickets.h"
+#include "tests/unit/link_support.h"
 
 using namespace kvferry;
 using namespace kvferry::node;
@@ -123,7 +125,8 @@ class FakeLinks : public PeerLinks {
   }
   std::optional<PeerRef> peer_of(LinkId link) const override;
   bool may_speak_for(const std::string&, std::string_view tenant) const override {
-    return tenant == "default";
+    MutexLock lock(mutex_);
+    return tenants_.contains(tenant);
   }
   void get_cards(LinkId link, rpc::CardQuery query, Time,
                  std::function<void(Result<rpc::CardPage>)> done) override;
@@ -138,6 +141,20 @@ class FakeLinks : public PeerLinks {
     MutexLock lock(mutex_);
     return asked_;
   }
+  // Those for which this node lets every other one speak.
+  void set_tenants(std::set<std::string, std::less<>> tenants) {
+    MutexLock lock(mutex_);
+    tenants_ = std::move(tenants);
+  }
+  // The cards that this node shows to others, as it lies.
+  void lie_about(std::vector<rpc::SignedCard> cards) {
+    MutexLock lock(mutex_);
+    lies_ = std::move(cards);
+  }
+  std::optional<std::vector<rpc::SignedCard>> lies() const {
+    MutexLock lock(mutex_);
+    return lies_;
+  }
 
  private:
   Net& net_;
@@ -145,6 +162,8 @@ class FakeLinks : public PeerLinks {
   mutable Mutex mutex_;
   std::optional<Error> refusal_ KVFERRY_GUARDED_BY(mutex_);
   int asked_ KVFERRY_GUARDED_BY(mutex_) = 0;
+  std::set<std::string, std::less<>> tenants_ KVFERRY_GUARDED_BY(mutex_){"default"};
+  std::optional<std::vector<rpc::SignedCard>> lies_ KVFERRY_GUARDED_BY(mutex_);
 };
 
 struct Node {
@@ -223,6 +242,7 @@ void FakeLinks::get_cards(LinkId link, rpc::CardQuery query, Time,
   Result<rpc::CardPage> page = net_[net_.name_of(link)].directory.answer_cards(
       net_.ref(self_), *rpc::decode_card_query(rpc::encode(query)));
   if (!page) return done(std::move(page));
+  if (const auto lies = net_[net_.name_of(link)].links.lies()) page->cards = *lies;
   done(rpc::decode_card_page(rpc::encode(*page)));
 }
 void FakeLinks::join_forward(LinkId link, rpc::JoinForward forward, Time,
@@ -583,6 +603,72 @@ TEST_CASE("an instance that spans nodes is complete on each after one join") {
   }
 }
 
+TEST_CASE("a card counts only from the node that made it, and under the instance's key") {
+  Net net;
+  InstanceKey key;
+  key.bytes.fill(5);
+  InstanceKey other_key;
+  other_key.bytes.fill(6);
+  // Rank 1 is node b's; whatever b says of it is what counts, if anything.
+  std::vector<std::string> cards;
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    const auto layout = make_layout("default/wide", 1, rank, {2});
+    layout->instance_key = key;
+    const Result<Registration> done = net[rank == 0 ? "a" : "b"].directory.add_local(layout);
+    REQUIRE(done);
+    cards.push_back(done->card);
+  }
+  const auto card_of = [&](const std::string& node, uint32_t rank, uint8_t life,
+                           const InstanceKey& with) {
+    const auto layout = make_layout("default/wide", life, rank, {2});
+    rpc::RankCard card{node, Node::address(node), "default/wide", incarnation(life),
+                       9,    layout->holding};
+    return *make_card(card, with);
+  };
+  rpc::SignedCard right = card_of("b", 1, 1, key);
+  SECTION("as it should be") {
+    net["b"].links.lie_about({right});
+  }
+  SECTION("another node's") {
+    net["b"].links.lie_about({card_of("c", 1, 1, key)});
+    right = {};
+  }
+  SECTION("under another key") {
+    net["b"].links.lie_about({card_of("b", 1, 1, other_key)});
+    right = {};
+  }
+  SECTION("without a tag") {
+    right.tag.clear();
+    net["b"].links.lie_about({right});
+    right = {};
+  }
+  SECTION("of another life") {
+    net["b"].links.lie_about({card_of("b", 1, 2, key)});
+    right = {};
+  }
+  SECTION("of a rank that is registered here") {
+    net["b"].links.lie_about({card_of("b", 0, 1, key), right});
+  }
+  kvferry::testing::Box<JoinOutcome> outcomes;
+  const bool whole = !right.card.empty();
+  net["a"].directory.join("default/wide", cards, key,
+                          monotonic_now() + (whole ? kPatience : std::chrono::milliseconds(200)),
+                          [&](Result<JoinOutcome> outcome) {
+                            if (outcome) outcomes.put(std::move(*outcome));
+                          });
+  const auto outcome = outcomes.take();
+  REQUIRE(outcome);
+  CHECK(outcome->complete == whole);
+  CHECK(net["a"].directory.ticket("default/wide").has_value() == whole);
+  if (!whole) return;
+  // Node a's own rank is still its own.
+  const Result<rpc::CardPage> page =
+      net["a"].directory.answer_cards(net.ref("b"), {"default/wide", incarnation(1), 0, false});
+  REQUIRE(page);
+  CHECK(rpc::decode_card(page->cards.at(0).card)->node == "a");
+  CHECK(rpc::decode_card(page->cards.at(1).card)->generation == 9);
+}
+
 TEST_CASE("what is known is answered by the call") {
   Pair pair;
   pair.register_all();
@@ -766,6 +852,33 @@ TEST_CASE(
   REQUIRE_FALSE(forbidden);
   REQUIRE_FALSE(unknown);
   CHECK(forbidden.error().to_string() == unknown.error().to_string());
+  const auto joined = [&](const std::string& instance) {
+    const Status status = directory.answer_join(
+        net.ref("b"), {instance, incarnation(1), {{"b", Node::address("b")}}});
+    REQUIRE_FALSE(status);
+    return status.error().to_string();
+  };
+  CHECK(joined("other/prefill") == joined("default/nothing"));
+}
+
+TEST_CASE("an instance with a node that may not speak for its tenant is not received from") {
+  Net net;
+  const auto sender = make_layout("other/prefill", 1, 0, {1});
+  const auto receiver = make_layout("other/decode", 2, 0, {1});
+  REQUIRE(net["a"].directory.add_local(sender));
+  REQUIRE(net["b"].directory.add_local(receiver));
+  // Node a tells whoever asks; node b lets a speak for the default tenant alone.
+  net["a"].links.set_tenants({"default", "other"});
+  const std::string ticket = *net["a"].directory.ticket("other/prefill");
+  const auto reason = [&](uint64_t id) {
+    net["b"].directory.resolve({{id}, receive(receiver, ticket)});
+    const auto resolved = net["b"].events.take<engine::Resolved>();
+    REQUIRE(resolved);
+    return resolved->reason;
+  };
+  CHECK(reason(1) == Reason::kPeerNotAllowed);
+  net["b"].links.set_tenants({"default", "other"});
+  CHECK(reason(2) == Reason::kNone);
 }
 
 TEST_CASE("a card says what the holding says, whatever its planes' pattern") {
