@@ -23,6 +23,7 @@
 #include "daemon/mapping/stream.h"
 #include "kernels/host_copy.h"
 #include "tests/fake_cuda/control.h"
+#include "tests/unit/fake_cuda_peer_process.h"
 #include "tests/unit/mapping_support.h"
 
 namespace kvferry::gpu {
@@ -672,6 +673,25 @@ TEST_CASE("a copy that never ends: the device is taken down, its memory is never
   world.queue.reset();
   CHECK_FALSE(pool.expired());
   world.leaves_nothing = false;
+}
+
+TEST_CASE("a worker that never reaches its event holds up nobody's copies") {
+  World world;
+  Leg leg = make_leg(spec_of("lr|but"), 200);
+  leg.from.put_on(world.device(), world.machine, 1);
+  leg.to.put_on(world.device(), world.machine, 2);
+  Peer worker;  // has recorded it behind work that ends by a command
+  EventHandle handle{};
+  static_assert(sizeof handle == sizeof worker.exports.event);
+  std::memcpy(handle.data(), &worker.exports.event, sizeof handle);
+  std::atomic<int> told{0};
+  REQUIRE(world.queue->watch_event(
+      1, handle, [&](EventState state) { told = state == EventState::kReached ? 1 : 2; }));
+  hand_over(world, leg, 13, 3);
+  CHECK(told == 0);
+  worker.command(PeerCommand::kComplete);
+  REQUIRE(comes_true([&] { return told != 0; }));
+  CHECK(told == 1);
 }
 
 TEST_CASE("an event that cannot be opened is told as unusable") {
