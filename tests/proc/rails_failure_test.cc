@@ -1,8 +1,11 @@
 // What dies, lies or is misconfigured.
+#include <arpa/inet.h>
 #include <signal.h>
+#include <sys/socket.h>
 
 #include <cstdlib>
 
+#include "daemon/rails/process/listeners.h"
 #include "daemon/rails/rails_process.h"
 #include "tests/proc/rails_harness.h"
 
@@ -203,6 +206,35 @@ TEST_CASE("Listeners stay in the configured port range, and one outside it is a 
   const RailsExit exit = death_of(config);
   REQUIRE(exit.status == 78);
   REQUIRE(exit.why.find("outside the port range") != std::string::npos);
+}
+
+// Of 127.0.0.1 on lo, where the other addresses of its network can be bound too.
+TEST_CASE("A listener at another address than its device's is a fault, and so is one at any") {
+  Setup setup;
+  setup.port_first = 1;
+  setup.port_last = 65535;
+  SetupRail rail;
+  std::strcpy(rail.device, "lo");
+  CHECK(check_listeners({}, setup, rail).error().message == "UCX has no tcp listener");
+  const auto verdict = [&](const char* address) {
+    const auto before = tcp_listeners();
+    const UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in at = {};
+    at.sin_family = AF_INET;
+    REQUIRE(::inet_pton(AF_INET, address, &at.sin_addr) == 1);
+    REQUIRE(::bind(fd.get(), reinterpret_cast<const sockaddr*>(&at), sizeof at) == 0);
+    REQUIRE(::listen(fd.get(), 1) == 0);
+    const auto added = added_listeners(before, tcp_listeners());
+    REQUIRE(added.size() == 1);
+    CHECK(listens(added[0]));
+    const Status status = check_listeners(added, setup, rail);
+    return status ? std::string() : status.error().message;
+  };
+  CHECK(verdict("127.0.0.1") == "");
+  CHECK(verdict("127.0.0.2").find("is not bound to lo") != std::string::npos);
+  CHECK(verdict("0.0.0.0").find("is not bound to lo") != std::string::npos);
+  std::strcpy(rail.device, "nosuchdev0");
+  CHECK(verdict("127.0.0.1").find("is not bound to nosuchdev0") != std::string::npos);
 }
 
 TEST_CASE("UCX signal handlers are noticed") {
