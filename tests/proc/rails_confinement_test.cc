@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <spawn.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
@@ -10,9 +11,11 @@
 #include <csignal>
 #include <filesystem>
 #include <fstream>
+#include <set>
 #include <sstream>
 
 #include "daemon/rails/process/confinement.h"
+#include "daemon/rails/ucx_environment.h"
 #include "tests/proc/rails_harness.h"
 
 namespace kvferry::rails {
@@ -221,6 +224,91 @@ TEST_CASE("Every thread of a ready rails process is confined, unless that is swi
   const std::string room(21 - files.size(), ' ');
   CHECK(text.str().find("Max open files            " + files + room + files + " ") !=
         std::string::npos);
+}
+
+// What the process has been given: its environment, what its descriptors are, what it maps.
+struct Belongings {
+  std::set<std::string> environment;
+  std::set<std::string> open;    // "/memfd:kvferry-rails (deleted)", "socket:", "/dev/null"
+  std::set<std::string> mapped;  // files, and memory that is shared
+  std::string shared_in_dumps;   // an arena or ring that a core dump would hold
+};
+
+Belongings belongings_of(pid_t pid) {
+  const std::filesystem::path process = "/proc/" + std::to_string(pid);
+  Belongings out;
+  std::ifstream environment(process / "environ");
+  for (std::string line; std::getline(environment, line, '\0');) out.environment.insert(line);
+  for (const auto& entry : std::filesystem::directory_iterator(process / "fd")) {
+    const std::string target = std::filesystem::read_symlink(entry.path()).string();
+    if (entry.path().filename() == "2") continue;  // for UCX's words, as ours
+    const std::size_t number = target.find(":[");
+    out.open.insert(number == std::string::npos ? target : target.substr(0, number + 1));
+  }
+  std::ifstream maps(process / "smaps");
+  bool shared = false;
+  std::string name;
+  for (std::string line; std::getline(maps, line);) {
+    std::istringstream words(line);
+    std::string range, rights, offset, device, inode;
+    words >> range >> rights;
+    if (range.find('-') != std::string::npos && range.back() != ':') {
+      shared = rights.ends_with("s");
+      words >> offset >> device >> inode;
+      name.clear();
+      std::getline(words >> std::ws, name);
+      if (name.starts_with("/")) out.mapped.insert(name);
+    } else if (range == "VmFlags:" && shared && name.starts_with("/memfd:") &&
+               line.find(" dd") == std::string::npos) {
+      out.shared_in_dumps = name;
+    }
+  }
+  return out;
+}
+
+TEST_CASE("A ready rails process has its arenas and its rings, and nothing else of its parent's") {
+  // All that a parent may have: pools, mapped or not, connections, words in its environment.
+  const UniqueFd pool(::memfd_create("a-worker-s-pool", 0));
+  REQUIRE(pool);
+  REQUIRE(::ftruncate(pool.get(), 4096) == 0);
+  void* const seen = ::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, pool.get(), 0);
+  REQUIRE(seen != MAP_FAILED);
+  const UniqueFd key(::open("/etc/hostname", O_RDONLY));  // inherited unless somebody sees to it
+  REQUIRE(key);
+  REQUIRE(::setenv("KVFERRY_SECRET", "of the cluster", 1) == 0);
+  const std::string transport = GENERATE("tcp", "shm");
+  Node node(loopback(transport));
+  start({&node});
+  ::unsetenv("KVFERRY_SECRET");
+  if (!std::ifstream("/proc/" + std::to_string(node.client->pid()) + "/environ")) {
+    WARN("not tested: to look into a rails process takes CAP_SYS_PTRACE");
+    return;
+  }
+  const Belongings has = belongings_of(node.client->pid());
+  ::munmap(seen, 4096);
+  const auto lines = make_rails_environment({});
+  REQUIRE(lines);
+  CHECK(has.environment == std::set<std::string>(lines->begin(), lines->end()));
+  for (const std::string& target : has.open) {
+    INFO(target);
+    const bool own_arena = target.starts_with("/memfd:test-arena");
+    CHECK_FALSE(own_arena);  // closed once it is mapped
+    const bool known = target == "/dev/null" || target == "socket:" || target == "pipe:" ||
+                       target == "anon_inode:" || target.starts_with("anon_inode:") ||
+                       target.starts_with("/memfd:kvferry-rails") ||
+                       (transport == "shm" && target.starts_with("/dev/shm/ucx_shm_posix"));
+    CHECK(known);
+  }
+  bool arena = false;
+  for (const std::string& name : has.mapped) {
+    INFO(name);
+    arena = arena || name.starts_with("/memfd:test-arena");
+    CHECK(name.find("a-worker-s-pool") == std::string::npos);
+    for (const char* const library : {"libcrypto", "libssl", "libgrpc", "libprotobuf"})
+      CHECK(name.find(library) == std::string::npos);
+  }
+  CHECK(arena);
+  CHECK(has.shared_in_dumps == "");
 }
 
 // Asked by a process that has no capabilities, which would let it look into any.
