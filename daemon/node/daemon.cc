@@ -114,20 +114,25 @@ std::string joined(const std::vector<std::string>& words, std::string_view betwe
   return out;
 }
 
-// A rails process that may open files, which only shared memory and the CUDA driver ask for, shall
-// not open /proc/PID/mem of this one. The price are core files, and looks from outside by this
-// user.
-void hide_from_rails(const rails::RailsConfig& config, std::span<const rails::Segment> segments) {
-  const bool opens_files =
-      std::any_of(config.rails.begin(), config.rails.end(),
-                  [](const rails::RailSpec& rail) { return rail.transport == "shm"; }) ||
-      std::any_of(segments.begin(), segments.end(),
-                  [](const rails::Segment& segment) { return is_on_device(segment.kind); });
-#if defined(__SANITIZE_ADDRESS__)
-  return static_cast<void>(opens_files);  // its search for leaks looks into the process
-#else
-  if (opens_files) ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
+// Keys and tokens lie in this process's memory: no core file of it, and no look from outside by its
+// own user. Nor by a rails process that may open files, as shared memory and the CUDA driver ask
+// for: /proc/PID/mem would be one.
+void hide_memory() {
+#if !defined(__SANITIZE_ADDRESS__)  // its search for leaks looks into the process
+  ::prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
 #endif
+}
+
+// The daemon sets no filter of senders itself.
+void tell_of_open_ports(const rails::RailsConfig& config) {
+  const bool open = std::any_of(
+      config.rails.begin(), config.rails.end(),
+      [](const rails::RailSpec& rail) { return rail.transport == "tcp" && rail.device != "lo"; });
+  if (!open) return;
+  ops::log_info("UCX's ports take whoever reaches them: let the peers' nodes alone do so",
+                {ops::field("ports", std::to_string(config.ucx.port_first) + "-" +
+                                         std::to_string(config.ucx.port_last)),
+                 ops::field("how", "deploy/nftables or a NetworkPolicy")});
 }
 
 // host of "host:port" or "[v6]:port", with its brackets.
@@ -254,6 +259,7 @@ void Daemon::Impl::count_fallbacks() {
 
 // Memory, threads and the rails; the peers' listener for its port.
 Status Daemon::Impl::make_core() {
+  hide_memory();
   random_bytes(boot.bytes);
   KVFERRY_RETURN_IF_ERROR(make_arenas());
 
@@ -274,9 +280,9 @@ Status Daemon::Impl::make_core() {
   metrics->last_read_at.set(::time(nullptr));
   if (gpu.counting) gpu.counting->metrics.store(metrics.get(), std::memory_order_release);
 
+  tell_of_open_ports(rails_settings);
   auto segments = arenas->for_rails();
   KVFERRY_RETURN_IF_ERROR(segments);
-  hide_from_rails(rails_settings, *segments);
   auto rails = rails::RailsClient::make(rails_settings, *segments);
   KVFERRY_RETURN_IF_ERROR(rails);
 

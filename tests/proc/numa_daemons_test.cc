@@ -68,8 +68,11 @@ TEST_CASE("Two nodes: arenas between them, copy threads on both, and the operato
     CHECK(numa[arena]["place"] == "nodes 0,1 in turn");
     const std::string problem = numa[arena]["problem"];
     const std::string memory = arena == 0 ? "kvferry-arena" : "kvferry-mapped";
-    if (problem.empty())
-      CHECK(policy_of(daemon, memory).find(" interleave:") != std::string::npos);
+    const std::string policy = policy_of(daemon, memory);
+    if (problem.empty() && policy.empty())
+      WARN("not looked at: the daemon's memory policy, which takes CAP_SYS_PTRACE");
+    else if (problem.empty())
+      CHECK(policy.find(" interleave:") != std::string::npos);
     else
       WARN("mbind is refused here, which is told: " << problem);
   }
