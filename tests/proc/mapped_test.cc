@@ -2,6 +2,7 @@
 // memory by itself, in host memory and on GPUs of the fake driver. Every byte verified; what the
 // end of a daemon, a stopped one and an operator's word do to what was lent.
 #include <csignal>
+#include <filesystem>
 
 #include "tests/proc/control.h"
 #include "tests/proc/gpu_scene.h"
@@ -86,6 +87,9 @@ double mapped(const bench::DaemonProcess& daemon) {
 double offered(const bench::DaemonProcess& daemon) {
   return metric(daemon, "kvferry_chunks_total", "event=\"offered\"");
 }
+double fallbacks_to_rails(const bench::DaemonProcess& daemon) {
+  return metric(daemon, "kvferry_fallbacks_total", "way=\"peer_arena\"");
+}
 
 }  // namespace
 
@@ -103,8 +107,29 @@ TEST_CASE("once the sender has mapped the receiver's arena it writes it, and not
   CHECK(comes_true([&] { return written(scene.pair->side(0)) > 0; }));
   CHECK(mapped(scene.pair->side(1)) == written(scene.pair->side(0)));
   CHECK(offered(scene.pair->side(0)) == before);
+  CHECK(fallbacks_to_rails(scene.pair->side(0)) == 0);
   CHECK(metric(scene.pair->side(1), "kvferry_arena_bytes", "state=\"quarantined\"") == 0);
   CHECK(comes_true([&] { return arena_in_use(scene.pair->side(1)) == 0; }));
+}
+
+TEST_CASE("what is lent and cannot be mapped is counted, and the chunks go by the rails") {
+  HostScene scene;
+  // Nobody is at the receiver's socket for arenas any more: the file is gone before they are
+  // linked.
+  std::string socket = scene.pair->side(1).config_file();
+  socket.replace(socket.rfind(".toml"), std::string::npos, ".arenas");
+  REQUIRE(std::filesystem::remove(socket));
+  scene.start_workers("tp1", "tp1", kTokens);
+  scene.require_hand_over(kTokens);
+  const bench::DaemonProcess& sender = scene.pair->side(0);
+  CHECK(comes_true([&] { return fallbacks_to_rails(sender) > 0; }));
+  CHECK(comes_true([&] {
+    return metric(sender, "kvferry_borrow_failures_total", "reason=\"socket\"") ==
+           fallbacks_to_rails(sender);
+  }));
+  scene.require_hand_over(kTokens);
+  CHECK(offered(sender) > 0);
+  CHECK(written(sender) == 0);
 }
 
 TEST_CASE("GPUs write mapped arenas: of host memory, and of each kind of their own") {
