@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what building and testing kvferry needs on Debian 12. Does nothing where all is there.
-#   deploy/install-packages.sh [--tests|--tarball|--packages|--lint]
+#   deploy/install-packages.sh [--tests|--tarball|--packages|--lint|--systems]
 #     --tests: also what only the tests need; --tarball: and what only packing a tarball needs;
-#     --packages: what building Debian packages needs; --lint: and what checking them needs
+#     --packages: what building Debian packages needs; --lint: and what checking them needs;
+#     --systems: what test-systemd.sh and test-image.sh need
 set -euo pipefail
 
 packages=(
@@ -17,6 +18,7 @@ tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-14 libclan
 # server of its own where systemd runs.
 tests+=(systemd shellcheck yamllint man-db mandoc zsh prometheus strace nftables)
 packing=(dpkg-dev file gzip)
+systems=(debootstrap systemd-container qemu-system-x86 e2fsprogs podman crun curl python3-venv)
 
 case ${1:-} in
   '') ;;
@@ -24,6 +26,7 @@ case ${1:-} in
   --tarball) packages+=("${tests[@]}" binutils patchelf) ;;
   --packages) packages+=("${packing[@]}") ;;
   --lint) packages+=("${packing[@]}" lintian debootstrap) ;;
+  --systems) packages=("${systems[@]}") ;;
   *) echo "install-packages.sh: what is $1?" >&2; exit 64 ;;
 esac
 

@@ -1,32 +1,25 @@
 #!/usr/bin/env bash
 # Installs the packages of make-packages.sh in a clean Debian 12 (debootstrap) as the image does it, and runs them
 # there as the image's user: the daemon serves, kvferry-bench verifies a hand-off, an engine's project is built
-# with libkvferry-dev; then they are purged. Needs root and Debian's archive; some minutes.
+# with libkvferry-dev; then they are purged. In another clean one what README.md says of trying it is run as it
+# stands there. Needs root, Debian's archive and PyPI (KVFERRY_OFFLINE=1: without the README); some minutes.
 #   deploy/test-packages.sh [PACKAGES]    default: build/packages
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . deploy/lib.sh
+. deploy/debian-lib.sh
 
 packages=${1:-build/packages}
 logs=build/package-logs
 [ "$(id -u)" -eq 0 ] || { echo "test-packages.sh needs root, for debootstrap" >&2; exit 1; }
 command -v debootstrap >/dev/null || { echo "no debootstrap: deploy/install-packages.sh --lint" >&2; exit 1; }
-for package in kvferryd kvferry-tools libkvferry0 libkvferry-dev; do
-  compgen -G "$packages/${package}_*.deb" >/dev/null || { echo "no $package in $packages" >&2; exit 1; }
-done
+need_packages "$packages" kvferryd kvferry-tools libkvferry0 libkvferry-dev
 
-root=$(mktemp -d)
-trap 'rm -rf --one-file-system "$root"' EXIT
-# mktemp's own mode would keep the image's user out of its root.
-chmod 755 "$root"
-# Debian as this machine reaches it.
-mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n 1)
-step "a clean Debian 12" "$logs/debootstrap.log" \
-  debootstrap --variant=minbase --include=ca-certificates bookworm "$root" "${mirror:-http://deb.debian.org/debian}"
-for file in /etc/apt/apt.conf.d/*proxy* /etc/apt/apt.conf.d/99* /etc/resolv.conf /etc/hosts; do
-  [ ! -f "$file" ] || cp -L "$file" "$root$file"
-done
-cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
+work=$(mktemp -d)
+trap 'rm -rf --one-file-system "$work"' EXIT
+chmod 755 "$work"
+root=$work/root
+step "a clean Debian 12" "$logs/debootstrap.log" clean_debian "$root"
 mkdir -p "$root/packages" "$root/consumer"
 cp "$packages"/*.deb "$root/packages/"
 cp deploy/container/install.sh "$root/"
@@ -52,19 +45,18 @@ wait "$daemon"
 END
 cat >"$root/test.sh" <<'END'
 set -eux
-export DEBIAN_FRONTEND=noninteractive PATH=/usr/sbin:/usr/bin:/sbin:/bin
 sh /install.sh /packages
 echo "image: $(du -sxm --exclude=packages --exclude=consumer / | cut -f 1) MiB"
 [ "$(stat -c %U:%G /run/kvferry)" = kvferry:kvferry ]
 test -L /etc/systemd/system/multi-user.target.wants/kvferryd.service
 chroot --userspec=10464:10464 / sh /as-user.sh
 # Without the image's steps: the package makes its user, and a changed configuration survives an upgrade.
-apt-get purge -q -y kvferryd
+apt-get purge -q kvferryd
 test ! -e /etc/kvferry/kvferry.toml
 test ! -e /etc/systemd/system/multi-user.target.wants/kvferryd.service
 userdel kvferry
 apt-get update -q
-apt-get install -q -y --no-install-recommends /packages/kvferryd_*.deb
+apt-get install -q /packages/kvferryd_*.deb
 getent passwd kvferry | grep -q nologin
 [ "$(id -u kvferry)" -lt 1000 ]
 echo '# changed' >>/etc/kvferry/kvferry.toml
@@ -75,24 +67,37 @@ kvferryd --config /etc/kvferry/kvferry.toml --print-config | grep -q '^lease = "
 dpkg -S /etc/kvferry/conf.d
 rm /etc/kvferry/conf.d/10-own.toml
 # The library: an engine's machine, and one that builds an engine.
-apt-get install -q -y --no-install-recommends /packages/libkvferry0_*.deb
+apt-get install -q /packages/libkvferry0_*.deb
 ldconfig -p | grep -q libkvferry.so.0
-apt-get install -q -y --no-install-recommends /packages/libkvferry-dev_*.deb g++ cmake make pkg-config
+apt-get install -q /packages/libkvferry-dev_*.deb g++ cmake make pkg-config
 cmake -S /consumer -B /consumer/build
 cmake --build /consumer/build
 /consumer/build/consumer | grep -q UNAVAILABLE
 g++ -std=c++20 /consumer/main.cc -o /consumer/by-pkg-config $(pkg-config --cflags --libs kvferry)
 /consumer/by-pkg-config | grep -q UNAVAILABLE
-apt-get purge -q -y kvferryd kvferry-tools libkvferry-dev libkvferry0
+apt-get purge -q kvferryd kvferry-tools libkvferry-dev libkvferry0
 [ -z "$(find /usr /etc /lib -name '*kvferry*' -not -path '*/systemd/deb-systemd*')" ]
 END
-step "installed, run, purged (a few minutes)" "$logs/packages-test.log" \
-  unshare --mount --pid --fork --kill-child bash -c '
-    set -e
-    mount -t proc proc "$1/proc" 2>/dev/null || mount --rbind /proc "$1/proc"
-    mount --rbind /dev "$1/dev"
-    # UCX looks for network devices there.
-    mount --rbind /sys "$1/sys"
-    exec chroot "$1" /bin/sh /test.sh' bash "$root"
+step "installed, run, purged (a few minutes)" "$logs/packages-test.log" in_root "$root" /bin/sh /test.sh
 grep -E '^image: |verified ' "$logs/packages-test.log"
+
+if [ "${KVFERRY_OFFLINE:-0}" = 1 ]; then
+  echo "SKIPPED: what README.md says of trying it, which takes Python packages from PyPI"
+else
+  root=$work/readme
+  step "a clean Debian 12" "$logs/debootstrap.log" clean_debian "$root"
+  # This tree as it is checked out, and the packages where the README has them.
+  mkdir -p "$root/kvferry/build/packages"
+  git ls-files -z -- proto client/python deploy CMakeLists.txt | xargs -0 cp --parents -t "$root/kvferry"
+  cp "$packages"/*.deb "$root/kvferry/build/packages/"
+  readme_commands deploy/README.md "Trying it on one machine" >"$root/try.sh"
+  # What its last command shows, held against what must be there: one daemon sent and the other received.
+  cat >>"$root/try.sh" <<'END'
+curl -s localhost:9464/metrics | grep '^kvferry_transfers_ended_total{role="send",outcome="done"} 1$'
+curl -s localhost:9465/metrics | grep '^kvferry_transfers_ended_total{role="receive",outcome="done"} 1$'
+END
+  step "as README.md says (a few minutes)" "$logs/readme-test.log" \
+    in_root "$root" bash -c 'apt-get update -q && cd /kvferry && timeout 600 bash -eux /try.sh'
+  tail -n 1 "$logs/readme-test.log"
+fi
 echo "kvferry package test: OK"

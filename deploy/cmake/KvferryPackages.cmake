@@ -25,8 +25,9 @@ set(same_version "(= ${PROJECT_VERSION}-${CPACK_DEBIAN_PACKAGE_RELEASE})")
 
 set(CPACK_DEBIAN_DAEMON_PACKAGE_NAME kvferryd)
 set(CPACK_DEBIAN_DAEMON_PACKAGE_SECTION net)
-set(CPACK_DEBIAN_DAEMON_PACKAGE_DEPENDS "adduser, init-system-helpers (>= 1.52)")
-set(CPACK_DEBIAN_DAEMON_PACKAGE_RECOMMENDS "kvferry-tools ${same_version}")
+# The unit reloads by kvferryctl.
+set(CPACK_DEBIAN_DAEMON_PACKAGE_DEPENDS
+    "adduser, init-system-helpers (>= 1.52), kvferry-tools ${same_version}")
 set(CPACK_COMPONENT_DAEMON_DESCRIPTION
     "KV-cache transfer daemon
 Moves the KV cache of LLM requests between prefill and decode workers of
