@@ -18,8 +18,10 @@ skip() {
 for program in debootstrap podman; do
   command -v "$program" >/dev/null || skip "no $program: deploy/install-packages.sh --systems"
 done
-# crun takes control groups of version 2 alone.
-[ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || { with_cgroup2 "$0" "$@"; exit; }
+# crun takes either version of control groups, not both beside each other.
+if mountpoint -q /sys/fs/cgroup/unified; then
+  exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified && exec "$0" "$@"' "$0" "$@"
+fi
 
 work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" kvferry-image.XXXXXX)
 chmod 755 "$work"
@@ -59,10 +61,11 @@ echo "image: $(($(image '{{.Size}}') / 1048576)) MiB"
 [ "$(image '{{.Config.User}}')" = 10464:10464 ]
 [ "$(image '{{.Config.StopSignal}}')" = 15 ] || [ "$(image '{{.Config.StopSignal}}')" = SIGTERM ]
 
-# As the containers of the manifests: their security context, their mounts, the host's network for the pod's.
+# As the containers of the manifests: their security context, their mounts, the host's network for the pod's. Limits
+# that root without CAP_SYS_RESOURCE may set.
 run() {
   "${podman[@]}" run --pull=never --network host --read-only --read-only-tmpfs=false --cap-drop all \
-    --security-opt no-new-privileges --cgroups=disabled --ulimit "nofile=$(ulimit -Hn)" --ulimit "nproc=$(ulimit -Hu)" "$@"
+    --security-opt no-new-privileges --ulimit nofile=16384:16384 --ulimit nproc=16384:16384 "$@"
 }
 config=$work/kvferry.toml
 sed -e 's|spiffe://example.org/kvferry/|spiffe://kvferry.test/|; s|10.244.0.0/16|127.0.0.0/8|' \
@@ -75,14 +78,17 @@ for node in prefill decode; do
   install -g 10464 -m 0440 "$work/certs/$node.key" "$work/tls-$node/tls.key"
   install -g 10464 -m 0440 "$work/certs/ca.pem" "$work/tls-$node/ca.crt"
 done
-# daemon NAME NODE ADDRESS FOLDER OPTIONS...: as in a pod of that address. What the environment overrides is what a
-# pod has and this machine has not: eth0, and all of an address's ports.
+# daemon NAME NODE ADDRESS FOLDER INSIDE OPTIONS...: as in a pod of that address, with FOLDER mounted as INSIDE. What
+# the environment overrides is what a pod has and this machine has not: eth0, and all of an address's ports.
 daemon() {
-  local name=$1 node=$2 address=$3 folder=$4
-  shift 4
+  local name=$1 node=$2 address=$3 folder=$4 inside=$5
+  shift 5
+  # No environment has [[socket]].
+  { cat "$config" && printf '[[socket]]\npath = "%s/kvferry.sock"\n' "$inside"; } >"$work/$name.toml"
   run --detach --name "$name" "$@" -e KVFERRY_PEER_ADVERTISE="$address:7400" -e KVFERRY_HTTP_ADDRESS="$address" \
     -e KVFERRY_PEER_LISTEN="$address:7400" -e KVFERRY_RAILS_DEVICES=lo -e KVFERRY_ARENA_BYTES=256MiB \
-    --volume "$folder:/run/kvferry" --volume "$config:/etc/kvferry/kvferry.toml:ro" \
+    -e KVFERRY_ADMIN_SOCKET="$inside/admin.sock" -e KVFERRY_MAPPED_SOCKET="$inside/arenas.sock" \
+    --volume "$folder:$inside" --volume "$work/$name.toml:/etc/kvferry/kvferry.toml:ro" \
     --volume "$work/tls-$node:/etc/kvferry/tls:ro" kvferry:0.1.0 --config /etc/kvferry/kvferry.toml
 }
 # The startup probe of the manifests.
@@ -106,32 +112,33 @@ stopped() {
 daemonset() {
   # The init container, and the kubelet's subPath.
   mkdir -p "$work"/host-run-{prefill,decode}
-  for node in prefill decode; do
+  # Twice, as of a node that had a daemon before.
+  for node in prefill prefill decode; do
     run --rm --user 0 --cap-add CHOWN --cap-add FOWNER --volume "$work/host-run-$node:/host-run" \
       --entrypoint install kvferry:0.1.0 -d -m 0750 -o 10464 -g 10464 /host-run/kvferry
   done
-  daemon prefill prefill 127.0.0.2 "$work/host-run-prefill/kvferry" --pid host
-  daemon decode decode 127.0.0.3 "$work/host-run-decode/kvferry" --pid host
+  daemon prefill prefill 127.0.0.2 "$work/host-run-prefill/kvferry" /run/kvferry --pid host
+  daemon decode decode 127.0.0.3 "$work/host-run-decode/kvferry" /run/decode --pid host
   ready prefill 127.0.0.2
   ready decode 127.0.0.3
   "${podman[@]}" exec prefill kvferryctl health
   "${podman[@]}" exec prefill kvferryctl doctor || true
-  # A worker's pod, which sees both nodes' folders here.
-  run --rm --pid host --user 1000:1000 --group-add 10464 --volume "$work/host-run-prefill/kvferry:/run/prefill:ro" \
+  # A worker's pod, which sees both nodes' folders here: each where its daemon has it, as daemons name their sockets.
+  run --rm --pid host --user 1000:1000 --group-add 10464 --volume "$work/host-run-prefill/kvferry:/run/kvferry:ro" \
     --volume "$work/host-run-decode/kvferry:/run/decode:ro" --entrypoint kvferry-bench kvferry:0.1.0 \
     model --model llama-3-8b --tokens 512 --pair tp1:tp2 --rounds 1 \
-    --sender-socket /run/prefill/kvferry.sock --receiver-socket /run/decode/kvferry.sock
+    --sender-socket /run/kvferry/kvferry.sock --receiver-socket /run/decode/kvferry.sock
   "${podman[@]}" exec prefill kvferryctl peers
   curl -sf http://127.0.0.2:9464/metrics | grep '^kvferry_transfers_ended_total{role="send",outcome="done"} [1-9]'
-  stopped prefill
   stopped decode
+  stopped prefill
 }
 sidecar() {
   # An emptyDir under an fsGroup.
   mkdir "$work/empty"
   chgrp 10464 "$work/empty"
   chmod 2777 "$work/empty"
-  daemon sidecar prefill 127.0.0.2 "$work/empty"
+  daemon sidecar prefill 127.0.0.2 "$work/empty" /run/kvferry
   ready sidecar 127.0.0.2
   # Process 1 of its namespace, which the worker shares.
   [ "$("${podman[@]}" exec sidecar cat /proc/1/comm)" = kvferryd ]

@@ -9,5 +9,6 @@ useradd --uid 10464 --gid 10464 --home-dir / --no-create-home --shell /usr/sbin/
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 apt-get install -q -y --no-install-recommends "$packages"/kvferryd_*.deb "$packages"/kvferry-tools_*.deb
-rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb
+apt-get clean
+rm -rf /var/lib/apt/lists/*
 install -d -o 10464 -g 10464 -m 0750 /run/kvferry
