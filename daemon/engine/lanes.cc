@@ -11,6 +11,7 @@ namespace kvferry::engine {
 namespace {
 
 constexpr uint64_t kMaxHeldBytes = 4 << 20;  // of a link's lanes together, behind gaps
+constexpr std::size_t kMostEarly = 8;        // a HELLO and PINGs: nothing else precedes our HELLO
 
 // Roughly what a held message takes.
 uint64_t size_of(const ControlMessage& message) {
@@ -312,6 +313,23 @@ void Lanes::lane_reopened(const LaneRef& ref) {
   core_.timers.cancel(lane_timer(TimerKind::kLaneRetry, ref.link, ref.lane));
   lane.epoch = ref.epoch;
   connect(*link, ref.lane);
+  for (MessageIn& message : std::exchange(lane.early, {}))
+    if (message.lane == ref) message_in(message);
+}
+
+// The peer has taken up what was proposed, and its HELLO may come before its answer. Without it the
+// lane would be up on its side alone, until the gap has lasted too long.
+bool Lanes::keep_early(const MessageIn& event) {
+  Link* link = find(event.lane.link);
+  if (link == nullptr || event.lane.lane >= link->lanes.size()) return false;
+  Lane& lane = link->lanes[event.lane.lane];
+  const bool first = std::holds_alternative<MsgHello>(event.message) ||
+                     std::holds_alternative<MsgPing>(event.message);
+  if (event.lane.epoch != lane.asked || lane.asked <= lane.epoch || !first ||
+      lane.early.size() >= kMostEarly)
+    return false;
+  lane.early.push_back(event);
+  return true;
 }
 
 void Lanes::lane_reopen_failed(const LaneRef& ref) {
@@ -395,6 +413,7 @@ void Lanes::heard(Link& link, uint32_t index) {
 }
 
 void Lanes::message_in(MessageIn& event) {
+  if (keep_early(event)) return;
   Link* link = nullptr;
   Lane* lane = current(event.lane, link);
   if (lane == nullptr) return;
@@ -547,6 +566,7 @@ void Lanes::timer(TimerKey key) {
         // lost.
         Lane& lane = link->lanes[index];
         lane.asked = std::max(lane.asked, lane.epoch) + 1;
+        lane.early.clear();
         core_.emit(ReopenLane{{id, index, lane.asked}});
       }
       // In case nobody answers.

@@ -81,6 +81,7 @@ class Lanes {
   void protocol_error(LinkId id);
 
  private:
+  bool keep_early(const MessageIn& event);
   Lane* current(const LaneRef& ref, Link*& link);
   void connect(Link& link, uint32_t lane);
   void send_on(Link& link, uint32_t lane, ControlMessage message);

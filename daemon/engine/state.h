@@ -47,7 +47,8 @@ struct Lane {
   uint64_t next_out = 0;                    // number of the next control message
   uint64_t next_in = 0;                     // ... and of the one that is due from the peer
   std::map<uint64_t, ControlMessage> held;  // behind a gap
-  bool hello_seen = false;                  // the peer's HELLO came before we were connected
+  std::vector<MessageIn> early;  // of the epoch `asked`, before the answer to its proposal
+  bool hello_seen = false;       // the peer's HELLO came before we were connected
   Time heard;
   Duration backoff{};
   LaneFlow flow;  // of this epoch

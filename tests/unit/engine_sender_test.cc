@@ -398,6 +398,32 @@ TEST_CASE("a duplicate, a stale epoch and a foreign link have no effect but a co
   CHECK(s.drops(DropCause::kUnknownLink) == 1);
 }
 
+TEST_CASE("what comes by a reopened lane before the answer to its reopening is not lost") {
+  Lone s;
+  const auto up = [&] { return s.engine.snapshot(s.now).links.at(0).lanes.at(0); };
+  const auto say = [&](uint32_t epoch, uint64_t number, ControlMessage message) {
+    s.post(MessageIn{{{1}, 0, epoch}, number, std::move(message)});
+  };
+  s.post(LaneFailed{{{1}, 0, 0}});
+  s.pass(seconds(1));
+  REQUIRE(s.seen<ReopenLane>().size() == 1);
+  const uint32_t epoch = s.seen<ReopenLane>()[0].lane.epoch;
+  say(epoch + 1, 0, MsgHello{false});  // of what nobody has proposed
+  CHECK(s.drops(DropCause::kOldEpoch) == 1);
+  say(epoch, 1, MsgPing{});
+  say(epoch, 0, MsgHello{false});
+  CHECK_FALSE(up().up);
+  s.post(LaneReopened{{{1}, 0, epoch}});
+  s.post(LaneConnected{{{1}, 0, epoch}});
+  CHECK(up().epoch == epoch);
+  CHECK(up().up);
+  say(epoch, 2, MsgHello{true});
+  CHECK(s.drops(DropCause::kOldEpoch) == 1);
+  for (uint64_t number = 3; number < 6; ++number) say(epoch, number, MsgPing{});
+  s.pass(std::chrono::milliseconds(1));
+  CHECK(up().up);
+}
+
 TEST_CASE("a later message waits for the gap; a gap that stays costs the lane") {
   Lone s;
   s.send("a", 0, {0, 6}, true);
