@@ -265,7 +265,6 @@ void Core::on(ArenaMapped& event) {
   lanes.arena_mapped(event);
 }
 void Core::on(PeerProcessGone& event) {
-  if (event.boot == config.boot) return;
   lanes.process_gone(event);
   receiver.process_gone(event);
 }

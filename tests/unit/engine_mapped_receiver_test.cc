@@ -37,6 +37,7 @@ struct Receiving : Box {
   void link_up(uint64_t number, uint8_t life = 1, CheckKind check = CheckKind::kNone) {
     link = {number};
     next = {0, 0};
+    senders_life = life;
     post(LinkUp{link, "node1", boot_of(life), false, 2, kChunk, 64, check});
     for (uint32_t lane = 0; lane < 2; ++lane) {
       post(LaneConnected{{link, lane, 0}});
@@ -70,7 +71,7 @@ struct Receiving : Box {
                 uint32_t lane = 0) {
     MsgSlice slice;
     slice.pull = pull.pull;
-    slice.send = {boot_of(1), 5};
+    slice.send = {boot_of(senders_life), 5};
     ProofFields fields;
     fields.pull = pull.pull;
     fields.send = slice.send;
@@ -134,6 +135,7 @@ struct Receiving : Box {
 
   std::shared_ptr<const TestLayout> layout;
   LinkId link;
+  uint8_t senders_life = 1;
   std::vector<uint64_t> next;
   uint64_t ops = 0;
   std::set<CopyId> done;
@@ -476,6 +478,20 @@ TEST_CASE("the end of the peer's process ends its link, and frees what open tran
   CHECK(r.engine.snapshot(r.now).links.empty());
   CHECK(r.arena(1).free_bytes == r.arena(1).total_bytes);
   CHECK(r.engine.stats().regions_proven == 3);
+}
+
+TEST_CASE("it is evidence too of a peer that says the boot id of this daemon") {
+  Receiving r;
+  r.link_up(2, 2);
+  r.post(ArenaLent{r.link, 1});
+  r.say(MsgMapped{1});
+  const MsgPull pull = r.pull("a", 3);
+  r.slice(pull, 3);
+  r.cancel("a");
+  CHECK(r.arena(1).quarantined_bytes == 3 * kChunk);
+  r.post(PeerProcessGone{boot_of(2), "node1"});
+  CHECK(r.arena(1).free_bytes == r.arena(1).total_bytes);
+  CHECK(r.engine.snapshot(r.now).links.empty());
 }
 
 TEST_CASE(
