@@ -44,6 +44,8 @@ class Core {
   void advance();
   void flush();
   EngineSnapshot snapshot(Time at) const;
+  std::vector<LiveCredit> live_credits() const;
+  bool knows(LinkId link, const PullId& pull, CreditId credit) const;
   std::vector<TransferTrace> find_traces(const TraceQuery& query, Time at) const;
   void check_invariants() const;
 

@@ -55,6 +55,14 @@ Lent Engine::lent(const memory::Region& region) const {
   return core_->receiver.lent(region);
 }
 
+std::vector<LiveCredit> Engine::live_credits() const {
+  return core_->live_credits();
+}
+
+bool Engine::knows(LinkId link, const PullId& pull, CreditId credit) const {
+  return core_->knows(link, pull, credit);
+}
+
 void Engine::check_invariants() const {
   core_->check_invariants();
 }

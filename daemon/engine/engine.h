@@ -48,6 +48,10 @@ class Engine {
 
   // For tests: who may write that region of a mapped arena by itself now.
   Lent lent(const memory::Region& region) const;
+  // ... and, as receiver, which credits are LIVE; as sender, whether it knows that one of a pull of
+  // the link's peer, or has ended the pull.
+  std::vector<LiveCredit> live_credits() const;
+  bool knows(LinkId link, const PullId& pull, CreditId credit) const;
 
   // Verifies the invariants that connect its tables (regions, credits, chunks, legs); aborts with a
   // message at the first one that is broken. O(state); for tests and debug builds.

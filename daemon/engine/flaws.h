@@ -43,6 +43,8 @@ enum class Flaw : uint8_t {
   kForeignLeg,          // ... of another peer's leg, at the receiver
   kHoldAll,             // a leg holds as many offers as come
   kFreeByTime,          // a quarantined region is freed when time has passed
+  kForgetStray,         // a lost lane gives back no credit of an offer that nobody waits for
+  kLifeByBoot,          // a life of a peer is found by its boot id alone, whatever its node
   kSticky,              // an older message of another lane undoes a later fact
 };
 

@@ -64,6 +64,9 @@ Link* Lanes::find_node(const std::string& node) {
 
 Link* Lanes::find_life(const std::string& node, const BootId& boot) {
   Link* link = find_node(node);
+  if (flawed(Flaw::kLifeByBoot))
+    for (auto& [id, of] : links_)
+      if (of.boot == boot && !of.looped()) link = &of;
   return link != nullptr && link->boot == boot && !link->looped() ? link : nullptr;
 }
 

@@ -151,9 +151,8 @@ void Receiver::end_mapped(RxLeg& leg) {
 void Receiver::link_up(Link& link) {
   for (auto& [pull, leg] : legs_) {
     const bool over = leg.state == RxLegState::kEnded || leg.state == RxLegState::kReleased;
-    if (!leg.mapped || !over || leg.boot != link.boot || leg.node != link.node ||
-        core_.lanes.find(leg.link) != nullptr)
-      continue;
+    const bool same = leg.boot == link.boot && (leg.node == link.node || flawed(Flaw::kLifeByBoot));
+    if (!leg.mapped || !over || !same || core_.lanes.find(leg.link) != nullptr) continue;
     leg.link = link.id;
     link.own_pulls.insert(pull);
   }

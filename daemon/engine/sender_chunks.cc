@@ -552,7 +552,7 @@ void Sender::lane_down(Link& link, uint32_t lane, uint32_t epoch) {
     auto& returned = leg.returned;  // clang before 16 captures no structured bindings
     std::erase_if(leg.stray_offers, [&](const StrayOffer& offer) {
       if (offer.lane != lane || offer.epoch != epoch) return false;
-      returned.push_back(offer.credit);
+      if (!flawed(Flaw::kForgetStray)) returned.push_back(offer.credit);
       return true;
     });
   }

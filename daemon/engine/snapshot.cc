@@ -100,6 +100,43 @@ EngineSnapshot Core::snapshot(Time at) const {
   return snapshot;
 }
 
+std::vector<LiveCredit> Core::live_credits() const {
+  std::vector<LiveCredit> live;
+  for (const auto& [pull, leg] : receiver.legs()) {
+    const Link* link = lanes.find(leg.link);
+    const bool told = link != nullptr && link->control && !link->resync_due;
+    if (leg.state != RxLegState::kOpen || !told) continue;
+    for (const auto& [credit, region] : leg.credits)
+      live.push_back({leg.link, {config.boot, pull}, CreditId{credit}});
+  }
+  return live;
+}
+
+// In hand, under an offer that may still spend it, or under what was gathered into its region.
+bool Core::knows(LinkId id, const PullId& pull, CreditId credit) const {
+  const Link* link = lanes.find(id);
+  if (link == nullptr || pull.receiver != link->boot) return false;
+  const auto entry = link->pulls.find(pull.counter);
+  if (entry == link->pulls.end()) return false;
+  const auto among = [&](const auto& credits) {
+    return std::any_of(credits.begin(), credits.end(),
+                       [&](const CreditGrant& of) { return of.credit == credit; });
+  };
+  if (entry->second.kind == PeerPull::Kind::kParked) return among(entry->second.parked->credits);
+  if (entry->second.kind == PeerPull::Kind::kEnded) return true;
+  const TxLeg& leg = sender.legs().at(entry->second.leg);
+  if (among(leg.credits) || among(leg.returned)) return true;
+  for (const StrayOffer& offer : leg.stray_offers)
+    if (offer.credit.credit == credit) return true;
+  for (const auto& [of, write] : leg.dropped_writes)
+    if (write.credit == credit) return true;
+  return std::any_of(sender.stagings().begin(), sender.stagings().end(), [&](const auto& of) {
+    const Staging& staging = of.second;
+    return staging.leg == leg.id && staging.credit.credit == credit &&
+           (staging.offered || staging.mapped);
+  });
+}
+
 std::vector<TransferTrace> Core::find_traces(const TraceQuery& query, Time at) const {
   std::vector<TransferTrace> found;
   for (const auto& [id, send] : sender.sends())

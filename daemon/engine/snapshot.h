@@ -114,6 +114,14 @@ struct Lent {
   bool quarantined = false;
 };
 
+// A credit that is LIVE at its receiver, of a leg that is open, and has been told as far as a lane
+// was there to tell it.
+struct LiveCredit {
+  LinkId link;
+  PullId pull;
+  CreditId credit;
+};
+
 struct EngineSnapshot {
   std::vector<TransferView> transfers;
   std::vector<LinkView> links;

@@ -86,7 +86,28 @@ void Hostile::dial(uint32_t node) {
   });
 }
 
+// Its own, or that of any daemon, also of the one that it speaks to.
+BootId Hostile::choose_boot() {
+  if (!rng_.chance(300)) return boot_;
+  ++world_.totals.hostile_boots;
+  return world_.nodes[rng_.below(world_.nodes.size())]->boot();
+}
+
+// It takes the place of one of them with the other, by its boot id.
+void Hostile::link_lost(uint32_t a, uint32_t b) {
+  if (gone_ || !rng_.chance(600)) return;
+  world_.after(rng_.micros(100, 3000), [this, a, boot = world_.nodes[b]->boot()] {
+    if (gone_) return;
+    ++world_.totals.hostile_boots;
+    establish(a, rng_.chance(300), boot);
+  });
+}
+
 void Hostile::establish(uint32_t node, bool dialled) {
+  establish(node, dialled, choose_boot());
+}
+
+void Hostile::establish(uint32_t node, bool dialled, const BootId& boot) {
   Node& there = *world_.nodes[node];
   if (!there.alive() || !there.rails_up()) return;
   for (auto& [key, link] : links_)
@@ -95,7 +116,8 @@ void Hostile::establish(uint32_t node, bool dialled) {
   link.node = node;
   link.life = there.life();
   link.id = there.new_link_id();
-  link.boot = boot_;
+  link.boot = boot;
+  boots_.insert(boot);
   link.dialled = dialled;
   link.lanes.resize(1 + rng_.below(3));
   link.chunk_bytes =
@@ -104,7 +126,7 @@ void Hostile::establish(uint32_t node, bool dialled) {
   LinkUp up;
   up.link = link.id;
   up.node = kName;
-  up.boot = boot_;
+  up.boot = boot;
   up.initiator = dialled;
   up.lanes = static_cast<uint32_t>(link.lanes.size());
   up.chunk_bytes = link.chunk_bytes;
@@ -114,6 +136,7 @@ void Hostile::establish(uint32_t node, bool dialled) {
   const std::vector<ArenaConfig>& arenas = world_.scenario.arenas[node];
   for (uint32_t arena = 0; arena < arenas.size(); ++arena)
     if (arenas[arena].mapped && rng_.chance(600)) post(link, ArenaLent{link.id, arena});
+  if (rng_.chance(700)) lend(link);
   links_[{node, link.id.value}] = std::move(link);
 }
 
@@ -309,7 +332,17 @@ void Hostile::heard(Link& link, const SendMessage& command) {
   } else if (const auto* update = std::get_if<MsgUpdate>(&command.message)) {
     note_credits(link, update->pull, update->credits);
   } else if (const auto* slice = std::get_if<MsgSlice>(&command.message)) {
-    require(slice->pull.receiver == link.boot, "told", "a slice of another peer's pull");
+    const auto asked = link.asked.find(slice->pull.counter);
+    require(slice->pull.receiver == link.boot && asked != link.asked.end() && asked->second, "told",
+            "a slice of another peer's pull");
+  } else if (const auto* end = std::get_if<MsgEnd>(&command.message)) {
+    // Of the daemon's own pull. Where it is called by that daemon's own boot id, nobody can tell.
+    const BootId boot = world_.nodes[link.node]->boot();
+    require(end->pull.receiver != boot || link.boot == boot || end->transfer.id.empty() ||
+                world_.workload->with_enemy(end->transfer.id),
+            "told", "the enemy is told of the end of another peer's leg");
+  } else if (const auto* drained = std::get_if<MsgDrained>(&command.message)) {
+    note_told(link, *drained);
   }
   if (!gone_ && rng_.chance(600))
     world_.after(rng_.micros(50, 5000),
@@ -326,7 +359,9 @@ void Hostile::overhear(const ControlMessage& message) {
 
 // An honest sender offers it a chunk, which it may never fetch.
 void Hostile::serve(Link& link, const SendOffer& command) {
-  require(command.offer.pull.receiver == link.boot, "told", "a chunk of another peer's pull");
+  const auto asked = link.asked.find(command.offer.pull.counter);
+  require(command.offer.pull.receiver == link.boot && asked != link.asked.end() && asked->second,
+          "told", "a chunk of another peer's pull");
   ++world_.totals.hostile_served;
   Node& node = *world_.nodes[link.node];
   if (!node.rails_up()) return;  // its engine will hear of that
@@ -404,20 +439,6 @@ void Hostile::end_landing(const std::pair<uint32_t, uint64_t>& landing, bool ok)
   node.post(ReceiveEnded{id, ok});
 }
 
-// What it was lent, and has not given back by its own word, it may write whatever has become of the
-// transfer.
-void Hostile::write_lent() {
-  std::erase_if(lent_, [&](const Lent& of) { return !alive(of.node, of.life); });
-  if (lent_.empty()) return;
-  const Lent& lent = lent_[rng_.below(lent_.size())];
-  Node& node = *world_.nodes[lent.node];
-  require(node.engine().lent(lent.region).grant == lent.grant, "lent",
-          "a region that the enemy may still write is given to another, or taken back");
-  uint8_t* bytes = node.arena(lent.region, 0, lent.region.bytes);
-  std::fill(bytes, bytes + lent.region.bytes, uint8_t{0xED});
-  ++world_.totals.hostile_writes;
-}
-
 // ---- ends --------------------------------------------------------------------------------------
 
 void Hostile::rails_gone(uint32_t node) {
@@ -444,6 +465,7 @@ void Hostile::rails_gone(uint32_t node) {
 
 void Hostile::node_died(uint32_t node) {
   rails_gone(node);
+  std::erase_if(writing_, [&](const auto& of) { return of.second.link.first == node; });
   for (auto& [key, link] : links_)
     if (link.node == node) link.up = false;
 }

@@ -5,6 +5,7 @@
 // is used once, what has no encoding never comes.
 //
 //   hostile.cc        its links, lanes, requests; what it must not bring about
+//   hostile_lent.cc   arenas: what it lends and what it is lent
 //   hostile_words.cc  what it says
 //
 // It acts until things go well again (Faults::until). Then it is silent for ever.
@@ -46,6 +47,14 @@ class Hostile {
   // Carries out what is about one of its links; false: the command is not.
   bool carry_out(uint32_t node, const engine::Command& command);
   void overhear(const engine::ControlMessage& message);
+  // Two daemons have lost each other, which it sees.
+  void link_lost(uint32_t a, uint32_t b);
+
+  // A gather of that node into what the enemy has lent: its number while it runs; none if no byte
+  // of that is there (any more).
+  std::optional<uint64_t> begin_gather(uint32_t node, const engine::Gather& command);
+  void check_gather(uint64_t gather, const char* when) const;
+  void end_gather(uint64_t gather);
   void rails_gone(uint32_t node);
   void node_died(uint32_t node);
 
@@ -70,6 +79,13 @@ class Hostile {
     uint64_t chunk_bytes = 0;
     std::vector<Lane> lanes;
     uint64_t next_pull = 1;
+    // What it has asked for, by number: whether that was of a transfer of its own.
+    std::map<uint64_t, bool> asked;
+    // Its arenas that the daemon has mapped, mapped pulls, and where their regions are to be.
+    std::set<uint32_t> lends;
+    std::set<PullId> mapped_pulls;
+    std::vector<std::pair<PullId, engine::CreditGrant>> places;
+    std::set<PullId> drained;            // of which the daemon has said so
     std::vector<engine::MsgPull> pulls;  // what it could send to
     std::map<PullId, uint64_t> slices;   // that it has told, of each
     std::map<PullId, uint64_t> chunks;   // ... offered
@@ -101,8 +117,17 @@ class Hostile {
     uint64_t grant = 0;
   };
 
+  // A gather into what it has lent. The pulls are those that were told of that region: one, unless
+  // it has lied.
+  struct Writing {
+    LinkKey link;
+    std::set<PullId> pulls;
+  };
+
   // hostile.cc
   void establish(uint32_t node, bool dialled);
+  void establish(uint32_t node, bool dialled, const BootId& boot);
+  BootId choose_boot();
   void end_link(Link& link);
   void post(const Link& link, engine::Event event);
   bool alive(uint32_t node, uint64_t life) const;
@@ -117,12 +142,20 @@ class Hostile {
   void accepted(Link& link, const engine::AcceptOffer& command);
   void end_send(OfferId offer, uint32_t node);
   void end_landing(const std::pair<uint32_t, uint64_t>& landing, bool ok);
-  void write_lent();
   void act();
   void check_pulls() const;
   void change_link();
   void beat();
   void leave();
+
+  // hostile_lent.cc
+  void write_lent();
+  void lend(Link& link);
+  void note_told(Link& link, const engine::MsgDrained& message);
+  void ask(uint32_t node, const PullId& pull);
+  void leave_and_ask(const LinkKey& key, const PullId& pull);
+  engine::CreditGrant make_place(Link& link);
+  void fill(Link& link, engine::MsgUpdate& update, uint64_t credits);
 
   // hostile_words.cc
   void speak(Link& link);
@@ -147,7 +180,7 @@ class Hostile {
   Rng rng_;
   bool gone_ = false;
   BootId boot_;
-  std::set<BootId> boots_;  // all that it has had
+  std::set<BootId> boots_;  // all that it has said to be
   std::map<LinkKey, Link> links_;
   std::map<std::pair<uint32_t, OfferId>, Request> sends_;  // to it
   std::map<std::pair<uint32_t, uint64_t>, Request> landings_;
@@ -155,6 +188,9 @@ class Hostile {
   std::set<DescriptorId> gone_descriptors_;  // that ended with their rails process
   std::vector<Lent> lent_;
   std::set<std::pair<PullId, CreditId>> given_back_;  // no credit: all of the pull
+  std::map<uint64_t, Writing> writing_;               // gathers into what it has lent
+  uint64_t next_writing_ = 1;
+  uint64_t next_place_ = 0;
   std::deque<engine::ControlMessage> overheard_;
   std::deque<engine::ControlMessage> said_;
   uint64_t next_number_ = 1;

@@ -49,7 +49,9 @@ PullId Hostile::some_pull(Link& link) {
       if (const auto* update = std::get_if<MsgUpdate>(&of)) return update->pull;
       if (const auto* slice = std::get_if<MsgSlice>(&of)) return slice->pull;
     }
-  return {world_.nodes[link.node]->boot(), rng_.below(40)};
+  const Node& of =
+      rng_.chance(700) ? *world_.nodes[link.node] : *world_.nodes[rng_.below(world_.nodes.size())];
+  return {of.boot(), rng_.below(40)};
 }
 
 void Hostile::say(Link& link, ControlMessage message) {
@@ -72,6 +74,14 @@ void Hostile::say(Link& link, ControlMessage message) {
   if (const auto* drained = std::get_if<MsgDrained>(&message))
     given_back_.insert({drained->pull, CreditId{}});
   std::erase_if(lent_, [&](const Lent& lent) { return gave_back(lent.pull, lent.credit); });
+  if (const auto* pull = std::get_if<MsgPull>(&message)) {
+    if (pull->pull.receiver == link.boot)
+      link.asked[pull->pull.counter] |= world_.workload->with_enemy(pull->transfer.id);
+    if (pull->mapped) link.mapped_pulls.insert(pull->pull);
+  } else if (const auto* update = std::get_if<MsgUpdate>(&message)) {
+    for (const CreditGrant& credit : update->credits)
+      if (credit.place) link.places.emplace_back(update->pull, credit);
+  }
   said_.push_back(message);
   if (said_.size() > kMostSaid) said_.pop_front();
   post(link, MessageIn{lane, sequence, std::move(message)});
@@ -103,6 +113,10 @@ MsgPull Hostile::make_pull(Link& link) {
   const uint64_t end = round_up(task.tokens, kTokensPerBlock);
   for (uint32_t g = 0; g < world_.scenario.groups; ++g)
     pull.needs.push_back({g, 0, task.tokens, {{0, end}}});
+  if (!link.lends.empty() && rng_.chance(600)) {
+    pull.mapped = rng_.chance(900) ? *link.lends.begin() : rng_.pick(0, 1);
+    pull.credits.clear();
+  }
   if (rng_.chance(150)) spoil(pull);
   ProofFields fields = fields_of(pull.pull, pull.transfer);
   fields.sender_rank = pull.sender_rank;
@@ -116,7 +130,10 @@ MsgPull Hostile::make_pull(Link& link) {
 }
 
 void Hostile::spoil(MsgPull& pull) {
-  switch (rng_.below(7)) {
+  switch (rng_.below(8)) {
+    case 7:
+      pull.pull.receiver = world_.nodes[rng_.below(world_.nodes.size())]->boot();
+      break;
     case 0:
       pull.mapped = rng_.pick(0, 3);
       break;
@@ -156,6 +173,12 @@ MsgUpdate Hostile::make_update(Link& link) {
     if (rng_.chance(100)) credit.place = RegionPlace{rng_.pick(0, 3), 64 * rng_.below(4)};
     update.credits.push_back(credit);
   }
+  if (!link.mapped_pulls.empty() && rng_.chance(400)) {
+    update.pull = *std::next(link.mapped_pulls.begin(),
+                             static_cast<int64_t>(rng_.below(link.mapped_pulls.size())));
+    update.credits.clear();
+    fill(link, update, rng_.below(4));
+  }
   update.oldest = rng_.chance(100) ? rng_.below(8) : 1;
   return update;
 }
@@ -187,7 +210,10 @@ std::optional<MsgSlice> Hostile::make_slice(Link& link, const MsgPull& pull) {
 }
 
 void Hostile::spoil(MsgSlice& slice) {
-  switch (rng_.below(8)) {
+  switch (rng_.below(9)) {
+    case 8:
+      slice.send.sender = world_.nodes[rng_.below(world_.nodes.size())]->boot();
+      break;
     case 0:
       slice.bytes = rng_.below(1 << 14);
       break;
@@ -222,7 +248,7 @@ MsgEnd Hostile::make_end(Link& link) {
   end.transfer.id = "t" + std::to_string(rng_.between(1, 16));
   end.outcome = static_cast<Outcome>(rng_.below(5));
   end.reason = static_cast<Reason>(rng_.below(kReasonCount));
-  end.mapped = rng_.chance(200);
+  end.mapped = rng_.chance(200) || link.mapped_pulls.contains(end.pull);
   if (rng_.chance(200)) end.proof = Proof{};
   return end;
 }
@@ -325,6 +351,7 @@ void Hostile::offer(Link& link, bool wild) {
     if (rng_.chance(200)) of.bytes = rng_.below(2 * link.chunk_bytes);
     if (rng_.chance(200)) announced = rng_.below(2 * link.chunk_bytes);
     if (rng_.chance(100)) of.send.counter += 1;
+    if (rng_.chance(50)) of.send.sender = world_.nodes[rng_.below(world_.nodes.size())]->boot();
     if (rng_.chance(100)) of.check.kind = CheckKind::kGmac;
     if (rng_.chance(100)) of.credit.value += rng_.below(64);
   } else if (link.pulls.size() == 1) {
@@ -385,6 +412,10 @@ void Hostile::answer(Link& link, const ControlMessage& message) {
       if (arenas[arena].mapped) say(link, MsgMapped{arena});
     return;
   }
+  if (std::holds_alternative<MsgMapped>(message)) {
+    for (int i = 0; i < 3; ++i) say(link, make_pull(link));
+    return;
+  }
   if (const auto* pull = std::get_if<MsgPull>(&message)) {
     if (const auto slice = make_slice(link, *pull)) say(link, *slice);
     return;
@@ -396,7 +427,14 @@ void Hostile::answer(Link& link, const ControlMessage& message) {
   if (const auto* slice = std::get_if<MsgSlice>(&message)) {
     MsgUpdate update;
     update.pull = slice->pull;
-    for (int i = 0; i < 4; ++i) update.credits.push_back({{++next_number_}, link.chunk_bytes, {}});
+    fill(link, update, 4);
+    return say(link, update);
+  }
+  if (const auto* written = std::get_if<MsgWritten>(&message)) {
+    MsgUpdate update;
+    update.pull = written->pull;
+    update.acks.push_back({written->slice, written->chunk});
+    fill(link, update, 1);
     return say(link, update);
   }
   if (const auto* end = std::get_if<MsgEnd>(&message)) {

@@ -191,6 +191,8 @@ constexpr FlawCase kFlaws[] = {
     {"hold_all", Flaw::kHoldAll, Profile::kEnds},
     {"free_by_time", Flaw::kFreeByTime, Profile::kChaos},
     {"deliver_less", Flaw::kDeliverLess, Profile::kRevoke},
+    {"forget_stray", Flaw::kForgetStray, Profile::kRevoke},
+    {"life_by_boot", Flaw::kLifeByBoot, Profile::kChaos},
     {"sticky", Flaw::kSticky, Profile::kRevoke},
 };
 

@@ -228,6 +228,7 @@ void Network::end_link(uint64_t index, uint32_t side) {
   end.up = false;
   unmap_arenas(index, side);
   world_.workload->link_lost(end.node, links_.at(index).ends[other(side)].node);
+  if (world_.hostile) world_.hostile->link_lost(end.node, links_.at(index).ends[other(side)].node);
   post(end, LinkEnded{end.id, Reason::kPeerLost});
 }
 
@@ -241,6 +242,7 @@ void Network::close_link(uint32_t node, LinkId id) {
   unmap_arenas(index, side);
   world_.note("node" + std::to_string(node) + " closes link " + std::to_string(index));
   world_.workload->link_lost(node, link.ends[other(side)].node);
+  if (world_.hostile) world_.hostile->link_lost(node, link.ends[other(side)].node);
   for (auto& [key, wire] : wires_)
     if (std::get<0>(key) == index) break_wire(key);
   // The other side may hear of it by gRPC; else it notices the silence.
@@ -391,9 +393,12 @@ void Network::carry(const WireKey& key, uint32_t from_side, Duration delay, Even
 
 void Network::carry(const WireKey& key, uint32_t from_side, Duration delay, Event event,
                     bool survives) {
+  ++links_.at(std::get<0>(key)).on_the_way;
   world_.after(delay, [this, key, from_side, survives, event = std::move(event)]() mutable {
     const uint32_t to = other(from_side);
-    const End& end = links_.at(std::get<0>(key)).ends[to];
+    Link& link = links_.at(std::get<0>(key));
+    const End& end = link.ends[to];
+    --link.on_the_way;
     if (loses(key, to, survives)) return;
     if (!end.told) {  // the handshake's answer is still on its way to that daemon
       carry(key, from_side, std::chrono::microseconds(200), std::move(event), survives);
@@ -446,6 +451,7 @@ void Network::send_message(uint32_t node, const SendMessage& command) {
   if (wire.failed[side] || !rails_ok(links_.at(index), wire, side)) return;  // told already
   if (world_.mishap(world_.scenario.faults.vanish)) {
     world_.note("vanishes: " + describe(command.message));
+    wire.vanished = true;
     if (world_.rng.chance(300)) {  // the send was refused
       wire.broken = true;
       learn(key, side, Duration{0});
@@ -692,6 +698,43 @@ void Network::partition(uint32_t a, uint32_t b, Duration length) {
     const Link& link = links_.at(std::get<0>(key));
     if (std::minmax(link.ends[0].node, link.ends[1].node) == std::minmax(a, b)) break_wire(key);
   }
+}
+
+bool Network::quiet(uint64_t index, const Link& link) const {
+  if (link.on_the_way != 0) return false;
+  for (const End& end : link.ends)
+    if (!end.up || !alive(end) || !world_.nodes[end.node]->idle()) return false;
+  // Of a wire on which something may have been lost both sides must know, or nobody has told it
+  // again yet.
+  for (auto it = wires_.lower_bound({index, 0, 0});
+       it != wires_.end() && std::get<0>(it->first) == index; ++it) {
+    const Wire& wire = it->second;
+    if (!wire.broken && !wire.vanished) continue;
+    for (uint32_t side = 0; side < 2; ++side)
+      if (!wire.closed[side] && rails_ok(link, wire, side)) return false;
+  }
+  return true;
+}
+
+uint64_t Network::check_credits() const {
+  uint64_t known = 0;
+  for (const auto& [index, link] : links_) {
+    if (!quiet(index, link)) continue;
+    for (uint32_t side = 0; side < 2; ++side) {
+      const Node& receiver = *world_.nodes[link.ends[side].node];
+      const Node& sender = *world_.nodes[link.ends[other(side)].node];
+      for (const LiveCredit& credit : receiver.engine().live_credits()) {
+        if (credit.link != link.ends[side].id) continue;
+        if (!sender.engine().knows(link.ends[other(side)].id, credit.pull, credit.credit))
+          throw Violation("credits", "credit " + std::to_string(credit.credit.value) + " of pull " +
+                                         std::to_string(credit.pull.counter) + " is LIVE on " +
+                                         receiver.name() + ", and " + sender.name() +
+                                         " does not know it");
+        ++known;
+      }
+    }
+  }
+  return known;
 }
 
 void Network::check_idle(uint32_t node) const {

@@ -63,6 +63,10 @@ class Network {
   void break_some_wire(Rng& rng);
   void partition(uint32_t a, uint32_t b, Duration length);
 
+  // Every credit that is LIVE at one end of a link is known at its other end, if nothing is on the
+  // way between them and both know of all that was lost. Returns how many.
+  uint64_t check_credits() const;
+
   // Nothing is held or posted on this node's rails any more, as far as the engine is responsible.
   void check_idle(uint32_t node) const;
 
@@ -78,6 +82,7 @@ class Network {
     std::array<End, 2> ends;
     uint32_t initiator = 0;
     std::array<uint64_t, 2> rails{};  // lives of the rails processes at the handshake
+    uint64_t on_the_way = 0;          // control messages and REFUSEs
   };
   using WireKey = std::tuple<uint64_t, uint32_t, uint32_t>;  // link, lane, epoch
   struct Wire {
@@ -87,6 +92,7 @@ class Network {
     std::array<bool, 2> closed{};
     std::array<bool, 2> failed{};  // that side has had an error
     bool broken = false;
+    bool vanished = false;  // a control message of it has
     std::set<uint64_t> flights;
   };
   struct Data {  // a piece of an accepted offer between its read and its write
@@ -113,6 +119,7 @@ class Network {
   };
 
   bool alive(const End& end) const;
+  bool quiet(uint64_t index, const Link& link) const;
   bool rails_ok(const Link& link, const Wire& wire, uint32_t side) const;
   // The link and side of an engine's link; nullopt once it is closed or its peer's is another.
   std::optional<std::pair<uint64_t, uint32_t>> find(uint32_t node, LinkId link) const;

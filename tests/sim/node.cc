@@ -217,6 +217,7 @@ void Node::tick() {
     world_.trace.event(world_.now(), index_, event);
     engine_->handle(std::move(event), now, commands);
     if (world_.scenario.check_each_step) check_now();
+    check_peers_word();
   }
   engine_->advance(now, commands);
   engine_->flush(now, commands);
@@ -240,6 +241,14 @@ void Node::tick() {
 
 void Node::check_now() const {
   engine_->check_invariants();
+}
+
+// Nothing that an honest daemon says is taken for a breach of the protocol, whatever the network
+// does to it. Where there is an enemy, what is dropped as wrong may be his.
+void Node::check_peers_word() const {
+  if (!world_.hostile && engine_->stats().dropped[static_cast<size_t>(DropCause::kProtocol)] != 0)
+    throw Violation("protocol",
+                    name_ + " takes for a breach of the protocol what an honest daemon said");
 }
 
 void Node::arm_timer() {
@@ -519,6 +528,17 @@ void Node::start_mapped_gather(const Gather& command) {
   Copy copy = between_region_and_pages(command);
   copy.kind = command.check_kind;
   check_copy(copy);
+  check_link(command.mapped->link);
+  if (world_.hostile && world_.hostile->owns(index_, command.mapped->link)) {
+    copy.enemys = world_.hostile->begin_gather(index_, command);
+    if (!copy.enemys) {
+      post(CopyEnded{copy.id, CopyOutcome::kFailed, {}});
+      return;
+    }
+    copies_[copy.id.value] = copy;
+    run_mapped(copy.id.value);
+    return;
+  }
   copy.peer = world_.network->peer_life_of(index_, command.mapped->link);
   copy.link = command.mapped->link;
   require(copy.peer.has_value(), "mapped", "a gather into an arena of a link that never was");
@@ -538,8 +558,21 @@ void Node::start_mapped_gather(const Gather& command) {
   }
   const uint64_t key = command.copy.value;
   copies_[key] = std::move(copy);
+  run_mapped(key);
+}
+
+// No gather begins over a link that the engine knows to have ended: what its peer lends may be
+// gone.
+void Node::check_link(LinkId link) const {
+  const std::vector<LinkView> links = snapshot().links;
+  require(std::any_of(links.begin(), links.end(), [&](const auto& of) { return of.link == link; }),
+          "mapped", "a gather begins over a link that has ended");
+}
+
+void Node::run_mapped(uint64_t key) {
   // Some outlive their link.
-  if (world_.mishap(world_.scenario.faults.slow_copy))
+  const bool slow = copies_.at(key).enemys && rng_.chance(200);
+  if (slow || world_.mishap(world_.scenario.faults.slow_copy))
     continue_copy(key, 3, rng_.micros(20000, 400000), false);
   else
     run_copy(key);
@@ -716,6 +749,9 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
       std::vector<uint8_t> nowhere(peer == nullptr ? bytes : 0);
       read_stream(*copy.plan, copy.offset + copy.done, bytes,
                   peer == nullptr ? nowhere.data() : peer->arena(copy.region, copy.done, bytes));
+    } else if (bytes != 0 && copy.enemys) {
+      world_.workload->before_gather(*copy.plan, copy.offset + copy.done, bytes);
+      world_.hostile->check_gather(*copy.enemys, "writes");
     } else if (bytes != 0) {
       uint8_t* there = arena(copy.region, copy.done, bytes);
       if (copy.gather) {
@@ -734,8 +770,8 @@ void Node::continue_copy(uint64_t key, uint32_t steps_left, Duration pause, bool
 // Of what a gather has written, where it lies.
 Check Node::check_of(const Copy& copy) {
   if (!copy.gather || copy.destination != nullptr) return {};
-  if (!copy.peer) return checksum(copy.region, copy.bytes, copy.kind);
-  Node* peer = peer_of(copy);
+  if (!copy.peer && !copy.enemys) return checksum(copy.region, copy.bytes, copy.kind);
+  Node* peer = copy.peer ? peer_of(copy) : nullptr;
   if (peer != nullptr) return peer->checksum(copy.region, copy.bytes, copy.kind);
   Check nobodys;
   nobodys.kind = copy.kind;
@@ -748,6 +784,8 @@ void Node::end_copy(uint64_t key, CopyOutcome outcome, Check check) {
   if (copy.peer) {
     if (check_lent(copy, "ends in").quarantined) ++world_.totals.late_writes;
     if (Node* peer = peer_of(copy)) peer->end_use(copy.use);
+  } else if (copy.enemys) {
+    world_.hostile->end_gather(*copy.enemys);
   } else if (copy.use != 0) {
     end_use(copy.use);
   }

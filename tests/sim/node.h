@@ -43,6 +43,7 @@ class Node {
 
   // Something for the engine; handled soon, in order.
   void post(engine::Event event);
+  bool idle() const { return inbox_.empty(); }  // it has handled all that has come
   void stall(Duration length);
   // Its clock alone is that much later from one moment to the next; what the engine is told of it
   // comes behind what has waited in its inbox.
@@ -86,6 +87,7 @@ class Node {
     std::optional<std::pair<uint32_t, uint64_t>> peer;
     LinkId link;
     uint64_t grant = 0;
+    std::optional<uint64_t> enemys;              // of one into the enemy's: as he counts it
     std::shared_ptr<const SimPlan> destination;  // of a local copy: `plan` is its source
     bool clears = false;                         // writes zeros: `plan` is a tail
     std::shared_ptr<const SimLayout> packed;     // makes a packed copy: its answer says this ...
@@ -102,6 +104,7 @@ class Node {
   void tick();
   void arm_timer();
   void check_now() const;
+  void check_peers_word() const;
   void carry_out(engine::Command& command);
   void compile(const engine::Compile& command);
   void compile_copy(const engine::CompileCopy& command);
@@ -110,6 +113,8 @@ class Node {
   static Copy between_region_and_pages(const Command& command);
   void start_gather(const engine::Gather& command);
   void start_mapped_gather(const engine::Gather& command);
+  void check_link(LinkId link) const;
+  void run_mapped(uint64_t key);
   Node* peer_of(const Copy& copy) const;
   engine::Lent check_lent(const Copy& copy, const char* when) const;
   void tell_of_death();

@@ -53,10 +53,13 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"clock leaps", totals.leaps},
           {"transfers with the enemy", totals.hostile_transfers},
           {"links to the enemy", totals.hostile_links},
+          {"... by a daemon's boot id", totals.hostile_boots},
           {"messages of the enemy", totals.hostile_messages},
           {"offers of the enemy", totals.hostile_offers},
           {"... that were accepted", totals.hostile_landings},
           {"offers to the enemy", totals.hostile_served},
+          {"gathers into the enemy's", totals.hostile_gathers},
+          {"DRAINED told to the enemy", totals.hostile_drained},
           {"mapped writes of the enemy", totals.hostile_writes},
           {"dropped for wrong proofs", dropped(engine::DropCause::kProof)},
           {"dropped as wrong", dropped(engine::DropCause::kProtocol)},
@@ -68,6 +71,7 @@ std::vector<std::pair<std::string, uint64_t>> counts(const Totals& totals) {
           {"offers refused", e.offers_refused},
           {"credits granted", e.credits_granted},
           {"credits withdrawn", e.credits_withdrawn},
+          {"credits found known", totals.credits_known},
           {"quarantines", e.quarantines},
           {"lanes down", e.lane_downs},
           {"links lost", e.links_lost},
@@ -135,12 +139,16 @@ void Totals::add(const Totals& run) {
   gathers_beside += run.gathers_beside;
   offers_on_slow_lanes += run.offers_on_slow_lanes;
   leaps += run.leaps;
+  credits_known += run.credits_known;
   hostile_transfers += run.hostile_transfers;
   hostile_links += run.hostile_links;
+  hostile_boots += run.hostile_boots;
   hostile_messages += run.hostile_messages;
   hostile_offers += run.hostile_offers;
   hostile_landings += run.hostile_landings;
   hostile_served += run.hostile_served;
+  hostile_gathers += run.hostile_gathers;
+  hostile_drained += run.hostile_drained;
   hostile_writes += run.hostile_writes;
   for (const auto& [name, count] : run.reasons) reasons[name] += count;
   add(run.engine);

@@ -39,12 +39,16 @@ struct Totals {
   uint64_t gathers_beside = 0;        // ... into another one than that of the send's pages
   uint64_t offers_on_slow_lanes = 0;  // ten times slower than the fastest may be
   uint64_t leaps = 0;                 // of a daemon's clock
+  uint64_t credits_known = 0;         // LIVE ones that were looked for at their sender
   uint64_t hostile_transfers = 0;     // of honest workers with a hostile peer's
   uint64_t hostile_links = 0;
+  uint64_t hostile_boots = 0;  // ... by a daemon's boot id
   uint64_t hostile_messages = 0;
   uint64_t hostile_offers = 0;
   uint64_t hostile_landings = 0;            // offers of it that were accepted
   uint64_t hostile_served = 0;              // offers made to it
+  uint64_t hostile_gathers = 0;             // into what it lends
+  uint64_t hostile_drained = 0;             // DRAINED told to it
   uint64_t hostile_writes = 0;              // into mapped regions, after their transfer's end too
   std::map<std::string, uint64_t> reasons;  // of ends that are no success
   engine::EngineStats engine{};

@@ -23,6 +23,8 @@ constexpr Duration kRest = seconds(60);
 constexpr Duration kTidy = seconds(3);
 // How often an operator looks at what is lent.
 constexpr Duration kLook = milliseconds(200);
+// ... and how often credits are looked at, where nothing is on the way.
+constexpr Duration kCreditLook = std::chrono::microseconds(200);
 
 }  // namespace
 
@@ -54,6 +56,10 @@ bool World::step() {
   now_ = next.at;
   if (++steps > kMostSteps) throw Violation("rest", "the run does not come to rest");
   next.what();
+  if (now_ >= next_credit_look_) {
+    totals.credits_known += network->check_credits();
+    next_credit_look_ = now_ + kCreditLook;
+  }
   return true;
 }
 

@@ -72,6 +72,7 @@ class World {
   void print_state() const;
 
   Time now_{};
+  Time next_credit_look_{};
   uint64_t order_ = 0;
   std::priority_queue<Happening, std::vector<Happening>, std::greater<>> queue_;
 };
