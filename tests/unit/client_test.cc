@@ -256,6 +256,46 @@ std::vector<EventKind> kinds(const std::vector<Event>& events) {
 
 }  // namespace
 
+TEST_CASE(
+    "a socket that is served by another user than its file's, or than the one expected, is left "
+    "alone") {
+  rpc::TemporaryDirectory directory;
+  FakeDaemon daemon(directory);
+  const uint32_t own = ::geteuid();
+  AttachOptions options;
+  options.socket = daemon.config.sockets[0].path;
+  options.name = "rank0";
+  const auto message_of_refusal = [&] {
+    const auto client = Client::attach(options);
+    REQUIRE_FALSE(client);
+    CHECK(client.error().code == Code::kPermissionDenied);
+    CHECK(client.error().reason == "DAEMON_USER");
+    return client.error().message;
+  };
+  const std::string served = "served by a process of uid " + std::to_string(own);
+  options.daemon_uid = own + 1;
+  const std::string unexpected = message_of_refusal();
+  CHECK(unexpected.find(served) != std::string::npos);
+  CHECK(unexpected.find("expected is uid " + std::to_string(own + 1)) != std::string::npos);
+  if (own == 0) {
+    // Somebody listens at what belongs to the daemon's user.
+    options.daemon_uid.reset();
+    REQUIRE(::chown(options.socket.c_str(), 12345, ::getegid()) == 0);
+    const std::string foreign = message_of_refusal();
+    CHECK(foreign.find(served) != std::string::npos);
+    CHECK(foreign.find("owner is uid 12345") != std::string::npos);
+    options.daemon_uid = own;  // whatever is expected
+    CHECK(message_of_refusal() == foreign);
+    REQUIRE(::chown(options.socket.c_str(), own, ::getegid()) == 0);
+  } else {
+    WARN("not root: no socket of another user was tried");
+  }
+  options.daemon_uid = own;
+  CHECK(Client::attach(options));
+  // The others had not even said their names.
+  CHECK(daemon.recorder.attached.size() == 1);
+}
+
 TEST_CASE("operations arrive in order and as they were given") {
   rpc::TemporaryDirectory directory;
   FakeDaemon daemon(directory);

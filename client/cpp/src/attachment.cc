@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -100,6 +101,29 @@ bool receive_message(int fd, T& out, std::vector<UniqueFd>& fds) {
          out.header.magic == lifeline::kMagic;
 }
 
+// Who listens must be who the file says, and who is expected. Before anything is sent.
+Status check_daemon(int fd, const AttachOptions& options) {
+  ucred listener{};
+  socklen_t size = sizeof listener;
+  if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &listener, &size) != 0)
+    return unreachable("getsockopt(SO_PEERCRED)", errno);
+  struct stat file {};
+  if (::stat(options.socket.c_str(), &file) != 0)
+    return unreachable("stat(" + options.socket + ")", errno);
+  const auto refuse = [&](const char* whose, uint32_t uid) {
+    return Error{Code::kPermissionDenied,
+                 "DAEMON_USER",
+                 options.socket + " is served by a process of uid " + std::to_string(listener.uid) +
+                     ", but " + whose + " is uid " + std::to_string(uid),
+                 "socket",
+                 {}};
+  };
+  if (listener.uid != file.st_uid) return refuse("the file's owner", file.st_uid);
+  if (options.daemon_uid && listener.uid != *options.daemon_uid)
+    return refuse("the daemon that is expected", *options.daemon_uid);
+  return {};
+}
+
 Error closed() {
   return {Code::kUnavailable, "DAEMON_UNREACHABLE", "the daemon closed the lifeline", {}, {}};
 }
@@ -179,6 +203,7 @@ Result<std::shared_ptr<Attachment>> Attachment::connect(const AttachOptions& opt
   ::setsockopt(fd.get(), SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout);
   if (::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0)
     return unreachable("connect(" + options.socket + ")", errno);
+  if (auto status = check_daemon(fd.get(), options); !status) return status.error();
   request.role =
       options.role == WorkerRole::kRank ? lifeline::Role::kRank : lifeline::Role::kController;
   put_text(request.name, options.name);

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -341,6 +343,28 @@ def test_names_are_one_workers(pair: Pair, workers: Workers) -> None:
         kv.Client(pair.prefill.socket, name="x" * 64)
     with pytest.raises(kv.KvferryError, match="DAEMON_UNREACHABLE"):
         kv.Client("/nowhere/kvferry.sock", name="x")
+
+
+def test_a_socket_of_another_user_is_left_alone(pair: Pair, tmp_path: Path) -> None:
+    own = os.geteuid()
+    with pytest.raises(kv.KvferryError) as raised:
+        kv.Client(pair.prefill.socket, name="uid", daemon_uid=own + 1)
+    assert raised.value.reason == "DAEMON_USER"
+    assert f"uid {own}, but the daemon that is expected is uid {own + 1}" in str(raised.value)
+    kv.Client(pair.prefill.socket, name="uid", daemon_uid=own).close()
+    if own != 0:
+        pytest.skip("not root: no socket of another user was tried")
+    # Somebody listens at what belongs to the daemon's user, and hears nothing.
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        os.chown(path, 12345, -1)
+        with pytest.raises(kv.KvferryError, match="uid 0, but the file's owner is uid 12345"):
+            kv.Client(path, name="uid")
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(1) == b""
 
 
 def test_pools_go_when_they_are_unregistered(workers: Workers) -> None:

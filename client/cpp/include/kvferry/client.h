@@ -37,8 +37,8 @@ class KVFERRY_API Client {
   using Deadline = std::chrono::steady_clock::time_point;
 
   // Connects, attaches and opens the stream. Errors: INVALID_ARGUMENT NAME_INVALID,
-  // ALREADY_EXISTS NAME_IN_USE, PERMISSION_DENIED, UNAVAILABLE DAEMON_UNREACHABLE,
-  // FAILED_PRECONDITION PROTOCOL_MISMATCH, RESOURCE_EXHAUSTED.
+  // ALREADY_EXISTS NAME_IN_USE, PERMISSION_DENIED (DAEMON_USER: of another user), UNAVAILABLE
+  // DAEMON_UNREACHABLE, FAILED_PRECONDITION PROTOCOL_MISMATCH, RESOURCE_EXHAUSTED.
   static Result<std::unique_ptr<Client>> attach(AttachOptions options);
   // Detaches: open transfers fail on the daemon's side with WORKER_LOST. Pools are unmapped.
   ~Client();

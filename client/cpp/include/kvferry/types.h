@@ -27,6 +27,8 @@ enum class WorkerRole : uint8_t {
 
 struct AttachOptions {
   std::string socket = "/run/kvferry/kvferry.sock";  // the lifeline
+  // The daemon's user. Given or not, the process that listens must be the socket file's owner's.
+  std::optional<uint32_t> daemon_uid;
   std::string name;  // of this worker, unique in its tenant: [A-Za-z0-9][A-Za-z0-9._:+-]{0,62}
   WorkerRole role = WorkerRole::kRank;
   // After the daemon's end: attach again and register everything again, with back-off.

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 from kvferry._control_page import StatusPage, Words
 from kvferry.errors import Code, KvferryError, code_of, invalid
@@ -31,6 +32,7 @@ _ATTACH_ANSWER = struct.Struct("=IIII64s192s16s16sQQQQII128s")
 _POOLS_HEAD = struct.Struct("=IIII")
 _POOL_ENTRY = struct.Struct("=64sIIQ")
 _POOLS_ANSWER = struct.Struct("=IIII64s192s")
+_CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 assert (_ATTACH_REQUEST.size, _ATTACH_ANSWER.size) == (88, 472)
 assert _POOLS_HEAD.size + MAX_DESCRIPTORS * _POOL_ENTRY.size == 1296
 assert _POOLS_ANSWER.size == 272
@@ -62,6 +64,24 @@ def _unreachable(message: str) -> KvferryError:
     return KvferryError(Code.UNAVAILABLE, "DAEMON_UNREACHABLE", message, "socket")
 
 
+def _check_daemon(sock: socket.socket, path: str, daemon_uid: Optional[int]) -> None:
+    """Who listens must be who the file says, and who is expected. Before anything is sent."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, listener, _ = _CREDENTIALS.unpack(credentials)
+    try:
+        owner = os.stat(path).st_uid
+    except OSError as error:
+        raise _unreachable(f"stat({path}): {error.strerror}") from None
+    for whose, uid in (("the file's owner", owner), ("the daemon that is expected", daemon_uid)):
+        if uid is not None and uid != listener:
+            raise KvferryError(
+                Code.PERMISSION_DENIED,
+                "DAEMON_USER",
+                f"{path} is served by a process of uid {listener}, but {whose} is uid {uid}",
+                "socket",
+            )
+
+
 def _closed() -> KvferryError:
     return KvferryError(Code.UNAVAILABLE, "DAEMON_UNREACHABLE", "the daemon closed the lifeline")
 
@@ -90,7 +110,9 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:
 class Attachment:
     """Owns its descriptors; close() ends the attachment, after which the mappings stay readable."""
 
-    def __init__(self, path: str, name: str, role: Role, timeout: float) -> None:
+    def __init__(
+        self, path: str, name: str, role: Role, timeout: float, daemon_uid: Optional[int] = None
+    ) -> None:
         """Connects and attaches; blocks at most `timeout`."""
         if not 0 < len(path.encode()) < 108:
             raise invalid("SOCKET_PATH", "a socket's path has 1 to 107 bytes", "socket")
@@ -100,12 +122,13 @@ class Attachment:
         self._fds: list[int] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._attach(path, encoded, role, timeout, deadline)
+            self._connect(path, timeout, daemon_uid)
+            self._attach(encoded, role, deadline)
         except BaseException:
             self.close()
             raise
 
-    def _attach(self, path: str, name: bytes, role: Role, timeout: float, deadline: float) -> None:
+    def _connect(self, path: str, timeout: float, daemon_uid: Optional[int]) -> None:
         # Bounds connect and send on a daemon that has stopped accepting.
         limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6) + 1)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
@@ -113,6 +136,9 @@ class Attachment:
             self._socket.connect(path)
         except OSError as error:
             raise _unreachable(f"connect({path}): {error.strerror}") from None
+        _check_daemon(self._socket, path, daemon_uid)
+
+    def _attach(self, name: bytes, role: Role, deadline: float) -> None:
         sent = True
         try:
             self._socket.send(

@@ -37,6 +37,7 @@ class Session:
         *,
         name: str,
         role: Role = Role.RANK,
+        daemon_uid: Optional[int] = None,
         reconnect: bool = True,
         attach_timeout: float = 5.0,
         call_timeout: float = 30.0,
@@ -45,16 +46,19 @@ class Session:
     ) -> None:
         """Attaches; blocks at most `attach_timeout` seconds.
 
-        `name`: of this worker, unique in its tenant. `reconnect`: after the daemon's end attach and
-        register everything again, with back-off. `queue_*`: what may wait to be sent; beyond it
-        QUEUE_FULL. Errors: INVALID_ARGUMENT NAME_INVALID, ALREADY_EXISTS NAME_IN_USE,
-        PERMISSION_DENIED, UNAVAILABLE DAEMON_UNREACHABLE, FAILED_PRECONDITION PROTOCOL_MISMATCH.
+        `name`: of this worker, unique in its tenant. `daemon_uid`: the daemon's user; given or not,
+        the process that listens must be the socket file's owner's. `reconnect`: after the daemon's
+        end attach and register everything again, with back-off. `queue_*`: what may wait to be
+        sent; beyond it QUEUE_FULL. Errors: INVALID_ARGUMENT NAME_INVALID, ALREADY_EXISTS
+        NAME_IN_USE, PERMISSION_DENIED (DAEMON_USER: of another user), UNAVAILABLE
+        DAEMON_UNREACHABLE, FAILED_PRECONDITION PROTOCOL_MISMATCH.
         """
         self._socket = socket
         self._name = name
         self._role = role
         self._reconnect = reconnect
         self._attach_timeout = attach_timeout
+        self._daemon_uid = daemon_uid
         self._call_timeout = call_timeout
         self._pid = os.getpid()
         self._closed = False
@@ -72,7 +76,7 @@ class Session:
         self._ghosts: list[Connection] = []  # lost, their daemon has not exited yet
         self._woken = False
         self._event_fd_used = False
-        attachment = Attachment(socket, name, role, attach_timeout)
+        attachment = Attachment(socket, name, role, attach_timeout, daemon_uid)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
@@ -279,7 +283,9 @@ class Session:
 
     def _reattach(self) -> tuple[Optional[Connection], Optional[KvferryError]]:
         try:
-            attachment = Attachment(self._socket, self._name, self._role, self._attach_timeout)
+            attachment = Attachment(
+                self._socket, self._name, self._role, self._attach_timeout, self._daemon_uid
+            )
         except KvferryError:
             return None, None
         connection = Connection(attachment)
