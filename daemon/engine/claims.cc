@@ -37,8 +37,19 @@ bool Claims::full(WorkerId worker, bool declines) const {
          words_.size() >= core_.config.max_tombstones;
 }
 
-bool Claims::refused(const OpRef& op, const LayoutHandle* layout, bool declines) {
+bool Claims::full(uint32_t socket) const {
+  const auto count = per_socket_.find(socket);
+  return count != per_socket_.end() && count->second >= core_.workers.limits_of(socket).claims;
+}
+
+bool Claims::refused(const OpRef& op, const LayoutHandle* layout, bool declines, bool replaces) {
   if (core_.refused(op, layout)) return true;
+  const uint32_t socket = core_.workers.socket_of(op.worker);
+  if (!replaces && full(socket)) {
+    core_.workers.refuse_for_socket(op, core_.workers.limits_of(socket).claims,
+                                    "claims and declines", "max_claims");
+    return true;
+  }
   if (!full(op.worker, declines)) return false;
   core_.reply_error(op, Code::kResourceExhausted, "TOO_MANY_CLAIMS",
                     "too many claims or declines are remembered");
@@ -53,7 +64,8 @@ bool Claims::closed(const OpRef& op, const RankKey& name) {
   return true;
 }
 
-Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::string& ticket,
+Claims::Word& Claims::add(const OpRef& op, uint32_t socket, const TransferKey& key,
+                          const std::string& ticket,
                           const std::shared_ptr<const LayoutHandle>& registered, bool declines) {
   // Who speaks, without his memory: a word may outlast the worker, whose pages go at once.
   const auto layout = std::make_shared<const LayoutHandle>(*registered);
@@ -62,6 +74,7 @@ Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::st
   fresh.id = core_.next_number();
   fresh.declines = declines;
   fresh.worker = op.worker;
+  fresh.socket = socket;
   fresh.key = key;
   fresh.name = wire_name(key, key.incarnation);
   fresh.layout = layout;
@@ -75,6 +88,7 @@ Claims::Word& Claims::add(const OpRef& op, const TransferKey& key, const std::st
   resolves_[fresh.resolve] = fresh.id;
   by_name_[rank_key(fresh.name, *layout)] = fresh.id;
   ++per_worker_[{op.worker, declines}];
+  ++per_socket_[socket];
   core_.emit(Resolve{fresh.resolve, fresh.question, declines});
   if (op.op_id != 0)
     core_.emit(Reply{op, {Code::kOk, {}, {}, {}}, false, 0, TransferState::kOpen, false, {}});
@@ -118,8 +132,9 @@ void Claims::claim(const ClaimOp& op) {
       core_.emit(existing(op.op));
     return;
   }
-  if (refused(op.op, op.layout.get(), false)) return;
-  Word& word = add(op.op, op.key, op.ticket, op.layout, false);
+  if (refused(op.op, op.layout.get(), false, false)) return;
+  const uint32_t socket = core_.workers.socket_of(op.op.worker);
+  Word& word = add(op.op, socket, op.key, op.ticket, op.layout, false);
   word.client_handle = op.client_handle;
   word.ttl = ttl;
   core_.timers.set({TimerKind::kClaimEnd, word.id, 0},
@@ -143,16 +158,18 @@ void Claims::decline(const DeclineOp& op) {
                       "a Receive is given up by Cancel", "transfer.id");
     return;
   }
-  if (refused(op.op, op.layout.get(), true)) return;
-  if (it != by_name_.end()) forget(it->second);  // the claim
-  remember_decline(add(op.op, op.key, op.ticket, op.layout, true));
+  const bool claimed = it != by_name_.end();
+  if (refused(op.op, op.layout.get(), true, claimed)) return;
+  if (claimed) forget(it->second);
+  const uint32_t socket = core_.workers.socket_of(op.op.worker);
+  remember_decline(add(op.op, socket, op.key, op.ticket, op.layout, true));
 }
 
 void Claims::decline_unheard(const Receive& receive) {
   const RankKey name = rank_key(receive.name, *receive.layout);
-  if (by_name_.contains(name) || full(receive.worker, true)) return;
-  remember_decline(
-      add(OpRef{receive.worker, 0}, receive.key, receive.op->ticket, receive.layout, true));
+  if (by_name_.contains(name) || full(receive.worker, true) || full(receive.socket)) return;
+  remember_decline(add(OpRef{receive.worker, 0}, receive.socket, receive.key, receive.op->ticket,
+                       receive.layout, true));
 }
 
 bool Claims::resolved(Resolved& event) {
@@ -271,6 +288,8 @@ void Claims::forget(uint64_t id) {
   by_name_.erase(rank_key(word.name, *word.layout));
   const auto count = per_worker_.find({word.worker, word.declines});
   if (--count->second == 0) per_worker_.erase(count);
+  const auto of_socket = per_socket_.find(word.socket);
+  if (--of_socket->second == 0) per_socket_.erase(of_socket);
   words_.erase(it);
 }
 

@@ -37,6 +37,7 @@ class Claims {
     uint64_t id = 0;
     bool declines = false;
     WorkerId worker;
+    uint32_t socket = 0;
     uint64_t client_handle = 0;  // of a Claim
     TransferKey key;
     TransferName name;
@@ -49,7 +50,7 @@ class Claims {
     std::vector<std::pair<std::string, uint32_t>> legs;  // node, sender rank
   };
 
-  Word& add(const OpRef& op, const TransferKey& key, const std::string& ticket,
+  Word& add(const OpRef& op, uint32_t socket, const TransferKey& key, const std::string& ticket,
             const std::shared_ptr<const LayoutHandle>& registered, bool declines);
   void take_back(uint64_t id);
   void remember_decline(const Word& word);
@@ -57,8 +58,10 @@ class Claims {
   void tell(const Word& word, Link& link, uint32_t sender_rank);
   void forget(uint64_t id);
   bool full(WorkerId worker, bool declines) const;
+  bool full(uint32_t socket) const;
   // These have answered the call if they are true.
-  bool refused(const OpRef& op, const LayoutHandle* layout, bool declines);
+  // `replaces`: a word of the same socket goes for it.
+  bool refused(const OpRef& op, const LayoutHandle* layout, bool declines, bool replaces);
   bool closed(const OpRef& op, const RankKey& name);
 
   Core& core_;
@@ -66,6 +69,7 @@ class Claims {
   std::map<RankKey, uint64_t> by_name_;
   std::map<ResolveId, uint64_t> resolves_;
   std::map<std::pair<WorkerId, bool>, uint64_t> per_worker_;  // how many; true: of declines
+  std::map<uint32_t, uint64_t> per_socket_;                   // of both, also of workers that went
 };
 
 }  // namespace kvferry::engine

@@ -185,13 +185,18 @@ struct WithdrawReuseOp {
   std::vector<GroupBlocks> groups;
 };
 
+// What all workers of a socket may have together: SOCKET_LIMIT.
+struct SocketLimits {
+  uint32_t transfers = UINT32_MAX;  // open ones
+  uint32_t claims = UINT32_MAX;     // and declines that are remembered
+  uint32_t reservations = UINT32_MAX;
+};
 struct WorkerAttached {
   WorkerId worker;
   std::string tenant;
   uint32_t slots = 0;  // of its status table
-  // Which socket it came by, and the open transfers that all workers of that one may have together.
   uint32_t socket = 0;
-  uint32_t socket_transfers = UINT32_MAX;
+  SocketLimits socket_limits{};
 };
 // Its lifeline closed or its process ended.
 struct WorkerGone {

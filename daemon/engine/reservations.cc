@@ -58,6 +58,13 @@ void Reservations::reserve(const ReserveOp& op) {
                       "the worker has too many reservations");
     return;
   }
+  const uint32_t socket = core_.workers.socket_of(op.op.worker);
+  const uint32_t most = core_.workers.limits_of(socket).reservations;
+  const auto of_socket = per_socket_.find(socket);
+  if (of_socket != per_socket_.end() && of_socket->second >= most) {
+    core_.workers.refuse_for_socket(op.op, most, "reservations", "max_reservations");
+    return;
+  }
   if (!op.may_wait && !fits(number, frames)) {
     core_.reply_error(op.op, Code::kResourceExhausted,
                       std::string(name_of(Reason::kArenaExhausted)),
@@ -69,9 +76,11 @@ void Reservations::reserve(const ReserveOp& op) {
   fresh.key = key;
   fresh.op = std::make_shared<const ReserveOp>(op);
   fresh.asking.push_back(op.op);
+  fresh.socket = socket;
   fresh.frames = frames;
   fresh.lease = core_.limited(op.lease, core_.config.default_lease);
   ++per_worker_[op.op.worker];
+  ++per_socket_[socket];
   by_name_.emplace(std::move(key), fresh.id);
   lines_[number].push_back(fresh.id);
   core_.timers.set({TimerKind::kReservation, fresh.id, 0}, core_.now + core_.config.default_wait);
@@ -175,6 +184,8 @@ void Reservations::forget(uint64_t id) {
     std::erase(lines_[reservation.arena()], id);
   const auto count = per_worker_.find(reservation.op->op.worker);
   if (--count->second == 0) per_worker_.erase(count);
+  const auto of_socket = per_socket_.find(reservation.socket);
+  if (--of_socket->second == 0) per_socket_.erase(of_socket);
   by_name_.erase(reservation.key);
   table_.erase(it);
 }

@@ -42,6 +42,7 @@ class Reservations {
     RankKey key;
     std::shared_ptr<const ReserveOp> op;
     std::vector<OpRef> asking;  // calls without an answer: it stands in line
+    uint32_t socket = 0;
     uint64_t frames = 0;
     Duration lease{};
     bool granted = false;
@@ -60,6 +61,7 @@ class Reservations {
   std::map<uint64_t, Reservation> table_;
   std::map<RankKey, uint64_t> by_name_;
   std::map<WorkerId, uint32_t> per_worker_;
+  std::map<uint32_t, uint32_t> per_socket_;
   std::vector<std::deque<uint64_t>> lines_;  // by arena
 };
 

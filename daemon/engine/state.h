@@ -141,6 +141,7 @@ struct Transfer {
   uint64_t id = 0;
   WorkerId worker;
   uint64_t tenant = 0;
+  uint32_t socket = 0;   // by which its worker came
   bool attached = true;  // its worker lives: the slot is shown
   uint32_t slot = 0;
   TransferKey key;

@@ -13,26 +13,30 @@ void Workers::attached(const WorkerAttached& event) {
   worker.tenant = tenants_.try_emplace(event.tenant, tenants_.size() + 1).first->second;
   worker.slots = std::min(event.slots, core_.config.max_transfers_per_worker);
   worker.socket = event.socket;
-  worker.socket_transfers = event.socket_transfers;
+  sockets_[event.socket].limits = event.socket_limits;
   table_.emplace(event.worker, std::move(worker));
 }
 
 void Workers::gone(WorkerId worker) {
   const auto it = table_.find(worker);
   if (it == table_.end()) return;
-  socket_transfers_[it->second.socket] -= static_cast<uint32_t>(it->second.handles.size());
+  sockets_.at(it->second.socket).transfers -= static_cast<uint32_t>(it->second.handles.size());
   table_.erase(it);
   changed_.erase(changed_.lower_bound({worker, 0}), changed_.upper_bound({worker, UINT32_MAX}));
 }
 
+void Workers::refuse_for_socket(const OpRef& op, uint32_t most, const std::string& what,
+                                const std::string& key) {
+  core_.reply_error(op, Code::kResourceExhausted, "SOCKET_LIMIT",
+                    "all workers of the socket may have " + std::to_string(most) + " " + what +
+                        " together (limits." + key + ")");
+}
+
 bool Workers::enter(const OpRef& op, Transfer& transfer, Role role) {
   Worker& worker = table_.at(transfer.worker);
-  uint32_t& of_socket = socket_transfers_[worker.socket];
-  if (of_socket >= worker.socket_transfers) {
-    core_.reply_error(op, Code::kResourceExhausted, "SOCKET_LIMIT",
-                      "all workers of the socket may have " +
-                          std::to_string(worker.socket_transfers) +
-                          " transfers together (limits.max_transfers)");
+  Socket& socket = sockets_.at(worker.socket);
+  if (socket.transfers >= socket.limits.transfers) {
+    refuse_for_socket(op, socket.limits.transfers, "transfers", "max_transfers");
     return false;
   }
   if (!worker.free_slots.empty()) {
@@ -46,8 +50,9 @@ bool Workers::enter(const OpRef& op, Transfer& transfer, Role role) {
                           std::to_string(worker.slots) + " (worker_limits.max_transfers)");
     return false;
   }
-  ++of_socket;
+  ++socket.transfers;
   transfer.tenant = worker.tenant;
+  transfer.socket = worker.socket;
   const bool fresh =
       worker.handles.emplace(transfer.record.client_handle, TransferRef{role, transfer.id}).second;
   KVFERRY_CHECK(fresh, "a handle names one transfer");
@@ -58,7 +63,7 @@ void Workers::leave(const Transfer& transfer) {
   const auto it = table_.find(transfer.worker);
   if (it == table_.end()) return;
   if (it->second.handles.erase(transfer.record.client_handle) != 0)
-    --socket_transfers_[it->second.socket];
+    --sockets_.at(it->second.socket).transfers;
   it->second.free_slots.insert(transfer.slot);
   changed_.erase({transfer.worker, transfer.slot});
   core_.emit(FreeSlot{transfer.worker, transfer.slot});
@@ -92,8 +97,8 @@ void Workers::check_invariants() const {
     KVFERRY_CHECK(worker.handles.size() <= worker.slots, "a worker has a slot a transfer");
     counted[worker.socket] += static_cast<uint32_t>(worker.handles.size());
   }
-  for (const auto& [socket, open] : socket_transfers_) {
-    KVFERRY_CHECK(open == counted[socket], "a socket counts its workers' transfers");
+  for (const auto& [number, socket] : sockets_) {
+    KVFERRY_CHECK(socket.transfers == counted[number], "a socket counts its workers' transfers");
   }
 }
 

@@ -30,6 +30,13 @@ class Workers {
   bool known(WorkerId worker) const { return table_.contains(worker); }
   uint32_t count() const { return static_cast<uint32_t>(table_.size()); }
 
+  // By which an attached worker came.
+  uint32_t socket_of(WorkerId worker) const { return table_.at(worker).socket; }
+  const SocketLimits& limits_of(uint32_t socket) const { return sockets_.at(socket).limits; }
+  // The call's answer: the socket's workers have `most` of `what`, as the key of limits.* says.
+  void refuse_for_socket(const OpRef& op, uint32_t most, const std::string& what,
+                         const std::string& key);
+
   // Gives the transfer a slot and enters its handle. False, and the call is refused: the worker or
   // all workers of its socket together have as many as they may. STATUS_TABLE_FULL, SOCKET_LIMIT.
   bool enter(const OpRef& op, Transfer& transfer, Role role);
@@ -51,10 +58,13 @@ class Workers {
     uint64_t tenant = 0;
     uint32_t slots = 0;
     uint32_t socket = 0;
-    uint32_t socket_transfers = 0;  // that the socket may have
     uint32_t next_slot = 0;
     std::set<uint32_t> free_slots;
     std::map<uint64_t, TransferRef> handles;
+  };
+  struct Socket {
+    SocketLimits limits;
+    uint32_t transfers = 0;  // open ones of attached workers
   };
   using GraveKey = std::pair<Role, RankKey>;
   struct Grave {
@@ -65,7 +75,7 @@ class Workers {
   Core& core_;
   std::map<WorkerId, Worker> table_;
   std::map<std::string, uint64_t> tenants_;
-  std::map<uint32_t, uint32_t> socket_transfers_;  // open ones of attached workers
+  std::map<uint32_t, Socket> sockets_;  // those by which workers ever came
   std::map<std::pair<WorkerId, uint32_t>, TransferRef> changed_;
   std::map<GraveKey, Grave> graves_;
   std::deque<std::pair<Time, GraveKey>> grave_order_;

@@ -95,9 +95,12 @@ void EngineThread::attach(std::shared_ptr<rpc::Session> session) {
     const rpc::Session::Facts& facts = session->facts();
     sessions_[facts.id] = session;
     if (draining_) session->page().set_draining(true);
-    follow_up_.push_back(
-        engine::WorkerAttached{facts.id, facts.tenant, session->page().config().slots,
-                               static_cast<uint32_t>(facts.socket), facts.limits.transfers});
+    follow_up_.push_back(engine::WorkerAttached{
+        facts.id,
+        facts.tenant,
+        session->page().config().slots,
+        static_cast<uint32_t>(facts.socket),
+        {facts.limits.transfers, facts.limits.claims, facts.limits.reservations}});
   });
 }
 

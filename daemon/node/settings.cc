@@ -78,6 +78,8 @@ rpc::WorkerLimits worker_limits(const ops::SocketLimits& limits) {
   out.pool_bytes = limits.max_pool_bytes;
   out.descriptors = static_cast<uint32_t>(limits.max_descriptors);
   out.calls = static_cast<uint32_t>(limits.max_calls);
+  out.claims = static_cast<uint32_t>(limits.max_claims);
+  out.reservations = static_cast<uint32_t>(limits.max_reservations);
   return out;
 }
 

@@ -66,6 +66,9 @@ struct SocketLimits {
   uint64_t max_pool_bytes = 0;
   uint64_t max_descriptors = 0;  // of memory, sent or registered
   uint64_t max_calls = 0;        // that have no answer yet
+  // Of all of a socket together only; what one worker may have is fixed.
+  uint64_t max_claims = 0;  // and declines that are remembered
+  uint64_t max_reservations = 0;
   bool operator==(const SocketLimits&) const = default;
 };
 
@@ -76,9 +79,10 @@ struct SocketConfig {
   uint32_t mode = 0660;
   std::vector<uint32_t> uids;  // who may attach; empty: whoever the file mode lets in
   std::string tenant = "default";
-  uint64_t max_workers = 1024;                                       // attached
-  SocketLimits limits{16384, 16384, 8 * 1024 * kGiB, 16384, 32768};  // all workers together
-  SocketLimits worker_limits{4096, 4096, 1024 * kGiB, 4096, 8192};   // each of them
+  uint64_t max_workers = 1024;  // attached
+  // All workers together.
+  SocketLimits limits{16384, 16384, 8 * 1024 * kGiB, 16384, 32768, 32768, 16384};
+  SocketLimits worker_limits{4096, 4096, 1024 * kGiB, 4096, 8192, 0, 0};  // each of them
   bool operator==(const SocketConfig&) const = default;
 };
 

@@ -39,6 +39,9 @@ struct WorkerLimits {
   uint64_t pool_bytes = uint64_t{1} << 40;
   uint32_t descriptors = 4096;  // waiting ones and claimed ones
   uint32_t calls = 8192;        // without an answer
+  // Of a socket alone; a worker's are the engine's.
+  uint32_t claims = UINT32_MAX;  // and declines that are remembered
+  uint32_t reservations = UINT32_MAX;
 };
 // Of some workers together.
 inline constexpr WorkerLimits kNoLimits{UINT32_MAX, UINT32_MAX, UINT64_MAX, UINT32_MAX, UINT32_MAX};

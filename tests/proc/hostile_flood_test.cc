@@ -154,11 +154,18 @@ TEST_CASE("floods meet their limits by name, and others are served meanwhile") {
       good(*worker, &Stub::RegisterLayout,
            bad_input::layout_request(worker == hoarder.get() ? "hoarder" : "neighbour"));
     }
+    const auto name_of = [&](const client::Connection& worker) {
+      return &worker == hoarder.get() ? "hoarder" : "neighbour";
+    };
+    const auto ticket = [&](const client::Connection& worker) {
+      v1::GetTicketRequest request;
+      request.set_instance(name_of(worker));
+      return good(worker, &Stub::GetTicket, request).ticket();
+    };
     const auto open = [&](client::Connection& worker, uint64_t handle) {
       v1::OpenSendRequest request = bad_input::good_open_send();
-      const char* instance = &worker == hoarder.get() ? "hoarder" : "neighbour";
-      request.mutable_layout()->set_instance(instance);
-      request.mutable_transfer()->set_instance(instance);
+      request.mutable_layout()->set_instance(name_of(worker));
+      request.mutable_transfer()->set_instance(name_of(worker));
       request.set_client_handle(handle);
       request.mutable_transfer()->set_transfer_id("t" + std::to_string(handle));
       return refused(worker, &Stub::OpenSend, request);
@@ -166,12 +173,33 @@ TEST_CASE("floods meet their limits by name, and others are served meanwhile") {
     for (uint64_t handle = 1; handle <= 5; ++handle) CHECK(open(*hoarder, handle) == "");
     CHECK(open(*hoarder, 6) == "SOCKET_LIMIT");
     CHECK(open(*neighbour, 7) == "SOCKET_LIMIT");
+    const auto claim = [&](client::Connection& worker, int number) {
+      v1::ClaimRequest request = bad_input::good_claim(ticket(worker));
+      request.mutable_layout()->set_instance(name_of(worker));
+      request.mutable_transfer()->set_instance(name_of(worker));
+      request.mutable_transfer()->set_transfer_id("claimed" + std::to_string(number));
+      return refused(worker, &Stub::Claim, request);
+    };
+    for (int number = 1; number <= 3; ++number) CHECK(claim(*hoarder, number) == "");
+    CHECK(claim(*hoarder, 4) == "SOCKET_LIMIT");
+    CHECK(claim(*neighbour, 5) == "SOCKET_LIMIT");
+    const auto reserve = [&](client::Connection& worker, int number) {
+      v1::ReserveRequest request = bad_input::good_reserve(ticket(worker));
+      request.mutable_layout()->set_instance(name_of(worker));
+      request.mutable_transfer()->set_instance(name_of(worker));
+      request.mutable_transfer()->set_transfer_id("reserved" + std::to_string(number));
+      return refused(worker, &Stub::Reserve, request);
+    };
+    for (int number = 1; number <= 2; ++number) CHECK(reserve(*hoarder, number) == "");
+    CHECK(reserve(*hoarder, 3) == "SOCKET_LIMIT");
+    CHECK(reserve(*neighbour, 4) == "SOCKET_LIMIT");
     const auto third = attached(crowd, "third");
     CHECK(attach(crowd, "fourth").error().reason == "TOO_MANY_WORKERS");
     s.honest().require_more();
     // All that the hoarder held, others may have when it has gone.
     hoarder.reset();
     CHECK(comes_true([&] { return open(*neighbour, 7) == ""; }));
+    CHECK(comes_true([&] { return reserve(*neighbour, 4) == ""; }));
     for (const char* name : {"a", "b", "c"}) CHECK(add(*neighbour, name, small, 64 << 10) == "");
     s.honest().require_more();
   }

@@ -50,6 +50,7 @@ inline HostileScene& hostile_scene() {
                               "limits.max_workers = 3\nlimits.max_transfers = 5\n"
                               "limits.max_pools = 4\nlimits.max_pool_bytes = \"2MiB\"\n"
                               "limits.max_descriptors = 6\n"
+                              "limits.max_claims = 3\nlimits.max_reservations = 2\n"
                               "[[socket]]\npath = \"NAME.listed\"\ntenant = \"listed\"\n"
                               "mode = \"0666\"\nuids = [12346, 12347]\n"});
   }();

@@ -366,6 +366,7 @@ TEST_CASE("sockets keep their tenants, modes and users apart") {
       "config_version = 1\n"
       "[[socket]]\npath = \"/run/a.sock\"\nmode = 0o600\nuids = [1000, 1001]\ntenant = \"a\"\n"
       "limits.max_pool_bytes = \"1GiB\"\nlimits.max_workers = 7\n"
+      "limits.max_claims = 8\nlimits.max_reservations = 6\n"
       "worker_limits.max_pool_bytes = \"512MiB\"\nworker_limits.max_calls = 9\n"
       "[[socket]]\npath = \"/run/b.sock\"\nmode = \"0666\"\ngrpc_path = \"/run/b.rpc\"\n";
   const LoadedConfig loaded = load_text(scratch, text);
@@ -378,6 +379,8 @@ TEST_CASE("sockets keep their tenants, modes and users apart") {
   CHECK(a.grpc_path == "/run/a.sock.grpc");
   CHECK(a.limits.max_pool_bytes == 1 * kGiB);
   CHECK(a.max_workers == 7);
+  CHECK(a.limits.max_claims == 8);
+  CHECK(a.limits.max_reservations == 6);
   CHECK(a.worker_limits.max_pool_bytes == kGiB / 2);
   CHECK(a.worker_limits.max_calls == 9);
   CHECK(a.limits.max_calls == SocketConfig().limits.max_calls);

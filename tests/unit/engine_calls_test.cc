@@ -173,8 +173,8 @@ TEST_CASE("a socket's workers share its transfers, and other sockets' have their
   Pair pair;
   pair.s.post(WorkerGone{{1}});
   for (const uint64_t worker : {uint64_t{1}, uint64_t{3}})
-    pair.s.post(WorkerAttached{{worker}, "default", 8, 4, 2});
-  pair.s.post(WorkerAttached{{5}, "other", 8, 5, 2});
+    pair.s.post(WorkerAttached{{worker}, "default", 8, 4, {2}});
+  pair.s.post(WorkerAttached{{5}, "other", 8, 5, {2}});
   // Of another name for each worker, as one rank is one worker's.
   const auto reason_of_send = [&](uint64_t worker, const char* id) {
     SendOp op = pair.send_op(id, 0, {0, 16}, false);

@@ -184,6 +184,43 @@ TEST_CASE("another worker's claims do not count") {
   require_fresh(world.call(op));
 }
 
+TEST_CASE("a socket's workers share its claims, and other sockets' have their own") {
+  Claiming world;
+  constexpr WorkerId kNeighbour{3}, kStranger{5};
+  world.r.post(WorkerGone{kWorker});
+  for (const WorkerId worker : {kWorker, kNeighbour})
+    world.r.post(WorkerAttached{worker, "default", 64, 4, {.claims = 2}});
+  world.r.post(WorkerAttached{kStranger, "other", 64, 5, {.claims = 2}});
+  const auto claim_of = [&](WorkerId worker, const char* id) {
+    ClaimOp op = world.claim_op(id);
+    op.op.worker = worker;
+    if (worker != kWorker)
+      op.layout = make_layout(worker, "default/decode", 3, static_cast<uint32_t>(worker.value / 2));
+    return op;
+  };
+  const auto require_full = [](const Reply& reply) {
+    require_refused(reply, Code::kResourceExhausted, "SOCKET_LIMIT", "");
+    CHECK(reply.error.message.find("limits.max_claims") != std::string::npos);
+  };
+  require_fresh(world.call(claim_of(kWorker, "a")));
+  require_fresh(world.call(claim_of(kNeighbour, "b")));
+  require_full(world.call(claim_of(kNeighbour, "c")));
+  require_full(world.call(world.decline_op("c")));
+  require_existing(world.call(claim_of(kWorker, "a")));
+  require_fresh(world.call(claim_of(kStranger, "d")));
+  // A claim may be taken back; what is said then counts for as long as it is remembered.
+  require_fresh(world.call(world.decline_op("a")));
+  require_full(world.call(claim_of(kNeighbour, "c")));
+  world.pass(seconds(61));
+  require_fresh(world.call(claim_of(kWorker, "c")));
+  require_full(world.call(claim_of(kNeighbour, "e")));
+  // So does what the claims of a worker become that goes.
+  world.r.post(WorkerGone{kWorker});
+  require_full(world.call(claim_of(kNeighbour, "e")));
+  world.pass(seconds(61));
+  require_fresh(world.call(claim_of(kNeighbour, "e")));
+}
+
 TEST_CASE("declines are bounded too, and are forgotten in time; a refused one keeps the claim") {
   EngineConfig config = small_config(2);
   config.max_declines_per_worker = 1;

@@ -112,6 +112,38 @@ TEST_CASE("a reservation is answered with its bytes and lease, and ends with it"
   CHECK(box.engine.snapshot(box.now).arenas[0].reserved_bytes == 0);
 }
 
+TEST_CASE("a socket's workers share its reservations, and other sockets' have their own") {
+  Reserving box;
+  constexpr WorkerId kNeighbour{3}, kStranger{5};
+  box.post(WorkerGone{kWorker});
+  for (const WorkerId worker : {kWorker, kNeighbour})
+    box.post(WorkerAttached{worker, "default", 64, 4, {.reservations = 2}});
+  box.post(WorkerAttached{kStranger, "other", 64, 5, {.reservations = 2}});
+  const auto ask = [&](WorkerId worker, const char* id) {
+    ReserveOp op = box.op(id, 1);
+    op.op.worker = worker;
+    if (worker != kWorker)
+      op.layout = make_layout(worker, "default/decode", 3, static_cast<uint32_t>(worker.value / 2));
+    box.post(op);
+    const std::optional<Reply> reply = box.answer(op);
+    REQUIRE(reply);
+    if (reply->error.code != Code::kOk)
+      CHECK(reply->error.message.find("limits.max_reservations") != std::string::npos);
+    return reply->error.reason;
+  };
+  CHECK(ask(kWorker, "a") == "");
+  CHECK(ask(kNeighbour, "b") == "");
+  CHECK(ask(kNeighbour, "c") == "SOCKET_LIMIT");
+  CHECK(ask(kWorker, "c") == "SOCKET_LIMIT");
+  CHECK(ask(kStranger, "d") == "");
+  box.post(WorkerGone{kWorker});
+  CHECK(ask(kNeighbour, "c") == "");
+  CHECK(ask(kNeighbour, "e") == "SOCKET_LIMIT");
+  // Their leases end.
+  box.wait(seconds(6));
+  CHECK(ask(kNeighbour, "e") == "");
+}
+
 TEST_CASE("the same reservation again starts nothing, another one is refused by its field") {
   Reserving box;
   const ReserveOp first = box.ask("a", 3);
