@@ -186,6 +186,22 @@ Status check_certificates(std::string_view pem) {
   return {};
 }
 
+Result<Validity> last_validity(std::string_view pem) {
+  const ErrorMark mark;
+  Result<std::vector<Owned<X509>>> all = read_all(pem);
+  if (!all) return tl::unexpected<Error>(std::move(all).error());
+  if (all->empty()) return bad_certificate("holds no certificate in PEM form");
+  Validity last;
+  for (const Owned<X509>& one : *all) {
+    const Result<int64_t> not_before = seconds_of(X509_get0_notBefore(one.get()));
+    const Result<int64_t> not_after = seconds_of(X509_get0_notAfter(one.get()));
+    if (!not_before) return tl::unexpected<Error>(not_before.error());
+    if (!not_after) return tl::unexpected<Error>(not_after.error());
+    if (*not_after > last.not_after) last = {*not_before, *not_after};
+  }
+  return last;
+}
+
 bool may_be_used(std::string_view pem, CertificateUse use) {
   const ErrorMark mark;
   Result<Owned<X509>> certificate = read_first(pem);

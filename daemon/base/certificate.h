@@ -30,6 +30,14 @@ Status check_private_key(std::string_view certificate_pem, std::string_view key_
 // INVALID_ARGUMENT BAD_CERTIFICATE unless the text holds certificates and nothing broken.
 Status check_certificates(std::string_view pem);
 
+// From when to when the certificate of the text is valid that ends last, in seconds since 1970.
+// INVALID_ARGUMENT BAD_CERTIFICATE as check_certificates().
+struct Validity {
+  int64_t not_before = 0;
+  int64_t not_after = 0;
+};
+Result<Validity> last_validity(std::string_view pem);
+
 // What the node does with it in a connection.
 enum class CertificateUse : uint8_t { kClient, kServer };
 

@@ -196,6 +196,7 @@ struct Daemon::Impl {
   void export_sharing();
   Status make_listeners();
   void look_at_certificates();
+  void export_certificates() KVFERRY_REQUIRES(certificates_mutex);
   Admin::Orders orders();
   void begin_drain(Duration limit, std::function<void()> done);
   // On the thread of `files`.
@@ -301,8 +302,7 @@ Status Daemon::Impl::make_core() {
     tls = (*opened)->tls();
     MutexLock lock(certificates_mutex);
     certificates = std::move(*opened);
-    metrics->certificate_start.set(certificates->not_before());
-    metrics->certificate_expiry.set(certificates->not_after());
+    export_certificates();
   }
   dialer = rpc::grpc_peer_dialer(tls);
 
@@ -427,8 +427,14 @@ void Daemon::Impl::look_at_certificates() {
   MutexLock lock(certificates_mutex);
   if (certificates == nullptr) return;
   if (certificates->look()) links->check_certificates();
+  export_certificates();
+}
+
+void Daemon::Impl::export_certificates() {
   metrics->certificate_start.set(certificates->not_before());
   metrics->certificate_expiry.set(certificates->not_after());
+  metrics->ca_start.set(certificates->last_root().not_before);
+  metrics->ca_expiry.set(certificates->last_root().not_after);
 }
 
 // Mapped arenas: ours for peers, and theirs for us.

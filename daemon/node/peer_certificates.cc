@@ -27,6 +27,7 @@ PeerCertificates::PeerCertificates(ops::PeerListenConfig config, ops::PeerFiles 
       identity_(files.node.identity),
       not_before_(files.node.not_before),
       not_after_(files.node.not_after),
+      last_root_(files.last_root),
       tls_(std::make_shared<rpc::PeerTls>(material_of(std::move(files)))) {
   // stamps_ stays empty: the first look reads once more what may have changed since.
 }
@@ -56,6 +57,7 @@ bool PeerCertificates::look() {
     return false;
   not_before_ = files.node.not_before;
   not_after_ = files.node.not_after;
+  last_root_ = files.last_root;
   ops::log_info("certificate loaded", {ops::field("identity", identity_),
                                        ops::field("expires", format_date(not_after_))});
   if (const std::string doubt = ops::doubt_of(files); !doubt.empty())

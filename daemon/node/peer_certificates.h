@@ -26,6 +26,8 @@ class PeerCertificates {
   // Of the certificate in force, in seconds since 1970. As look().
   int64_t not_before() const { return not_before_; }
   int64_t not_after() const { return not_after_; }
+  // Of the root that ends last. As look().
+  const Validity& last_root() const { return last_root_; }
 
  private:
   PeerCertificates(ops::PeerListenConfig config, ops::PeerFiles files);
@@ -38,6 +40,7 @@ class PeerCertificates {
   std::string identity_;
   int64_t not_before_ = 0;
   int64_t not_after_ = 0;
+  Validity last_root_;
   std::string stamps_;                 // of the files in force
   std::optional<std::string> doubts_;  // files that were no good once, or twice and told of
   std::optional<std::string> told_;

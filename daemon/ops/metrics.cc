@@ -398,6 +398,13 @@ class Metrics::Collector {
     gauge("kvferry_certificate_expiry_timestamp_seconds",
           "Until when this node's certificate is valid; 0 without mode mtls.",
           m_.certificate_expiry);
+    gauge(
+        "kvferry_ca_start_timestamp_seconds",
+        "From when on the authority of peer.ca_file that ends last is valid; 0 without mode mtls.",
+        m_.ca_start);
+    gauge("kvferry_ca_expiry_timestamp_seconds",
+          "Until when the authority of peer.ca_file that ends last is valid; 0 without mode mtls.",
+          m_.ca_expiry);
     Family messages("kvferry_messages_total", "Control messages between daemons.",
                     MetricType::Counter);
     messages.add({{"direction", "sent"}}, as_double(m_.messages_sent.value()));

@@ -304,6 +304,9 @@ class Metrics {
   // This node's certificate, in seconds since 1970; 0 without one.
   Gauge certificate_start;
   Gauge certificate_expiry;
+  // Of the root of peer.ca_file that ends last; likewise.
+  Gauge ca_start;
+  Gauge ca_expiry;
   Counter messages_sent;
   Counter messages_received;
   Counter control_resyncs;

@@ -60,7 +60,13 @@ class Reader {
         load("peer.certificate_file", peer_.certificate_file, Privacy::kPublic, files.certificate);
     const bool has_key = load("peer.key_file", peer_.key_file, Privacy::kPrivate, files.key);
     const bool has_roots = load("peer.ca_file", peer_.ca_file, Privacy::kPublic, files.roots);
-    if (has_roots) keep(check_certificates(files.roots), "peer.ca_file", peer_.ca_file);
+    if (has_roots) {
+      const Result<Validity> last = last_validity(files.roots);
+      if (last)
+        files.last_root = *last;
+      else
+        problem("peer.ca_file", peer_.ca_file, last.error().message);
+    }
     if (!has_certificate) return files;
     Result<Certificate> node = read_certificate(files.certificate);
     if (!node) {

@@ -16,6 +16,7 @@ struct PeerFiles {
   std::string key;          // PEM; a secret
   std::string roots;        // PEM
   Certificate node;         // what the node's certificate says
+  Validity last_root;       // of the root that ends last
 };
 
 // Whether anything is configured as mtls, so that the files are needed.

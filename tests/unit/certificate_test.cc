@@ -96,6 +96,20 @@ TEST_CASE("dates are seconds since 1970") {
   REQUIRE(read);
   CHECK(std::abs(read->not_before - (now - 60)) <= 5);
   CHECK(std::abs(read->not_after - (now + 7200)) <= 5);
+  // Of several the one that ends last, wherever it stands.
+  const std::string soon = authority().issue({.uris = {"spiffe://e/b"}, .ends = 60}).certificate;
+  for (const std::string& text :
+       {soon + authority().certificate(), authority().certificate() + soon}) {
+    const Result<Validity> last = last_validity(text);
+    const Result<Validity> only = last_validity(authority().certificate());
+    REQUIRE(last);
+    REQUIRE(only);
+    CHECK(last->not_after == only->not_after);
+    CHECK(last->not_before == only->not_before);
+  }
+  CHECK(std::abs(last_validity(soon)->not_after - (now + 60)) <= 5);
+  CHECK_FALSE(last_validity(""));
+  CHECK_FALSE(last_validity("node"));
   CHECK(format_date(0) == "1970-01-01 00:00:00 UTC");
 }
 
