@@ -25,16 +25,41 @@ U get(const uint8_t* at) {
 
 }  // namespace
 
-struct LinkTable::Entry {
-  LinkId link;
+struct LinkTable::DataKeys {
+  uint32_t renewal;
   Mac out;
   Mac in;
-  Mac data_out;
-  Mac data_in;
+};
+
+// Of one handshake.
+struct LinkTable::Keys {
+  explicit Keys(const LinkKeys& keys)
+      : renewal(keys.renewal),
+        out(keys.out.control),
+        in(keys.in.control),
+        out_id(keys.out.control_id),
+        in_id(keys.in.control_id),
+        out_selector(keys.out.selector),
+        in_selector(keys.in.selector),
+        data(DataKeys{keys.renewal, Mac(keys.out.data), Mac(keys.in.data)}) {}
+  uint32_t renewal;
+  Mac out;
+  Mac in;
   uint8_t out_id;
   uint8_t in_id;
   uint64_t out_selector;
   uint64_t in_selector;
+  bool seen = false;             // a message came under them
+  std::optional<DataKeys> data;  // until they take over
+};
+
+struct LinkTable::Entry {
+  LinkId link;
+  std::unique_ptr<Keys> current;   // this side seals under these
+  std::unique_ptr<Keys> next;      // the peer may have them by now
+  std::unique_ptr<Keys> previous;  // of messages on their way ...
+  Time previous_until = Time::never();
+  std::deque<DataKeys> data;  // the newest last
 };
 
 LinkTable::LinkTable() = default;
@@ -43,17 +68,46 @@ LinkTable::~LinkTable() = default;
 void LinkTable::add(LinkId link, const LinkKeys& keys) {
   KVFERRY_CHECK(!links_.contains(link) && !by_selector_.contains(keys.in.selector),
                 "a link is added once");
-  auto entry = std::make_unique<Entry>(Entry{
-      link, Mac(keys.out.control), Mac(keys.in.control), Mac(keys.out.data), Mac(keys.in.data),
-      keys.out.control_id, keys.in.control_id, keys.out.selector, keys.in.selector});
+  auto entry = std::make_unique<Entry>();
+  entry->link = link;
   by_selector_.emplace(keys.in.selector, entry.get());
+  take_over(*entry, std::make_unique<Keys>(keys));
   links_.emplace(link, std::move(entry));
+}
+
+void LinkTable::renew(LinkId link, const LinkKeys& keys, bool seal_now) {
+  const auto it = links_.find(link);
+  if (it == links_.end()) return;
+  Entry& entry = *it->second;
+  if (!by_selector_.emplace(keys.in.selector, &entry).second) return;  // known already
+  auto renewed = std::make_unique<Keys>(keys);
+  if (seal_now) {
+    take_over(entry, std::move(renewed));
+  } else {
+    forget(entry.next);  // of a handshake whose answer was lost
+    entry.next = std::move(renewed);
+  }
+}
+
+void LinkTable::take_over(Entry& entry, std::unique_ptr<Keys> keys) {
+  forget(entry.previous);
+  entry.previous = std::move(entry.current);
+  entry.previous_until = Time::never();
+  entry.current = std::move(keys);
+  entry.data.push_back(std::move(*entry.current->data));
+  entry.current->data.reset();
+  if (entry.data.size() > kDataKeysKept) entry.data.pop_front();
+}
+
+void LinkTable::forget(std::unique_ptr<Keys>& keys) {
+  if (keys != nullptr) by_selector_.erase(keys->in_selector);
+  keys.reset();
 }
 
 void LinkTable::remove(LinkId link) {
   const auto it = links_.find(link);
   if (it == links_.end()) return;
-  by_selector_.erase(it->second->in_selector);
+  for (auto* keys : {&it->second->current, &it->second->next, &it->second->previous}) forget(*keys);
   links_.erase(it);
 }
 
@@ -64,10 +118,20 @@ bool LinkTable::contains(LinkId link) const {
 std::optional<ChunkKey> LinkTable::chunk_key(LinkId link, bool sent, uint64_t number) {
   const auto it = links_.find(link);
   if (it == links_.end()) return std::nullopt;
+  auto& data = it->second->data;
+  const auto keys = std::find_if(data.begin(), data.end(), [&](const DataKeys& one) {
+    return one.renewal % kDataKeysKept == number % kDataKeysKept;
+  });
+  if (keys == data.end()) return std::nullopt;
   std::array<uint8_t, 8> bytes{};
   put(bytes.data(), number);
-  return ChunkKey(
-      (sent ? it->second->data_out : it->second->data_in).tag({bytes_of(kChunkLabel), bytes}));
+  return ChunkKey((sent ? keys->out : keys->in).tag({bytes_of(kChunkLabel), bytes}));
+}
+
+uint64_t LinkTable::chunk_number(LinkId link, uint64_t gather) const {
+  const auto it = links_.find(link);
+  if (it == links_.end()) return 0;
+  return gather * kDataKeysKept + it->second->current->renewal % kDataKeysKept;
 }
 
 template <typename M>
@@ -75,21 +139,21 @@ Status LinkTable::seal_any(const engine::LaneRef& lane, uint64_t number, Message
                            const M& message, std::vector<uint8_t>& out) {
   const auto it = links_.find(lane.link);
   if (it == links_.end()) return fail(Code::kNotFound, "UNKNOWN_LINK", "the link has ended");
-  Entry& entry = *it->second;
+  Keys& keys = *it->second->current;
   out.clear();
   out.resize(kHeaderBytes);
   KVFERRY_RETURN_IF_ERROR(encode_body(message, out));
   uint8_t* header = out.data();
   std::copy(std::begin(kMagic), std::end(kMagic), header);
   header[2] = kWireVersion;
-  header[3] = entry.out_id;
+  header[3] = keys.out_id;
   header[4] = static_cast<uint8_t>(type);
-  put(header + 8, entry.out_selector);
+  put(header + 8, keys.out_selector);
   put(header + 16, lane.lane);
   put(header + 20, lane.epoch);
   put(header + 24, number);
   put(header + 32, static_cast<uint32_t>(out.size() - kHeaderBytes));
-  const TagBytes tag = entry.out.tag({bytes_of(kLabel), out});
+  const TagBytes tag = keys.out.tag({bytes_of(kLabel), out});
   out.insert(out.end(), tag.begin(), tag.end());
   return {};
 }
@@ -107,20 +171,29 @@ Status LinkTable::seal(const engine::LaneRef& lane, const engine::MsgRefuse& ref
   return seal_any(lane, refuse.offer.value, MessageType::kRefuse, refuse, out);
 }
 
-Result<Opened> LinkTable::open(Bytes sealed) {
+Result<Opened> LinkTable::open(Bytes sealed, Time now) {
   opened_lane_.reset();
   const uint8_t* header = sealed.data();
   if (sealed.size() < kOverheadBytes || sealed.size() > kMaxSealedBytes || header[0] != kMagic[0] ||
       header[1] != kMagic[1] || header[2] != kWireVersion || header[5] != 0 || header[6] != 0 ||
       header[7] != 0 || get<uint32_t>(header + 32) != sealed.size() - kOverheadBytes)
     return invalid("header", "BAD_ENVELOPE", "not a message of this protocol");
-  const auto it = by_selector_.find(get<uint64_t>(header + 8));
+  const auto selector = get<uint64_t>(header + 8);
+  auto it = by_selector_.find(selector);
+  if (it != by_selector_.end() && it->second->previous_until < now) {
+    it->second->previous_until = Time::never();
+    forget(it->second->previous);
+    it = by_selector_.find(selector);
+  }
   if (it == by_selector_.end())
     return fail(Code::kNotFound, "UNKNOWN_LINK", "no link has this selector");
   Entry& entry = *it->second;
+  const bool is_next = entry.next != nullptr && entry.next->in_selector == selector;
+  const bool is_current = entry.current->in_selector == selector;
+  Keys& keys = is_next ? *entry.next : is_current ? *entry.current : *entry.previous;
   const Bytes tagged = sealed.first(sealed.size() - kTagBytes);
-  const TagBytes tag = entry.in.tag({bytes_of(kLabel), tagged});
-  if (!equal_constant_time(tag, sealed.last(kTagBytes)) || header[3] != entry.in_id)
+  const TagBytes tag = keys.in.tag({bytes_of(kLabel), tagged});
+  if (!equal_constant_time(tag, sealed.last(kTagBytes)) || header[3] != keys.in_id)
     return fail(Code::kPermissionDenied, "BAD_TAG", "the message's tag is wrong");
 
   Opened opened;
@@ -140,6 +213,12 @@ Result<Opened> LinkTable::open(Bytes sealed) {
     return tl::unexpected<Error>(std::move(message).error());
   }
   opened.message = std::move(*message);
+  if ((is_next || is_current) && !keys.seen) {
+    keys.seen = true;
+    if (is_next) take_over(entry, std::move(entry.next));
+    entry.previous_until = now + kOldKeysGrace;
+    opened.first_of_renewal = entry.current->renewal;
+  }
   return opened;
 }
 

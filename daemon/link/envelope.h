@@ -18,12 +18,14 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <unordered_map>
 #include <vector>
 
 #include "daemon/base/ids.h"
 #include "daemon/base/result.h"
+#include "daemon/base/units.h"
 #include "daemon/engine/messages.h"
 #include "daemon/link/chunk_check.h"
 #include "daemon/link/codec.h"
@@ -37,11 +39,16 @@ inline constexpr std::size_t kOverheadBytes = kHeaderBytes + kTagBytes;
 inline constexpr std::size_t kMaxSealedBytes = kMaxBodyBytes + kOverheadBytes;
 // OFFER and REFUSE are far smaller than the control messages: what a rail has to carry at most.
 inline constexpr std::size_t kMaxSealedOfferBytes = 256;
+// The last renewals of a link whose data keys are kept: a chunk may wait in the arena for long
+// after its check was made.
+inline constexpr uint32_t kDataKeysKept = 16;
 
 struct Opened {
   engine::LaneRef lane;
   uint64_t sequence = 0;  // of a control message; of OFFER and REFUSE the offer id
   Message message;
+  // Set with the first message under those keys: the peer has them and uses them.
+  std::optional<uint32_t> first_of_renewal;
 };
 
 // All links of this daemon with their keys. Owned and used by one thread, the engine's. The output
@@ -55,6 +62,10 @@ class LinkTable {
 
   // `link` must not be in the table.
   void add(LinkId link, const LinkKeys& keys);
+  // What comes under the renewed keys is opened from now on. This side seals under them at once
+  // (`seal_now`: of the side that dialled, which knows that the peer has them) or with the first
+  // message that comes under them. Nothing if the link is unknown.
+  void renew(LinkId link, const LinkKeys& keys, bool seal_now);
   void remove(LinkId link);  // nothing if unknown
   bool contains(LinkId link) const;
 
@@ -70,18 +81,24 @@ class LinkTable {
   // PERMISSION_DENIED BAD_TAG (before the body is looked at), INVALID_ARGUMENT BAD_MESSAGE (a body
   // that its sender tagged and nobody can read: the peer breaks the protocol; `opened_lane()` tells
   // whose it was).
-  Result<Opened> open(Bytes sealed);
+  Result<Opened> open(Bytes sealed, Time now);
 
-  // For the GMAC of one chunk that this side sends (`sent`) or gets, by the number that its sender
-  // gives to no other: HMAC-SHA256(data key of the direction, label, number), cut. Nothing if the
-  // link is unknown.
+  // The number of a chunk's key, from that of its gather, which no other gather has: it says which
+  // renewal's data key is meant. Zero if the link is unknown.
+  uint64_t chunk_number(LinkId link, uint64_t gather) const;
+  // For the GMAC of one chunk that this side sends (`sent`) or gets: HMAC-SHA256(data key of the
+  // direction, label, number), cut. Nothing if the link is unknown, or has no such data key.
   std::optional<ChunkKey> chunk_key(LinkId link, bool sent, uint64_t number);
 
   // The lane that the last open() with BAD_MESSAGE came by.
   const std::optional<engine::LaneRef>& opened_lane() const { return opened_lane_; }
 
  private:
+  struct Keys;
+  struct DataKeys;
   struct Entry;
+  void take_over(Entry& entry, std::unique_ptr<Keys> keys);
+  void forget(std::unique_ptr<Keys>& keys);
   template <typename M>
   Status seal_any(const engine::LaneRef& lane, uint64_t number, MessageType type, const M& message,
                   std::vector<uint8_t>& out);

@@ -37,9 +37,10 @@ LinkKeys derive_keys(const KeyMaterial& material, bool initiator) {
   // strangers who have not seen the handshake, which is why such links are for loopback only.
   SecretVector secret(salt.begin(), salt.end());
   append(secret, material.cluster_secret);
+  if (material.renewal > 0) append(secret, material.before.span());
 
-  // Of each direction control, data, call; then the selectors and the link's name.
-  SecretBytes<struct DerivedTag, 6 * kKeyBytes + 2 * 8 + 16> out;
+  // Of each direction control, data, call; then the selectors, the link's name, the chain.
+  SecretBytes<struct DerivedTag, 6 * kKeyBytes + 2 * 8 + 16 + kKeyBytes> out;
   hkdf_sha256(secret, salt, info, out.bytes);
   const uint8_t* at = out.bytes.data();
   auto take = [&at](uint8_t* to, std::size_t size) {
@@ -48,7 +49,9 @@ LinkKeys derive_keys(const KeyMaterial& material, bool initiator) {
   };
   DirectionKeys from_initiator;
   DirectionKeys from_responder;
-  uint8_t index = 1;
+  // Of 252 ids each renewal has the next four, over and over: which keys are meant, the selector
+  // says.
+  auto index = static_cast<uint8_t>(1 + 4 * (material.renewal % 63));
   for (DirectionKeys* keys : {&from_initiator, &from_responder}) {
     for (KeyBytes* key : {&keys->control, &keys->data, &keys->call})
       take(key->bytes.data(), kKeyBytes);
@@ -59,6 +62,8 @@ LinkKeys derive_keys(const KeyMaterial& material, bool initiator) {
     for (unsigned shift = 0; shift < 64; shift += 8) keys->selector |= uint64_t{*at++} << shift;
   LinkKeys keys;
   take(keys.link_name.data(), keys.link_name.size());
+  take(keys.chain.bytes.data(), kKeyBytes);
+  keys.renewal = material.renewal;
   keys.out = initiator ? from_initiator : from_responder;
   keys.in = initiator ? from_responder : from_initiator;
   return keys;

@@ -10,11 +10,14 @@
 #include "daemon/base/crypto.h"
 #include "daemon/base/ids.h"
 #include "daemon/base/secret.h"
+#include "daemon/base/units.h"
 
 namespace kvferry::link {
 
 inline constexpr std::size_t kKeyBytes = 32;
 inline constexpr std::size_t kTagBytes = 16;
+// For how long what comes under a link's old keys is taken once the peer uses the new ones.
+inline constexpr Duration kOldKeysGrace = std::chrono::seconds(30);
 
 using KeyBytes = SecretBytes<struct LinkKeyTag, kKeyBytes>;
 using TagBytes = std::array<uint8_t, kTagBytes>;
@@ -30,6 +33,10 @@ struct KeyMaterial {
   BootId responder_boot;
   Sha256 transcript{};          // of both handshake messages as sent
   SecretVector cluster_secret;  // empty: none is configured
+  // Of a handshake of a link that is up: which one after its first, and the chain key of the keys
+  // that these follow, so that a renewal by somebody who does not have those comes to nothing.
+  uint32_t renewal = 0;
+  KeyBytes before;
 };
 
 // One side's view: `out` seals what this side sends, `in` opens what comes.
@@ -45,6 +52,8 @@ struct LinkKeys {
   DirectionKeys out;
   DirectionKeys in;
   std::array<uint8_t, 16> link_name{};  // the same on both sides, for the peer service; public
+  uint32_t renewal = 0;
+  KeyBytes chain;  // goes into the keys that follow these, and into nothing else
 };
 
 // HKDF-SHA256 over all of `material`.

@@ -78,7 +78,7 @@ class LatePeerBackend final : public rpc::PeerBackend {
   std::atomic<rpc::PeerBackend*> backend_{nullptr};
 };
 
-constexpr Duration kCertificateInterval = std::chrono::seconds(1);
+constexpr Duration kLookInterval = std::chrono::seconds(1);
 
 // Strangers can repeat most of these lines without end.
 void log_grpc_line(std::string_view line) {
@@ -184,7 +184,7 @@ struct Daemon::Impl {
   ops::ConfigSources sources;
   std::atomic<bool> served{false};
   bool stopped = false;
-  Time next_look{};  // at the certificates
+  Time next_look{};  // at the certificates and the age of links
   std::atomic<bool> looking{false};
 
   Status make_arenas();
@@ -341,7 +341,11 @@ Status Daemon::Impl::make_engine(std::unique_ptr<rails::RailsClient> rails,
   link_config.min_check = check_kind(config.checks.min_check);
   // The processor makes them, and cannot read a GPU's memory.
   link_config.can_check = arenas->rails_use_host_only();
+  link_config.renew_interval = config.peer.renew_interval;
   links = std::make_unique<LinkManager>(std::move(link_config), *dialer, *look_ups, sink);
+  links->set_renewed_keys_sink([this](LinkId link, const link::LinkKeys& keys, bool seal_now) {
+    engine->renew_keys(link, keys, seal_now);
+  });
 
   KVFERRY_RETURN_IF_ERROR(share_arenas(sink));
 
@@ -464,6 +468,7 @@ Status Daemon::Impl::share_arenas(const EventSink& sink) {
 
 void Daemon::Impl::export_sharing() {
   metrics->handshakes_failed.store(links->handshakes_failed());
+  metrics->links_renewed.store(links->links_renewed());
   if (lender) {
     const ArenaLender::Stats stats = lender->stats();
     metrics->lent_connections.set(stats.connections);
@@ -592,8 +597,10 @@ std::string Daemon::status_line() const {
 void Daemon::turn() {
   Impl& d = *impl_;
   const Time now = monotonic_now();
-  if (now < d.next_look || !ops::wants_mtls(d.config) || d.looking.exchange(true)) return;
-  d.next_look = now + kCertificateInterval;
+  if (now < d.next_look) return;
+  d.next_look = now + kLookInterval;
+  d.links->renew_links(now);
+  if (!ops::wants_mtls(d.config) || d.looking.exchange(true)) return;
   // Not on this thread: a file system that hangs would make the daemon look dead.
   if (!d.files->post([&d] {
         d.look_at_certificates();

@@ -79,6 +79,8 @@ class EngineThread final : private rails::RailsEvents {
   void call(WorkerId worker, engine::Event op, ReplyFn reply);
   // An answer of another part of the daemon, or news of links. Never refused.
   void post(engine::Event event);
+  // Of a link that is up, in order with the events of links.
+  void renew_keys(LinkId link, const link::LinkKeys& keys, bool seal_now);
   // The session's control page shows its transfers from now on.
   void attach(std::shared_ptr<rpc::Session> session);
   // Its transfers end; the page is forgotten.
@@ -192,6 +194,8 @@ class EngineThread final : private rails::RailsEvents {
                                              uint64_t number);
   void copy_ended(CopyId copy, engine::CopyOutcome outcome, engine::Check check = {});
   void send_sealed(const engine::LaneRef& lane);
+  // The link manager is told when the first message under a link's keys has come.
+  Result<link::Opened> open(std::span<const uint8_t> message, Time now);
   void take_message(std::span<const uint8_t> message, Time since);
   void keep_early(std::span<const uint8_t> message, Time since);
   void drop_early(Time until);  // those that came until then

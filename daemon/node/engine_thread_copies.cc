@@ -82,7 +82,8 @@ void EngineThread::execute(engine::Gather& command) {
   KVFERRY_CHECK((copy.mapped != nullptr ? *copy.mapped : *parts_.arenas).holds(command.region),
                 "a gather has a region");
   const auto made = std::make_shared<engine::Check>();
-  const auto checker = checker_of(command.link, true, command.check_kind, command.copy.value);
+  const auto checker = checker_of(command.link, true, command.check_kind,
+                                  links_.chunk_number(command.link, command.copy.value));
   if (command.check_kind != engine::CheckKind::kNone && copier_.is_on_host(copy))
     copy.through = [made, checker](std::span<const std::byte> data) {
       if (checker) *made = checker->of(data);

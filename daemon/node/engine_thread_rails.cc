@@ -282,8 +282,21 @@ void EngineThread::take_early() {
   for (const Early& early : std::exchange(early_, {})) take_message(early.message, early.since);
 }
 
+Result<link::Opened> EngineThread::open(std::span<const uint8_t> message, Time now) {
+  Result<link::Opened> opened = links_.open(message, now);
+  if (opened && opened->first_of_renewal)
+    parts_.links->keys_seen(opened->lane.link, *opened->first_of_renewal, now);
+  return opened;
+}
+
+void EngineThread::renew_keys(LinkId link, const link::LinkKeys& keys, bool seal_now) {
+  ask([this, link, keys, seal_now](const engine::Engine&, Time) {
+    links_.renew(link, keys, seal_now);
+  });
+}
+
 void EngineThread::take_message(std::span<const uint8_t> message, Time since) {
-  Result<link::Opened> opened = links_.open(message);
+  Result<link::Opened> opened = open(message, since);
   if (!opened) {
     const std::string& reason = opened.error().reason;
     if (reason == "UNKNOWN_LINK")
@@ -310,7 +323,7 @@ void EngineThread::take_message(std::span<const uint8_t> message, Time since) {
 }
 
 void EngineThread::on_offer(const rails::OfferIn& offer) {
-  Result<link::Opened> opened = links_.open(offer.header);
+  Result<link::Opened> opened = open(offer.header, monotonic_now());
   engine::MsgOffer* body = opened ? std::get_if<engine::MsgOffer>(&opened->message) : nullptr;
   if (body == nullptr || !offer.descriptor) {
     parts_.metrics

@@ -8,6 +8,9 @@
 namespace kvferry::node {
 namespace {
 
+// A peer's word is not to keep this node at handshakes.
+constexpr uint64_t kLeastRenewMs = 1000;
+
 // The first two numbers of "1.13.1"; false if there are none.
 bool major_minor(std::string_view version, unsigned& major, unsigned& minor) {
   const char* end = version.data() + version.size();
@@ -58,6 +61,9 @@ Result<Agreed> agree(const rpc::PeerHello& mine, const rpc::PeerHello& theirs, u
   agreed.max_credits = std::min(mine.max_credits, theirs.max_credits);
   const std::size_t lanes = std::max(mine.rails.size(), theirs.rails.size());
   agreed.lanes = std::min(static_cast<uint32_t>(lanes), max_lanes);
+  const uint64_t renew_ms = theirs.renew_ms == 0 ? mine.renew_ms : theirs.renew_ms;
+  agreed.renew_interval =
+      std::chrono::milliseconds(std::max(std::min(mine.renew_ms, renew_ms), kLeastRenewMs));
   return agreed;
 }
 
@@ -77,7 +83,8 @@ rpc::Tag16 reply_tag(const HandshakeKey& key, std::string_view request, std::str
 
 link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request_bytes,
                        const rpc::PeerHello& reply, const std::string& reply_bytes,
-                       const SecretVector& cluster_secret, bool initiator) {
+                       const SecretVector& cluster_secret, bool initiator,
+                       const link::LinkKeys* before) {
   link::KeyMaterial material;
   material.initiator_random = request.random;
   material.responder_random = reply.random;
@@ -88,6 +95,10 @@ link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request
   material.transcript =
       sha256({length_of(request_bytes), bytes_of(request_bytes), bytes_of(reply_bytes)});
   material.cluster_secret = cluster_secret;
+  if (before != nullptr) {
+    material.renewal = before->renewal + 1;
+    material.before = before->chain;
+  }
   return link::derive_keys(material, initiator);
 }
 

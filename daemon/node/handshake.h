@@ -21,6 +21,7 @@ struct Agreed {
   uint32_t max_credits = 0;
   engine::CheckKind check = engine::CheckKind::kNone;
   uint32_t lanes = 0;
+  Duration renew_interval{};
 };
 
 // FAILED_PRECONDITION PROTOCOL_MISMATCH, UCX_MISMATCH, CHECK_TOO_WEAK.
@@ -35,10 +36,12 @@ HandshakeKey handshake_key(const SecretVector& cluster_secret);
 rpc::Tag16 request_tag(const HandshakeKey& key, std::string_view request);
 rpc::Tag16 reply_tag(const HandshakeKey& key, std::string_view request, std::string_view reply);
 
-// The link's keys from the two hellos as they were sent.
+// The link's keys from the two hellos as they were sent; `before`: those that they follow, null for
+// the first ones.
 link::LinkKeys keys_of(const rpc::PeerHello& request, const std::string& request_bytes,
                        const rpc::PeerHello& reply, const std::string& reply_bytes,
-                       const SecretVector& cluster_secret, bool initiator);
+                       const SecretVector& cluster_secret, bool initiator,
+                       const link::LinkKeys* before = nullptr);
 
 // Tags of calls about a link that is up.
 rpc::Tag16 call_tag(const link::KeyBytes& key, rpc::LinkMethod method, const rpc::LinkCall& call);

@@ -134,6 +134,8 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_hello(const rpc::Caller& from
   const HandshakeKey secret_key = handshake_key(secret);
   const Result<rpc::PeerHello> theirs = check_hello(from, request, secret_key, *mode, allowed);
   if (!theirs) return tl::unexpected<Error>(theirs.error());
+  if (theirs->renews != rpc::LinkName{})
+    return answer_renewal(from, *theirs, request.bytes, *mode, allowed_by);
   // May resolve a name, so before the lock.
   std::shared_ptr<rpc::PeerStub> stub =
       stub_back(allowed, theirs->node, from.host, theirs->address);
@@ -312,8 +314,12 @@ void LinkManager::call(const rpc::Caller& from, rpc::LinkMethod method, rpc::Lin
     if (link != nullptr && link->certificate.has_value() == from.certificate.has_value() &&
         (!link->certificate || (shown && (*from.certificate)->identity == link->node))) {
       peer = impl_->ref_of(*link);
-      in_key = link->keys.in.call;
-      out_key = link->keys.out.call;
+      const link::LinkKeys& keys = link->next && link->next->link_name == call.link ? *link->next
+                                   : link->previous && link->previous->link_name == call.link
+                                       ? *link->previous
+                                       : link->keys;
+      in_key = keys.in.call;
+      out_key = keys.out.call;
     }
   }
   // An unknown link, another's and a wrong tag are one answer.

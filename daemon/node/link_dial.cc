@@ -88,12 +88,12 @@ void LinkManager::Impl::begin_dial(const std::string& key, uint64_t number) {
   attempt->route = std::move(*route);
   attempt->stub = dialer.dial(
       {attempt->route.endpoint.host, attempt->route.endpoint.port, attempt->route.identities});
-  attempt->stub->challenge(
-      attempt->deadline, [impl = shared_from_this(), attempt](Result<rpc::Random32> challenge) {
-        if (!challenge)
-          return impl->dial_failed(attempt->key, attempt->number, std::move(challenge).error());
-        impl->send_hello(attempt, *challenge);
-      });
+  attempt->stub->challenge(attempt->deadline,
+                           [impl = shared_from_this(), attempt](Result<rpc::Random32> challenge) {
+                             if (!challenge)
+                               return impl->attempt_failed(*attempt, std::move(challenge).error());
+                             impl->send_hello(attempt, *challenge);
+                           });
 }
 
 void LinkManager::Impl::send_hello(const std::shared_ptr<Attempt>& attempt,
@@ -103,9 +103,10 @@ void LinkManager::Impl::send_hello(const std::shared_ptr<Attempt>& attempt,
     MutexLock lock(mutex);
     attempt->hello = make_hello(challenge);
   }
+  if (attempt->renews) attempt->hello.renews = attempt->before.link_name;
   if (attempt->hello.rails.empty())
-    return dial_failed(attempt->key, attempt->number,
-                       {Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up", {}});
+    return attempt_failed(*attempt,
+                          {Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up", {}});
   attempt->hello_bytes = rpc::encode_hello(attempt->hello);
   hello.bytes = attempt->hello_bytes;
   hello.tag = request_tag(handshake_key(secret_of(attempt->route.mode)), hello.bytes);
@@ -116,13 +117,13 @@ void LinkManager::Impl::send_hello(const std::shared_ptr<Attempt>& attempt,
           // Checking the reply may resolve names.
           auto kept = std::make_shared<rpc::SignedHello>(std::move(*reply));
           if (!impl->post_at(Time{}, [impl, attempt, kept] { impl->take_reply(attempt, *kept); }))
-            impl->dial_failed(attempt->key, attempt->number,
-                              {Code::kUnavailable, "BUSY", "too much work is waiting", {}});
+            impl->attempt_failed(*attempt,
+                                 {Code::kUnavailable, "BUSY", "too much work is waiting", {}});
           return;
         }
-        if (reply.error().reason == "ALREADY_LINKED")
+        if (reply.error().reason == "ALREADY_LINKED" && !attempt->renews)
           return impl->await_inbound(attempt->key, attempt->number);
-        impl->dial_failed(attempt->key, attempt->number, std::move(reply).error());
+        impl->attempt_failed(*attempt, std::move(reply).error());
       });
 }
 
@@ -167,13 +168,13 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
   const SecretVector secret = secret_of(attempt->route.mode);
   if (!equal_constant_time(reply_tag(handshake_key(secret), attempt->hello_bytes, reply.bytes),
                            reply.tag))
-    return dial_failed(attempt->key, attempt->number,
-                       {Code::kPermissionDenied,
-                        "PEER_NOT_ALLOWED",
-                        "the peer does not know the cluster secret",
-                        {}});
+    return attempt_failed(*attempt, {Code::kPermissionDenied,
+                                     "PEER_NOT_ALLOWED",
+                                     "the peer does not know the cluster secret",
+                                     {}});
   Result<rpc::PeerHello> theirs = rpc::decode_hello(reply.bytes);
-  if (!theirs) return dial_failed(attempt->key, attempt->number, std::move(theirs).error());
+  if (!theirs) return attempt_failed(*attempt, std::move(theirs).error());
+  if (attempt->renews) return take_renewal(attempt, *theirs, reply.bytes);
   const link::LinkKeys keys =
       keys_of(attempt->hello, attempt->hello_bytes, *theirs, reply.bytes, secret, true);
   std::string wanted;
@@ -226,6 +227,11 @@ void LinkManager::Impl::take_reply(const std::shared_ptr<Attempt>& attempt,
     return;
   }
   for (EnsureDone& waiter : waiters) waiter(*ref);
+}
+
+void LinkManager::Impl::attempt_failed(const Attempt& attempt, Error error) {
+  if (attempt.renews) return renewal_failed(attempt.renews, error);
+  dial_failed(attempt.key, attempt.number, std::move(error));
 }
 
 void LinkManager::Impl::dial_failed(const std::string& key, uint64_t number, Error error) {

@@ -79,6 +79,8 @@ rpc::PeerHello LinkManager::Impl::make_hello(const rpc::Random32& challenge) {
   hello.check = static_cast<uint32_t>(config.check);
   hello.min_check = static_cast<uint32_t>(config.min_check);
   hello.rails = rails;
+  hello.renew_ms = static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::milliseconds>(config.renew_interval).count());
   return hello;
 }
 
@@ -87,6 +89,8 @@ PeerRef LinkManager::Impl::open_link(Link link, const Agreed& agreed,
   if (const auto old = by_node.find(link.node); old != by_node.end())
     end_link(LinkId(old->second), Reason::kPeerLost);
   link.id = LinkId{next_link++};
+  link.renew_interval = agreed.renew_interval;
+  link.shook_hands = monotonic_now();
   const PeerRef ref = ref_of(link);
   sink(engine::LinkUp{link.id, link.node, link.boot, link.initiator, agreed.lanes,
                       agreed.chunk_bytes, agreed.max_credits, agreed.check});
@@ -107,9 +111,8 @@ PeerRef LinkManager::Impl::open_link(Link link, const Agreed& agreed,
 void LinkManager::Impl::forget_link(LinkId id) {
   const auto it = links.find(id);
   if (it == links.end()) return;
-  if (const auto name = by_name.find(it->second.keys.link_name);
-      name != by_name.end() && name->second == id)
-    by_name.erase(name);
+  for (const auto& keys : {std::optional(it->second.keys), it->second.next, it->second.previous})
+    forget_name(keys);
   if (const auto node = by_node.find(it->second.node); node != by_node.end() && node->second == id)
     by_node.erase(node);
   links.erase(it);
@@ -187,6 +190,7 @@ LinkManager::~LinkManager() {
   stop();
   MutexLock lock(impl_->mutex);
   impl_->watches.clear();
+  impl_->renewed_keys = nullptr;
 }
 
 void LinkManager::set_questions(PeerQuestions* questions) {
@@ -202,6 +206,11 @@ void LinkManager::set_trace_answers(TraceAnswers* answers) {
 void LinkManager::set_arena_offers(ArenaOffers* offers) {
   MutexLock lock(impl_->mutex);
   impl_->offers = offers;
+}
+
+void LinkManager::set_renewed_keys_sink(RenewedKeysSink sink) {
+  MutexLock lock(impl_->mutex);
+  impl_->renewed_keys = std::move(sink);
 }
 
 void LinkManager::add_watch(LinkWatch& watch) {

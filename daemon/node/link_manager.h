@@ -46,8 +46,9 @@ struct LinkManagerConfig {
   engine::CheckKind min_check = engine::CheckKind::kNone;
   uint32_t max_lanes = 16;
   uint32_t max_links = 1024;
-  Duration dial_timeout = std::chrono::seconds(5);          // a whole handshake
-  Duration call_timeout = std::chrono::seconds(3);          // calls about lanes
+  Duration renew_interval = std::chrono::hours(1);  // of links' keys; the peers' smaller one counts
+  Duration dial_timeout = std::chrono::seconds(5);  // a whole handshake
+  Duration call_timeout = std::chrono::seconds(3);  // calls about lanes
   Duration backoff_first = std::chrono::milliseconds(100);  // between failed dials of a node
   Duration backoff_most = std::chrono::seconds(2);
 };
@@ -78,6 +79,10 @@ struct LinkInfo {
   std::string last_error;
 };
 
+// Keys of a link that is up are others from now on: for LinkTable::renew(). Called under the link
+// manager's lock, on any thread: must only enqueue.
+using RenewedKeysSink = std::function<void(LinkId, const link::LinkKeys&, bool seal_now)>;
+
 class LinkManager : public PeerLinks,
                     public ArenaCalls,
                     public TraceCalls,
@@ -93,6 +98,8 @@ class LinkManager : public PeerLinks,
   void set_arena_offers(ArenaOffers* offers);
   // Who answers GetTrace; null, as at first: UNIMPLEMENTED.
   void set_trace_answers(TraceAnswers* answers);
+  // Who seals and opens messages. Before the first link; without it no link is renewed.
+  void set_renewed_keys_sink(RenewedKeysSink sink);
   // One more who is told of each link from its beginning to its end. Before the first link;
   // outlives the manager.
   void add_watch(LinkWatch& watch);
@@ -114,6 +121,14 @@ class LinkManager : public PeerLinks,
   std::vector<LinkInfo> links() const;
   // Refused or broken off, dialled or answered; not those that give way to the peer's own.
   uint64_t handshakes_failed() const;
+  // Handshakes of links that were up: other keys, and the peer proved who it is once more.
+  uint64_t links_renewed() const;
+
+  // To be called each second or so: begins handshakes of links whose keys are old, ends links whose
+  // keys are too old.
+  void renew_links(Time now);
+  // The first message under these keys of the link has come.
+  void keys_seen(LinkId link, uint32_t renewal, Time now);
 
   // The engine's commands. The first is answered by LaneReopened or LaneReopenFailed.
   void reopen_lane(const engine::ReopenLane& command);

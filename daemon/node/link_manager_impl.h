@@ -2,6 +2,7 @@
 // (link_manager.cc), dialling (link_dial.cc), answering (link_answer.cc).
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <list>
 #include <map>
@@ -17,6 +18,12 @@
 #include "daemon/ops/log.h"
 
 namespace kvferry::node {
+
+// For how long a link may go on whose renewal does not succeed. The peer that is not who it was,
+// or whose certificate has expired, is kept no longer than that.
+constexpr Duration renewal_slack(Duration interval) {
+  return std::max<Duration>(interval / 4, std::chrono::seconds(10));
+}
 
 // Handshakes that end so are no failures.
 inline bool is_daily_life(const Error& error) {
@@ -40,10 +47,21 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     bool initiator = false;
     // Mode mtls: what the peer showed for the handshake; absent: mode plain.
     std::optional<rpc::PeerCertificate> certificate;
-    link::LinkKeys keys;
+    link::LinkKeys keys;  // this side's calls are tagged under them
     std::vector<Lane> lanes;
     std::shared_ptr<rpc::PeerStub> stub;  // null where the peer cannot be called
     uint64_t calls = 0;
+    // Renewal: README.md. Calls of the peer may come under any of the three.
+    std::optional<link::LinkKeys> next;
+    std::optional<link::LinkKeys> previous;
+    Time previous_until = Time::never();
+    Duration renew_interval{};
+    Time shook_hands;        // when `keys` were agreed
+    Time next_shook_hands;   // ... and `next`
+    bool keys_seen = false;  // the peer uses `keys`
+    bool renewing = false;   // a handshake of this side's is under way
+    Time renew_not_before;   // after one that failed
+    Duration renew_backoff{};
   };
   // A dial of a node, or of whoever is at an address: waiting, under way, or in back-off.
   struct Dial {
@@ -65,6 +83,9 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     std::shared_ptr<rpc::PeerStub> stub;
     rpc::PeerHello hello;
     std::string hello_bytes;
+    // Of a link that is up: which, and its keys before. There is no Dial then.
+    LinkId renews;
+    link::LinkKeys before;
   };
 
   Impl(LinkManagerConfig config_in, rpc::PeerDialer& dialer_in, TaskPool& pool_in,
@@ -76,11 +97,13 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   const EventSink sink;
 
   std::atomic<uint64_t> failed_handshakes{0};
+  std::atomic<uint64_t> renewed{0};
   mutable Mutex mutex;
   PeerQuestions* questions KVFERRY_GUARDED_BY(mutex) = nullptr;
   ArenaOffers* offers KVFERRY_GUARDED_BY(mutex) = nullptr;
   TraceAnswers* trace_answers KVFERRY_GUARDED_BY(mutex) = nullptr;
   std::vector<LinkWatch*> watches KVFERRY_GUARDED_BY(mutex);
+  RenewedKeysSink renewed_keys KVFERRY_GUARDED_BY(mutex);
   bool stopped KVFERRY_GUARDED_BY(mutex) = false;
   std::vector<ops::PeerConfig> peers KVFERRY_GUARDED_BY(mutex);
   // Counts changes of whom we link: a handshake that began under other rules makes no link.
@@ -153,7 +176,22 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   Status check_reply(const Attempt& attempt, const std::string& wanted_node,
                      const rpc::PeerHello& theirs, const std::vector<ops::PeerConfig>& allowed);
   void dial_failed(const std::string& key, uint64_t number, Error error) KVFERRY_EXCLUDES(mutex);
+  // Of a dial or of a renewal.
+  void attempt_failed(const Attempt& attempt, Error error) KVFERRY_EXCLUDES(mutex);
   void await_inbound(const std::string& key, uint64_t number) KVFERRY_EXCLUDES(mutex);
+
+  // --- link_renewal.cc
+  void begin_renewal(LinkId id) KVFERRY_EXCLUDES(mutex);
+  void take_renewal(const std::shared_ptr<Attempt>& attempt, const rpc::PeerHello& theirs,
+                    const std::string& reply_bytes) KVFERRY_EXCLUDES(mutex);
+  void renewal_failed(LinkId id, const Error& error) KVFERRY_EXCLUDES(mutex);
+  // From now on this side's calls are made under `keys`.
+  void use_keys(Link& link, const link::LinkKeys& keys, Time shook_hands) KVFERRY_REQUIRES(mutex);
+  // The peer renews a link that it dialled.
+  Result<rpc::SignedHello> answer_renewal(const rpc::Caller& from, const rpc::PeerHello& theirs,
+                                          const std::string& request_bytes, ops::PeerMode mode,
+                                          uint64_t allowed_by) KVFERRY_EXCLUDES(mutex);
+  void forget_name(const std::optional<link::LinkKeys>& keys) KVFERRY_REQUIRES(mutex);
 
   // --- link_answer.cc
   Result<rpc::Random32> new_challenge() KVFERRY_EXCLUDES(mutex);

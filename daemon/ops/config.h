@@ -108,6 +108,7 @@ struct PeerListenConfig {
   std::string certificate_file;     // mtls
   std::string key_file;
   std::string ca_file;
+  Duration renew_interval = hours(1);  // how old the keys of a link may become
   bool operator==(const PeerListenConfig&) const = default;
 };
 

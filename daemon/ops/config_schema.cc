@@ -43,34 +43,40 @@ Section http_section(HttpConfig& http) {
 }
 
 Section peer_section(PeerListenConfig& peer) {
-  return {"peer",
-          "Where other daemons knock.",
-          {{"listen", "host:port; port 0 takes any free one.", text_binding(peer.listen)},
-           {"advertise",
-            "host:port that peers dial. Empty: the address listened on, which then must not be a\n"
-            "wildcard.",
-            text_binding(peer.advertise)},
-           {"mode",
-            "How peers that dial this node must come. plain: no encryption; on loopback freely,\n"
-            "elsewhere only with a cluster secret. mtls: both sides show a certificate.",
-            choice_binding<PeerMode>(peer.mode, kPeerModes)},
-           {"cluster_secret_file",
-            "For mode plain: a file with 16 bytes to 4 KiB that all nodes share, readable by the "
-            "daemon's\n"
-            "user only; link keys derive from it. \"head -c 32 /dev/urandom | base64\" makes a "
-            "good one.",
-            text_binding(peer.cluster_secret_file)},
-           {"certificate_file",
-            "For mode mtls, PEM: this node's certificate, and behind it those that lead to a root. "
-            "Its\n"
-            "one URI name (spiffe://...), else its one DNS name, is this node's id. The three "
-            "files are\n"
-            "looked at every second, and new ones are in force for connections from then on.",
-            text_binding(peer.certificate_file)},
-           {"key_file", "Its key, without a password, readable by the daemon's user only.",
-            text_binding(peer.key_file)},
-           {"ca_file", "The certificates of the authorities that vouch for peers.",
-            text_binding(peer.ca_file)}}};
+  return {
+      "peer",
+      "Where other daemons knock.",
+      {{"listen", "host:port; port 0 takes any free one.", text_binding(peer.listen)},
+       {"advertise",
+        "host:port that peers dial. Empty: the address listened on, which then must not be a\n"
+        "wildcard.",
+        text_binding(peer.advertise)},
+       {"mode",
+        "How peers that dial this node must come. plain: no encryption; on loopback freely,\n"
+        "elsewhere only with a cluster secret. mtls: both sides show a certificate.",
+        choice_binding<PeerMode>(peer.mode, kPeerModes)},
+       {"cluster_secret_file",
+        "For mode plain: a file with 16 bytes to 4 KiB that all nodes share, readable by the "
+        "daemon's\n"
+        "user only; link keys derive from it. \"head -c 32 /dev/urandom | base64\" makes a "
+        "good one.",
+        text_binding(peer.cluster_secret_file)},
+       {"certificate_file",
+        "For mode mtls, PEM: this node's certificate, and behind it those that lead to a root. "
+        "Its\n"
+        "one URI name (spiffe://...), else its one DNS name, is this node's id. The three "
+        "files are\n"
+        "looked at every second, and new ones are in force for connections from then on.",
+        text_binding(peer.certificate_file)},
+       {"key_file", "Its key, without a password, readable by the daemon's user only.",
+        text_binding(peer.key_file)},
+       {"ca_file", "The certificates of the authorities that vouch for peers.",
+        text_binding(peer.ca_file)},
+       {"renew_interval",
+        "How old the keys of a link may become before its two daemons shake hands again, with\n"
+        "which each proves once more who it is. The smaller one of the two counts. A link whose\n"
+        "handshakes fail for a quarter longer, and for ten seconds at least, is ended.",
+        duration_binding(peer.renew_interval, seconds(1), hours(24))}}};
 }
 
 Section arena_section(ArenaConfig& arena) {

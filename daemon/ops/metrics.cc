@@ -392,6 +392,9 @@ class Metrics::Collector {
     counter("kvferry_lane_downs_total", "Times that a lane went down.", m_.lane_downs.value());
     counter("kvferry_handshakes_failed_total", "Handshakes that made no link, dialled or answered.",
             m_.handshakes_failed.value());
+    counter("kvferry_links_renewed_total",
+            "Handshakes of links that were up, by which their keys were renewed.",
+            m_.links_renewed.value());
     gauge("kvferry_certificate_start_timestamp_seconds",
           "From when on this node's certificate is valid; 0 without mode mtls.",
           m_.certificate_start);

@@ -301,6 +301,7 @@ class Metrics {
   Counter reuse_withdrawn;    // entries
   Counter reuse_evicted;      // entries
   Counter handshakes_failed;
+  Counter links_renewed;
   // This node's certificate, in seconds since 1970; 0 without one.
   Gauge certificate_start;
   Gauge certificate_expiry;

@@ -146,6 +146,8 @@ std::string encode_hello(const PeerHello& hello) {
   out.set_check(hello.check);
   out.set_min_check(hello.min_check);
   for (const PeerRail& rail : hello.rails) rail_to_proto(rail, *out.add_rails());
+  out.set_renew_ms(hello.renew_ms);
+  if (hello.renews != LinkName{}) out.set_renews(text_of(hello.renews));
   return out.SerializeAsString();
 }
 
@@ -182,6 +184,8 @@ Result<PeerHello> decode_hello(std::string_view bytes) {
     return bad("hello.rails");
   for (const v1::PeerRail& rail : in.rails())
     if (!rail_from_proto(rail, out.rails.emplace_back())) return bad("hello.rails");
+  out.renew_ms = in.renew_ms();
+  if (!take(in.renews(), out.renews, true)) return bad("hello.renews");
   return out;
 }
 

@@ -58,6 +58,8 @@ struct PeerHello {
   uint32_t check = 0;            // the one it wants
   uint32_t min_check = 0;        // the weakest it takes
   std::vector<PeerRail> rails;
+  uint64_t renew_ms = 0;  // how old a link's keys may become; 0: as the other side wants
+  LinkName renews{};      // request: the link that it renews; zero: none, and always in the reply
   bool operator==(const PeerHello&) const = default;
 };
 

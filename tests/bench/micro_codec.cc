@@ -92,7 +92,7 @@ void seal_and_open_update(benchmark::State& state) {
   uint64_t sequence = 0;
   for (auto _ : state) {
     if (!there.seal({LinkId{1}, 0, 1}, sequence++, message, sealed)) std::abort();
-    auto opened = here.open(sealed);
+    auto opened = here.open(sealed, Time{});
     if (!opened) std::abort();
     benchmark::DoNotOptimize(opened);
   }

@@ -86,17 +86,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, std::size_t size) {
   fuzz::Input in(data, size);
   const uint8_t mode = in.byte();
   if (mode % 4 == 0) {
-    FUZZ_CHECK(!here->open(in.rest()), "bytes without a key are not a message");
+    FUZZ_CHECK(!here->open(in.rest(), Time{}), "bytes without a key are not a message");
     return 0;
   }
   const std::size_t spoiled = mode % 4 == 1 ? in.number<uint32_t>() : 0;
   std::vector<uint8_t> sealed = sealed_by_hand(theirs, in);
   if (mode % 4 == 1) {
     sealed[spoiled % sealed.size()] ^= static_cast<uint8_t>(1 + (mode >> 2) % 255);
-    FUZZ_CHECK(!here->open(sealed), "a changed byte is seen");
+    FUZZ_CHECK(!here->open(sealed, Time{}), "a changed byte is seen");
     return 0;
   }
-  const Result<link::Opened> opened = here->open(sealed);
+  const Result<link::Opened> opened = here->open(sealed, Time{});
   if (!opened) {
     const std::string& reason = opened.error().reason;
     FUZZ_CHECK(reason == "BAD_MESSAGE" ? here->opened_lane().has_value()

@@ -144,7 +144,7 @@ bool HostilePeer::pump(const std::function<bool()>& done,
 
 void HostilePeer::take() {
   for (const std::string& bytes : std::exchange(rails_.controls, {})) {
-    auto opened = table_.open(bytes_of(bytes));
+    auto opened = table_.open(bytes_of(bytes), Time{});
     if (!opened) continue;
     auto* message = std::get_if<engine::ControlMessage>(&opened->message);
     if (message == nullptr) continue;

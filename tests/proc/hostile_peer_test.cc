@@ -185,6 +185,9 @@ TEST_CASE("hellos with odd values are refused by name, or make a link that harms
       {[](Hello& h) { h.rails[0].address.resize(100 << 10); }, "MESSAGE_TOO_LARGE"},
       {[](Hello& h) { h.rails[0].address.resize(1 << 20); }, "PEER_UNREACHABLE"},  // gRPC's word
       {[](Hello& h) { h.address = std::string(300, 'a'); }, "BAD_MESSAGE"},
+      {[](Hello& h) { h.renews.fill(7); }, "UNKNOWN_LINK"},
+      {[](Hello& h) { h.renew_ms = UINT64_MAX; }, ""},    // the smaller one counts ...
+      {[](Hello& h) { h.renew_ms = 1; }, ""},             // ... but none below a second
       {[](Hello& h) { h.address = "192.0.2.1:1"; }, ""},  // not allowed there: never dialled
   };
   for (std::size_t i = 0; i < rows.size(); ++i) {

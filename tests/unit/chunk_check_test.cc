@@ -14,6 +14,9 @@ namespace {
 
 constexpr LinkId kLinkA{1};
 constexpr LinkId kLinkB{77};
+// Numbers of two gathers, under the data keys of the first handshake.
+constexpr uint64_t kNumber = 12 * kDataKeysKept;
+constexpr uint64_t kOther = 13 * kDataKeysKept;
 
 // Both ends of one link, as two daemons have them.
 struct Ends {
@@ -50,29 +53,30 @@ TEST_CASE("GMAC as the specification has it") {
 TEST_CASE("a chunk's check holds for its bytes, its number, its direction and its link") {
   Ends ends;
   std::vector<std::byte> data(5000, std::byte{7});
-  const ChunkCheck sender(ends.a.chunk_key(kLinkA, true, 12).value(), 12);
+  const ChunkCheck sender(ends.a.chunk_key(kLinkA, true, kNumber).value(), kNumber);
   const Check check = sender.of(data);
   CHECK(check.kind == CheckKind::kGmac);
-  CHECK(check.number == 12);
+  CHECK(check.number == kNumber);
   const auto receiver = [&](uint64_t number) {
     return ChunkCheck(ends.b.chunk_key(kLinkB, false, number).value(), number);
   };
-  CHECK(receiver(12).matches(data, check));
+  CHECK(receiver(kNumber).matches(data, check));
   Check of_another = check;
-  of_another.number = 13;
-  CHECK_FALSE(receiver(13).matches(data, of_another));
-  CHECK_FALSE(receiver(13).matches(data, check));
+  of_another.number = kOther;
+  CHECK_FALSE(receiver(kOther).matches(data, of_another));
+  CHECK_FALSE(receiver(kOther).matches(data, check));
   // Sent back to its maker.
-  CHECK_FALSE(ChunkCheck(ends.a.chunk_key(kLinkA, false, 12).value(), 12).matches(data, check));
+  CHECK_FALSE(
+      ChunkCheck(ends.a.chunk_key(kLinkA, false, kNumber).value(), kNumber).matches(data, check));
   Check unkeyed = ChunkCheck(CheckKind::kXxh3).of(data);
   CHECK(ChunkCheck(CheckKind::kXxh3).matches(data, unkeyed));
-  CHECK_FALSE(receiver(12).matches(data, unkeyed));
-  CHECK_FALSE(ends.a.chunk_key(kLinkB, true, 12));  // no such link there
+  CHECK_FALSE(receiver(kNumber).matches(data, unkeyed));
+  CHECK_FALSE(ends.a.chunk_key(kLinkB, true, kNumber));  // no such link there
   for (const std::size_t at : {std::size_t{0}, data.size() / 2, data.size() - 1}) {
     data[at] ^= std::byte{1};
-    CHECK_FALSE(receiver(12).matches(data, check));
+    CHECK_FALSE(receiver(kNumber).matches(data, check));
     CHECK_FALSE(ChunkCheck(CheckKind::kXxh3).matches(data, unkeyed));
     data[at] ^= std::byte{1};
   }
-  CHECK_FALSE(receiver(12).matches(std::span(data).first(4999), check));
+  CHECK_FALSE(receiver(kNumber).matches(std::span(data).first(4999), check));
 }

@@ -108,7 +108,7 @@ TEST_CASE("a sealed message opens at the other end under that end's own link num
   std::vector<uint8_t> out;
   const ControlMessage message = MsgLaneDown{3, 4};
   REQUIRE(ends.a.seal({kLinkA, 2, 5}, 17, message, out));
-  Result<Opened> opened = ends.b.open(out);
+  Result<Opened> opened = ends.b.open(out, Time{});
   REQUIRE(opened);
   CHECK(opened->lane == LaneRef{kLinkB, 2, 5});
   CHECK(opened->sequence == 17);
@@ -116,7 +116,7 @@ TEST_CASE("a sealed message opens at the other end under that end's own link num
 
   REQUIRE(ends.b.seal({kLinkB, 0, 0}, some_offer(), out));
   CHECK(out.size() <= kMaxSealedOfferBytes);
-  opened = ends.a.open(out);
+  opened = ends.a.open(out, Time{});
   REQUIRE(opened);
   CHECK(opened->sequence == 9);
   CHECK(opened->message == Message(some_offer()));
@@ -129,7 +129,7 @@ TEST_CASE("any changed byte makes the tag, the link or the shape wrong") {
   for (std::size_t i = 0; i < out.size(); ++i) {
     std::vector<uint8_t> changed = out;
     changed[i] ^= 0x10;
-    const Result<Opened> opened = ends.b.open(changed);
+    const Result<Opened> opened = ends.b.open(changed, Time{});
     INFO("byte " << i);
     REQUIRE_FALSE(opened);
     const std::string& reason = opened.error().reason;
@@ -138,19 +138,19 @@ TEST_CASE("any changed byte makes the tag, the link or the shape wrong") {
     CHECK(reason == (in_selector ? "UNKNOWN_LINK" : in_shape ? "BAD_ENVELOPE" : "BAD_TAG"));
   }
   for (std::size_t size = 0; size < out.size(); ++size)
-    CHECK(reason_of(ends.b.open(Bytes(out.data(), size))) == "BAD_ENVELOPE");
-  CHECK(ends.b.open(out));
+    CHECK(reason_of(ends.b.open(Bytes(out.data(), size), Time{})) == "BAD_ENVELOPE");
+  CHECK(ends.b.open(out, Time{}));
 }
 
 TEST_CASE("a message sent back to its maker is not its peer's") {
   Ends ends;
   std::vector<uint8_t> out;
   REQUIRE(ends.a.seal({kLinkA, 0, 0}, 0, ControlMessage(MsgPing{}), out));
-  CHECK(reason_of(ends.a.open(out)) == "UNKNOWN_LINK");
+  CHECK(reason_of(ends.a.open(out, Time{})) == "UNKNOWN_LINK");
   // Even with the selector of the other direction.
   const uint64_t selector = derive_keys(material(), true).in.selector;
   for (std::size_t i = 0; i < 8; ++i) out[8 + i] = static_cast<uint8_t>(selector >> (8 * i));
-  CHECK(reason_of(ends.a.open(out)) == "BAD_TAG");
+  CHECK(reason_of(ends.a.open(out, Time{})) == "BAD_TAG");
 }
 
 TEST_CASE("a well tagged body that cannot be read names its lane") {
@@ -163,7 +163,7 @@ TEST_CASE("a well tagged body that cannot be read names its lane") {
   Mac mac(derive_keys(material(), true).out.control);
   const TagBytes tag = mac.tag({bytes_of("kvferry message 1"), out});
   out.insert(out.end(), tag.begin(), tag.end());
-  CHECK(reason_of(ends.b.open(out)) == "BAD_MESSAGE");
+  CHECK(reason_of(ends.b.open(out, Time{})) == "BAD_MESSAGE");
   REQUIRE(ends.b.opened_lane());
   CHECK(*ends.b.opened_lane() == LaneRef{kLinkB, 1, 6});
 }
@@ -173,7 +173,7 @@ TEST_CASE("a removed link neither seals nor opens") {
   std::vector<uint8_t> out;
   REQUIRE(ends.a.seal({kLinkA, 0, 0}, 0, ControlMessage(MsgPing{}), out));
   ends.b.remove(kLinkB);
-  CHECK(reason_of(ends.b.open(out)) == "UNKNOWN_LINK");
+  CHECK(reason_of(ends.b.open(out, Time{})) == "UNKNOWN_LINK");
   ends.a.remove(kLinkA);
   CHECK_FALSE(ends.a.contains(kLinkA));
   const Status status = ends.a.seal({kLinkA, 0, 0}, 0, ControlMessage(MsgPing{}), out);
@@ -181,4 +181,123 @@ TEST_CASE("a removed link neither seals nor opens") {
   CHECK(status.error().reason == "UNKNOWN_LINK");
   ends.a.add(kLinkA, derive_keys(material(), true));
   CHECK(ends.a.seal({kLinkA, 0, 0}, 0, ControlMessage(MsgPing{}), out));
+}
+
+TEST_CASE("keys that follow others derive from those too") {
+  const LinkKeys first = derive_keys(material(), true);
+  KeyMaterial again = material();
+  again.renewal = 1;
+  again.before = first.chain;
+  const LinkKeys renewed = derive_keys(again, true);
+  CHECK(renewed.out.control != first.out.control);
+  CHECK(renewed.link_name != first.link_name);
+  CHECK(renewed.chain != first.chain);
+  CHECK(renewed.renewal == 1);
+  CHECK(renewed.out.control_id == 5);
+  CHECK(renewed.out.control == derive_keys(again, false).in.control);
+  again.before.bytes[0] ^= 1;
+  CHECK(derive_keys(again, true).out.control != renewed.out.control);
+}
+
+namespace {
+
+constexpr Time kNow{1'000'000};
+
+// Both ends' keys after `renewal` renewals.
+LinkKeys keys_after(uint32_t renewal, bool initiator) {
+  LinkKeys keys = derive_keys(material(), initiator);
+  for (uint32_t number = 1; number <= renewal; ++number) {
+    KeyMaterial next = material();
+    next.initiator_random.fill(static_cast<uint8_t>(number));
+    next.renewal = number;
+    next.before = keys.chain;
+    keys = derive_keys(next, initiator);
+  }
+  return keys;
+}
+
+// An end of a renewed link, and what comes from it.
+struct Renewed : Ends {
+  std::vector<uint8_t> from_a() { return sealed(a, kLinkA); }
+  std::vector<uint8_t> from_b() { return sealed(b, kLinkB); }
+  static std::vector<uint8_t> sealed(LinkTable& table, LinkId link) {
+    std::vector<uint8_t> out;
+    REQUIRE(table.seal({link, 0, 0}, 0, ControlMessage(MsgPing{}), out));
+    return out;
+  }
+  // The renewal that its key id tells.
+  static int renewal_of(const std::vector<uint8_t>& message) { return (message[3] - 1) / 4; }
+};
+
+}  // namespace
+
+TEST_CASE("renewed keys take over as soon as the peer is known to have them, and old ones go") {
+  Renewed ends;
+  CHECK(ends.b.open(ends.from_a(), kNow)->first_of_renewal == 0U);
+  CHECK_FALSE(ends.b.open(ends.from_a(), kNow)->first_of_renewal);
+  CHECK(ends.a.open(ends.from_b(), kNow)->first_of_renewal == 0U);
+  const auto old_from_a = ends.from_a();
+
+  // The answering side has them first, and seals as before until the other one uses them.
+  ends.b.renew(kLinkB, keys_after(1, false), false);
+  CHECK(Renewed::renewal_of(ends.from_b()) == 0);
+  CHECK(ends.a.open(ends.from_b(), kNow));
+  ends.a.renew(kLinkA, keys_after(1, true), true);
+  const auto old_from_b = ends.from_b();
+  const auto new_from_a = ends.from_a();
+  CHECK(Renewed::renewal_of(new_from_a) == 1);
+  CHECK(ends.a.open(old_from_b, kNow));
+  CHECK(ends.b.open(new_from_a, kNow)->first_of_renewal == 1U);
+  CHECK_FALSE(ends.b.open(new_from_a, kNow)->first_of_renewal);
+  const auto new_from_b = ends.from_b();
+  CHECK(Renewed::renewal_of(new_from_b) == 1);
+
+  // Messages on their way are opened for the grace, however long the peer took to answer.
+  CHECK(ends.b.open(old_from_a, kNow + kOldKeysGrace));
+  CHECK(reason_of(ends.b.open(old_from_a, kNow + kOldKeysGrace + Duration(1))) == "UNKNOWN_LINK");
+  const Time later = kNow + 10 * kOldKeysGrace;
+  CHECK(ends.a.open(old_from_b, later));
+  CHECK(ends.a.open(new_from_b, later)->first_of_renewal == 1U);
+  CHECK(ends.a.open(old_from_b, later + kOldKeysGrace));
+  CHECK(reason_of(ends.a.open(old_from_b, later + kOldKeysGrace + Duration(1))) == "UNKNOWN_LINK");
+  CHECK(ends.a.open(new_from_b, later + 2 * kOldKeysGrace));
+}
+
+TEST_CASE("keys of a handshake whose answer was lost give way to those of the next one") {
+  Renewed ends;
+  const LinkKeys lost = keys_after(1, false);
+  ends.b.renew(kLinkB, lost, false);
+  KeyMaterial other = material();
+  other.responder_random.fill(9);
+  other.renewal = 1;
+  other.before = derive_keys(material(), true).chain;
+  ends.b.renew(kLinkB, derive_keys(other, false), false);
+  const auto old_from_a = ends.from_a();
+  CHECK(ends.b.open(old_from_a, kNow));
+  ends.a.renew(kLinkA, keys_after(1, true), true);
+  CHECK(reason_of(ends.b.open(ends.from_a(), kNow)) == "UNKNOWN_LINK");
+  ends.a.renew(kLinkA, derive_keys(other, true), true);
+  CHECK(ends.b.open(ends.from_a(), kNow));
+  ends.b.remove(kLinkB);
+  CHECK(reason_of(ends.b.open(ends.from_a(), kNow)) == "UNKNOWN_LINK");
+  CHECK(reason_of(ends.b.open(old_from_a, kNow)) == "UNKNOWN_LINK");
+}
+
+TEST_CASE("a chunk's check outlives the keys under which it was made") {
+  Renewed ends;
+  const uint64_t number = ends.a.chunk_number(kLinkA, 12);
+  const auto key = ends.a.chunk_key(kLinkA, true, number);
+  REQUIRE(key);
+  for (uint32_t renewal = 1; renewal < 2 * kDataKeysKept; ++renewal) {
+    ends.b.renew(kLinkB, keys_after(renewal, false), false);
+    ends.a.renew(kLinkA, keys_after(renewal, true), true);
+    REQUIRE(ends.b.open(ends.from_a(), kNow));
+    const auto there = ends.b.chunk_key(kLinkB, false, number);
+    REQUIRE(there);
+    CHECK((*there == *key) == (renewal < kDataKeysKept));
+    // The same gather's number under other keys is another.
+    const uint64_t now = ends.a.chunk_number(kLinkA, 12);
+    CHECK(ends.a.chunk_key(kLinkA, true, now) == ends.b.chunk_key(kLinkB, false, now));
+    CHECK(ends.a.chunk_key(kLinkA, true, now) != key);
+  }
 }

@@ -46,7 +46,7 @@ TEST_CASE("a dial makes one link on both sides whose messages open at the other 
   table_b.add(up_b->link, *b.manager->keys(up_b->link));
   std::vector<uint8_t> sealed;
   REQUIRE(table_a.seal({up_a->link, 1, 0}, 5, engine::ControlMessage(engine::MsgPing{}), sealed));
-  CHECK(table_b.open(sealed));
+  CHECK(table_b.open(sealed, Time{}));
 
   // Lane 2 joins rail 0 of the two here with rail 2 of the three there.
   const Result<LanePath> path = a.manager->lane_path({up_a->link, 2, 0});

@@ -263,7 +263,7 @@ struct Daemon {
   Daemon(std::string name, uint16_t port, rpc::PeerDialer& dialer,
          std::vector<ops::PeerConfig> peers, std::string secret = {}, std::string ucx = "1.13.1",
          uint32_t rails = 1, std::shared_ptr<const rpc::PeerTls> tls = nullptr,
-         std::optional<BootId> said_boot = {})
+         std::optional<BootId> said_boot = {}, Duration renew_interval = std::chrono::hours(1))
       : pool("links", 2, 1000) {
     LinkManagerConfig config;
     config.node = name;
@@ -275,12 +275,16 @@ struct Daemon {
     config.peers = std::move(peers);
     config.cluster_secret.assign(secret.begin(), secret.end());
     config.tls = std::move(tls);
+    config.renew_interval = renew_interval;
     boot = config.boot;
     manager = std::make_unique<LinkManager>(
         std::move(config), dialer, pool,
         [this](engine::Event event) { events.put(std::move(event)); });
     manager->set_questions(&questions);
     manager->add_watch(watch);
+    manager->set_renewed_keys_sink([this](LinkId link, const link::LinkKeys& keys, bool seal_now) {
+      renewed.put({link, keys, seal_now});
+    });
     set_rails(rails, ucx);
   }
   ~Daemon() {
@@ -332,6 +336,12 @@ struct Daemon {
   Offers offers;
   Watch watch;
   Box<engine::Event> events;
+  struct Renewed {
+    LinkId link;
+    link::LinkKeys keys;
+    bool seal_now = false;
+  };
+  Box<Renewed> renewed;
   BootId boot;
   std::unique_ptr<LinkManager> manager;
 };
