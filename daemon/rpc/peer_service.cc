@@ -2,12 +2,17 @@
 
 #include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/impl/server_builder_option.h>
+#include <grpcpp/impl/server_builder_plugin.h>
 #include <grpcpp/resource_quota.h>
 
 #include <atomic>
 #include <charconv>
 #include <chrono>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "daemon/rpc/peer_status.h"
 #include "daemon/rpc/tls_credentials.h"
@@ -237,6 +242,18 @@ class Service final : public v1::PeerService::CallbackService {
   std::atomic<uint32_t> pending_{0};
 };
 
+// Of this process's servers only this one is for strangers. gRPC adds to each of them what others
+// are given: its reflection by being linked, health by a switch for all.
+class NothingElse final : public grpc::ServerBuilderOption {
+ public:
+  void UpdateArguments(grpc::ChannelArguments* arguments) override {
+    arguments->SetPointer(grpc::kHealthCheckServiceInterfaceArg, nullptr);
+  }
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    plugins->clear();
+  }
+};
+
 }  // namespace
 
 class PeerServer::Impl {
@@ -260,6 +277,7 @@ Result<std::unique_ptr<PeerServer>> PeerServer::start(const PeerServerConfig& co
                                             : tls_server_credentials(config.tls);
   builder.AddListeningPort(config.listen, impl->credentials, &impl->port);
   builder.RegisterService(&impl->service);
+  builder.SetOption(std::make_unique<NothingElse>());
   builder.SetMaxReceiveMessageSize(config.max_message_bytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.max_streams);
   builder.AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, kMaxMetadataBytes);
