@@ -10,7 +10,7 @@ clean_debian() {
   if [ -z "$(find "$kept" -mtime -7 2>/dev/null)" ]; then
     mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n 1)
     debootstrap --variant=minbase --include=ca-certificates bookworm "$root" "${mirror:-http://deb.debian.org/debian}"
-    rm -f "$root"/var/cache/apt/archives/*.deb
+    rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/*
     tar -C "$root" --numeric-owner -cf "$kept.new" .
     mv "$kept.new" "$kept"
   else
