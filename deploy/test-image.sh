@@ -2,7 +2,7 @@
 # Builds the image by its Containerfile and runs it as deploy/kubernetes does: two daemons as of two nodes of the
 # DaemonSet and a hand-off between them, one as the sidecar's; read-only, without capabilities, with the manifests'
 # configuration. No registry is asked: debian:12 and debian:12-slim are what debootstrap makes. Needs root,
-# podman and Debian's archive; builds as long as make-packages.sh, less where ccache has it. Exits 77 where it cannot run.
+# podman and Debian's archive; builds as long as make-packages.sh. Exits 77 where it cannot run.
 #   deploy/test-image.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,7 +41,7 @@ make_bases() {
     "${podman[@]}" import "$work/debian.tar" "docker.io/library/$name"
   done
 }
-# With what ccache has of this machine's builds, where it has something.
+# Compiled through ccache where this machine has it, so that the next time is shorter.
 build_image() {
   local options=()
   if command -v ccache >/dev/null; then
