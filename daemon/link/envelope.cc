@@ -27,30 +27,33 @@ U get(const uint8_t* at) {
 
 struct LinkTable::DataKeys {
   uint32_t renewal;
-  Mac out;
-  Mac in;
+  KeyBytes out;
+  KeyBytes in;
+  Time replaced = Time::never();
 };
 
 // Of one handshake.
 struct LinkTable::Keys {
   explicit Keys(const LinkKeys& keys)
-      : renewal(keys.renewal),
-        out(keys.out.control),
+      : out(keys.out.control),
         in(keys.in.control),
         out_id(keys.out.control_id),
         in_id(keys.in.control_id),
         out_selector(keys.out.selector),
         in_selector(keys.in.selector),
-        data(DataKeys{keys.renewal, Mac(keys.out.data), Mac(keys.in.data)}) {}
-  uint32_t renewal;
+        data{keys.renewal, keys.out.data, keys.in.data},
+        data_out(keys.out.data),
+        data_in(keys.in.data) {}
   Mac out;
   Mac in;
   uint8_t out_id;
   uint8_t in_id;
   uint64_t out_selector;
   uint64_t in_selector;
-  bool seen = false;             // a message came under them
-  std::optional<DataKeys> data;  // until they take over
+  bool seen = false;  // a message came under them
+  DataKeys data;
+  Mac data_out;
+  Mac data_in;
 };
 
 struct LinkTable::Entry {
@@ -59,7 +62,7 @@ struct LinkTable::Entry {
   std::unique_ptr<Keys> next;      // the peer may have them by now
   std::unique_ptr<Keys> previous;  // of messages on their way ...
   Time previous_until = Time::never();
-  std::deque<DataKeys> data;  // the newest last
+  std::deque<DataKeys> data;  // of those before `current`, the newest last
 };
 
 LinkTable::LinkTable() = default;
@@ -71,32 +74,33 @@ void LinkTable::add(LinkId link, const LinkKeys& keys) {
   auto entry = std::make_unique<Entry>();
   entry->link = link;
   by_selector_.emplace(keys.in.selector, entry.get());
-  take_over(*entry, std::make_unique<Keys>(keys));
+  entry->current = std::make_unique<Keys>(keys);
   links_.emplace(link, std::move(entry));
 }
 
-void LinkTable::renew(LinkId link, const LinkKeys& keys, bool seal_now) {
+void LinkTable::renew(LinkId link, const LinkKeys& keys, bool seal_now, Time now) {
   const auto it = links_.find(link);
   if (it == links_.end()) return;
   Entry& entry = *it->second;
   if (!by_selector_.emplace(keys.in.selector, &entry).second) return;  // known already
   auto renewed = std::make_unique<Keys>(keys);
   if (seal_now) {
-    take_over(entry, std::move(renewed));
+    take_over(entry, std::move(renewed), now);
   } else {
     forget(entry.next);  // of a handshake whose answer was lost
     entry.next = std::move(renewed);
   }
 }
 
-void LinkTable::take_over(Entry& entry, std::unique_ptr<Keys> keys) {
+void LinkTable::take_over(Entry& entry, std::unique_ptr<Keys> keys, Time now) {
   forget(entry.previous);
   entry.previous = std::move(entry.current);
   entry.previous_until = Time::never();
   entry.current = std::move(keys);
-  entry.data.push_back(std::move(*entry.current->data));
-  entry.current->data.reset();
-  if (entry.data.size() > kDataKeysKept) entry.data.pop_front();
+  entry.data.push_back(entry.previous->data);
+  entry.data.back().replaced = now;
+  while (entry.data.size() >= kDataKeysKept || entry.data.front().replaced + kDataKeyLife < now)
+    entry.data.pop_front();
 }
 
 void LinkTable::forget(std::unique_ptr<Keys>& keys) {
@@ -118,20 +122,25 @@ bool LinkTable::contains(LinkId link) const {
 std::optional<ChunkKey> LinkTable::chunk_key(LinkId link, bool sent, uint64_t number) {
   const auto it = links_.find(link);
   if (it == links_.end()) return std::nullopt;
-  auto& data = it->second->data;
-  const auto keys = std::find_if(data.begin(), data.end(), [&](const DataKeys& one) {
-    return one.renewal % kDataKeysKept == number % kDataKeysKept;
-  });
-  if (keys == data.end()) return std::nullopt;
+  Entry& entry = *it->second;
   std::array<uint8_t, 8> bytes{};
   put(bytes.data(), number);
-  return ChunkKey((sent ? keys->out : keys->in).tag({bytes_of(kChunkLabel), bytes}));
+  const auto key_of = [&](Mac& mac) { return ChunkKey(mac.tag({bytes_of(kChunkLabel), bytes})); };
+  const auto meant = [&](const DataKeys& keys) {
+    return keys.renewal % kDataKeysKept == number % kDataKeysKept;
+  };
+  if (meant(entry.current->data))
+    return key_of(sent ? entry.current->data_out : entry.current->data_in);
+  const auto keys = std::find_if(entry.data.begin(), entry.data.end(), meant);
+  if (keys == entry.data.end()) return std::nullopt;
+  Mac mac(sent ? keys->out : keys->in);
+  return key_of(mac);
 }
 
 uint64_t LinkTable::chunk_number(LinkId link, uint64_t gather) const {
   const auto it = links_.find(link);
   if (it == links_.end()) return 0;
-  return gather * kDataKeysKept + it->second->current->renewal % kDataKeysKept;
+  return gather * kDataKeysKept + it->second->current->data.renewal % kDataKeysKept;
 }
 
 template <typename M>
@@ -215,9 +224,9 @@ Result<Opened> LinkTable::open(Bytes sealed, Time now) {
   opened.message = std::move(*message);
   if ((is_next || is_current) && !keys.seen) {
     keys.seen = true;
-    if (is_next) take_over(entry, std::move(entry.next));
+    if (is_next) take_over(entry, std::move(entry.next), now);
     entry.previous_until = now + kOldKeysGrace;
-    opened.first_of_renewal = entry.current->renewal;
+    opened.first_under = selector;
   }
   return opened;
 }

@@ -39,16 +39,19 @@ inline constexpr std::size_t kOverheadBytes = kHeaderBytes + kTagBytes;
 inline constexpr std::size_t kMaxSealedBytes = kMaxBodyBytes + kOverheadBytes;
 // OFFER and REFUSE are far smaller than the control messages: what a rail has to carry at most.
 inline constexpr std::size_t kMaxSealedOfferBytes = 256;
-// The last renewals of a link whose data keys are kept: a chunk may wait in the arena for long
-// after its check was made.
-inline constexpr uint32_t kDataKeysKept = 16;
+// A chunk may wait in the arena for long after its check was made, but no longer than a transfer
+// lasts: for how long data keys are kept when others have taken over, and for how many renewals at
+// most, which is what a chunk's number can tell apart.
+inline constexpr Duration kDataKeyLife = std::chrono::hours(25);
+inline constexpr uint32_t kDataKeysKept = 1024;
 
 struct Opened {
   engine::LaneRef lane;
   uint64_t sequence = 0;  // of a control message; of OFFER and REFUSE the offer id
   Message message;
-  // Set with the first message under those keys: the peer has them and uses them.
-  std::optional<uint32_t> first_of_renewal;
+  // Set with the first message under those keys, by the selector of what comes: the peer has them
+  // and uses them.
+  std::optional<uint64_t> first_under;
 };
 
 // All links of this daemon with their keys. Owned and used by one thread, the engine's. The output
@@ -65,9 +68,10 @@ class LinkTable {
   // What comes under the renewed keys is opened from now on. This side seals under them at once
   // (`seal_now`: of the side that dialled, which knows that the peer has them) or with the first
   // message that comes under them. Nothing if the link is unknown.
-  void renew(LinkId link, const LinkKeys& keys, bool seal_now);
+  void renew(LinkId link, const LinkKeys& keys, bool seal_now, Time now);
   void remove(LinkId link);  // nothing if unknown
   bool contains(LinkId link) const;
+  std::size_t size() const { return links_.size(); }
 
   // NOT_FOUND UNKNOWN_LINK; INVALID_ARGUMENT from encode_body.
   Status seal(const engine::LaneRef& lane, uint64_t sequence, const engine::ControlMessage& message,
@@ -97,7 +101,7 @@ class LinkTable {
   struct Keys;
   struct DataKeys;
   struct Entry;
-  void take_over(Entry& entry, std::unique_ptr<Keys> keys);
+  void take_over(Entry& entry, std::unique_ptr<Keys> keys, Time now);
   void forget(std::unique_ptr<Keys>& keys);
   template <typename M>
   Status seal_any(const engine::LaneRef& lane, uint64_t number, MessageType type, const M& message,

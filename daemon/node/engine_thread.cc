@@ -164,6 +164,7 @@ void EngineThread::run() {
     inbox_.drain(kBatch, batch_);
     const Time now = monotonic_now();
     for (Posted& posted : batch_) take(std::move(posted), now);
+    take_renewed_keys();
     parts_.rails->poll(monotonic_now(), *this, kBatch);
     send_backlog();
     poll_conditions();
@@ -176,6 +177,7 @@ void EngineThread::run() {
       engine_.flush(monotonic_now(), commands_);
       execute_all();
     } while (!follow_up_.empty());
+    for (const LinkId link : std::exchange(ended_links_, {})) links_.remove(link);
     tell_replies();
 
     refresh_views(monotonic_now());
@@ -257,6 +259,8 @@ void EngineThread::handle(engine::Event event) {
     draining_ = true;
     for (auto& [worker, session] : sessions_) session->page().set_draining(true);
   }
+  if (const auto* ended = std::get_if<engine::LinkEnded>(&event))
+    ended_links_.push_back(ended->link);
   const bool link_up = std::holds_alternative<engine::LinkUp>(event);
   engine_.handle(std::move(event), monotonic_now(), commands_);
   if (link_up && !early_.empty()) take_early();

@@ -79,7 +79,8 @@ class EngineThread final : private rails::RailsEvents {
   void call(WorkerId worker, engine::Event op, ReplyFn reply);
   // An answer of another part of the daemon, or news of links. Never refused.
   void post(engine::Event event);
-  // Of a link that is up, in order with the events of links.
+  // Of a link that is up: what comes under them is opened from now on. Takes the place of keys of
+  // the same link that were given and not taken yet.
   void renew_keys(LinkId link, const link::LinkKeys& keys, bool seal_now);
   // The session's control page shows its transfers from now on.
   void attach(std::shared_ptr<rpc::Session> session);
@@ -245,7 +246,15 @@ class EngineThread final : private rails::RailsEvents {
     Time since;
     std::vector<uint8_t> message;
   };
-  std::deque<Early> early_;  // messages of links that are not known yet, the oldest first
+  struct RenewedKeys {
+    link::LinkKeys keys;
+    bool seal_now = false;
+  };
+  bool take_renewed_keys();  // false: there were none
+  Mutex renewed_mutex_;
+  std::unordered_map<LinkId, RenewedKeys, IdHash> renewed_ KVFERRY_GUARDED_BY(renewed_mutex_);
+  std::vector<LinkId> ended_links_;  // their keys go when all that was said is sealed
+  std::deque<Early> early_;          // messages of links that are not known yet, the oldest first
   // Of messages that wait for room in the rails, 64 MiB of all lanes together.
   RailsBacklog backlog_{64U << 20};
   bool draining_ = false;

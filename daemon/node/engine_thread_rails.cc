@@ -284,15 +284,31 @@ void EngineThread::take_early() {
 
 Result<link::Opened> EngineThread::open(std::span<const uint8_t> message, Time now) {
   Result<link::Opened> opened = links_.open(message, now);
-  if (opened && opened->first_of_renewal)
-    parts_.links->keys_seen(opened->lane.link, *opened->first_of_renewal, now);
+  // The keys are here before the answer that lets the peer use them leaves.
+  if (!opened && opened.error().reason == "UNKNOWN_LINK" && take_renewed_keys())
+    opened = links_.open(message, now);
+  if (opened && opened->first_under)
+    parts_.links->keys_seen(opened->lane.link, *opened->first_under, now);
   return opened;
 }
 
 void EngineThread::renew_keys(LinkId link, const link::LinkKeys& keys, bool seal_now) {
-  ask([this, link, keys, seal_now](const engine::Engine&, Time) {
-    links_.renew(link, keys, seal_now);
-  });
+  {
+    MutexLock lock(renewed_mutex_);
+    renewed_[link] = {keys, seal_now};
+  }
+  inbox_.wake();
+}
+
+bool EngineThread::take_renewed_keys() {
+  std::unordered_map<LinkId, RenewedKeys, IdHash> renewed;
+  {
+    MutexLock lock(renewed_mutex_);
+    renewed.swap(renewed_);
+  }
+  for (const auto& [link, keys] : renewed)
+    links_.renew(link, keys.keys, keys.seal_now, monotonic_now());
+  return !renewed.empty();
 }
 
 void EngineThread::take_message(std::span<const uint8_t> message, Time since) {

@@ -127,8 +127,8 @@ class LinkManager : public PeerLinks,
   // To be called each second or so: begins handshakes of links whose keys are old, ends links whose
   // keys are too old.
   void renew_links(Time now);
-  // The first message under these keys of the link has come.
-  void keys_seen(LinkId link, uint32_t renewal, Time now);
+  // The first message under the keys with this selector has come.
+  void keys_seen(LinkId link, uint64_t selector, Time now);
 
   // The engine's commands. The first is answered by LaneReopened or LaneReopenFailed.
   void reopen_lane(const engine::ReopenLane& command);

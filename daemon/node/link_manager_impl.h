@@ -56,11 +56,12 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
     std::optional<link::LinkKeys> previous;
     Time previous_until = Time::never();
     Duration renew_interval{};
-    Time shook_hands;        // when `keys` were agreed
-    Time next_shook_hands;   // ... and `next`
-    bool keys_seen = false;  // the peer uses `keys`
-    bool renewing = false;   // a handshake of this side's is under way
-    Time renew_not_before;   // after one that failed
+    Time shook_hands;                // when `keys` were agreed
+    Time next_shook_hands;           // ... and `next`
+    bool keys_seen = false;          // the peer uses `keys`
+    bool renewing = false;           // a handshake of this side's is under way
+    uint32_t renewals_answered = 0;  // since the last renew_links()
+    Time renew_not_before;           // after one that failed
     Duration renew_backoff{};
   };
   // A dial of a node, or of whoever is at an address: waiting, under way, or in back-off.

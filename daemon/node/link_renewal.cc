@@ -7,6 +7,10 @@
 
 namespace kvferry::node {
 
+// Of one link until the next renew_links(), which comes each second: an honest peer asks once, and
+// again only if the answer was lost.
+constexpr uint32_t kMostRenewalsAnswered = 4;
+
 void LinkManager::Impl::forget_name(const std::optional<link::LinkKeys>& keys) {
   if (keys) by_name.erase(keys->link_name);
 }
@@ -19,8 +23,8 @@ void LinkManager::Impl::use_keys(Link& link, const link::LinkKeys& keys, Time sh
   link.keys_seen = false;
   link.shook_hands = shook_hands;
   renewed.fetch_add(1, std::memory_order_relaxed);
-  ops::log_info("link renewed",
-                {ops::field("peer", link.node), ops::field("renewal", keys.renewal)});
+  ops::log_debug("link renewed",
+                 {ops::field("peer", link.node), ops::field("renewal", keys.renewal)});
 }
 
 void LinkManager::renew_links(Time now) {
@@ -30,6 +34,7 @@ void LinkManager::renew_links(Time now) {
     MutexLock lock(impl_->mutex);
     if (impl_->stopped || impl_->renewed_keys == nullptr) return;
     for (auto& [id, link] : impl_->links) {
+      link.renewals_answered = 0;
       if (link.previous_until < now) {
         impl_->forget_name(link.previous);
         link.previous.reset();
@@ -52,15 +57,15 @@ void LinkManager::renew_links(Time now) {
       impl_->renewal_failed(id, {Code::kUnavailable, "BUSY", "too much work is waiting", {}});
 }
 
-void LinkManager::keys_seen(LinkId id, uint32_t renewal, Time now) {
+void LinkManager::keys_seen(LinkId id, uint64_t selector, Time now) {
   MutexLock lock(impl_->mutex);
   Impl::Link* link = impl_->find(id);
   if (link == nullptr) return;
-  if (link->next && link->next->renewal == renewal) {
+  if (link->next && link->next->in.selector == selector) {
     const link::LinkKeys next = *std::exchange(link->next, std::nullopt);
     impl_->use_keys(*link, next, link->next_shook_hands);
   }
-  if (link->keys.renewal != renewal) return;
+  if (link->keys.in.selector != selector) return;
   link->keys_seen = true;
   if (link->previous) link->previous_until = now + link::kOldKeysGrace;
 }
@@ -179,6 +184,9 @@ Result<rpc::SignedHello> LinkManager::Impl::answer_renewal(const rpc::Caller& fr
       link->initiator || link->certificate.has_value() != from.certificate.has_value() ||
       link->keys.link_name != theirs.renews || renewed_keys == nullptr)
     return fail(Code::kNotFound, "UNKNOWN_LINK", "there is no such link to renew");
+  if (link->renewals_answered >= kMostRenewalsAnswered)
+    return fail(Code::kResourceExhausted, "TOO_MANY_RENEWALS", "the link is renewed too often");
+  ++link->renewals_answered;
   const rpc::PeerHello mine = make_hello({});
   rpc::SignedHello reply;
   reply.bytes = rpc::encode_hello(mine);

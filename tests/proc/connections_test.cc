@@ -1,7 +1,9 @@
 // Several rails by one device, of numbers that differ between two daemons.
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <set>
 
 #include "tests/proc/control.h"
@@ -22,16 +24,26 @@ bool may_be_looked_into(pid_t pid) {
 
 }  // namespace
 
-TEST_CASE("a daemon whose rails process may open files is not looked into") {
+TEST_CASE("a daemon is not looked into by others of its user, whatever its rails may open") {
   // Lest root's own processes look the same either way.
   const gid_t before = ::getgid();
   const bool is_root = ::geteuid() == 0;
   if (is_root) REQUIRE(::setregid(1, 1) == 0);
+  {  // Any other program is.
+    const pid_t other = ::fork();
+    REQUIRE(other >= 0);
+    if (other == 0) {
+      ::execlp("sleep", "sleep", "60", nullptr);
+      ::_exit(1);
+    }
+    CHECK(comes_true([&] { return may_be_looked_into(other); }));
+    ::kill(other, SIGKILL);
+    REQUIRE(::waitpid(other, nullptr, 0) == other);
+  }
   {
     const std::string transport = GENERATE("tcp", "shm");
     RailsScene scene({"rails.transports=" + transport}, {"rails.transports=" + transport}, 1024);
-    for (const int side : {0, 1})
-      CHECK(may_be_looked_into(scene.daemon(side).pid()) == (transport == "tcp"));
+    for (const int side : {0, 1}) CHECK_FALSE(may_be_looked_into(scene.daemon(side).pid()));
   }
   if (is_root) REQUIRE(::setregid(before, before) == 0);
 }

@@ -203,21 +203,21 @@ namespace {
 
 constexpr Time kNow{1'000'000};
 
-// Both ends' keys after `renewal` renewals.
-LinkKeys keys_after(uint32_t renewal, bool initiator) {
-  LinkKeys keys = derive_keys(material(), initiator);
-  for (uint32_t number = 1; number <= renewal; ++number) {
-    KeyMaterial next = material();
-    next.initiator_random.fill(static_cast<uint8_t>(number));
-    next.renewal = number;
-    next.before = keys.chain;
-    keys = derive_keys(next, initiator);
-  }
-  return keys;
+// One side's keys after those.
+LinkKeys keys_after(const LinkKeys& before, bool initiator) {
+  KeyMaterial next = material();
+  next.renewal = before.renewal + 1;
+  next.initiator_random.fill(static_cast<uint8_t>(next.renewal));
+  next.before = before.chain;
+  return derive_keys(next, initiator);
 }
 
 // An end of a renewed link, and what comes from it.
 struct Renewed : Ends {
+  LinkKeys of_a = derive_keys(material(), true);  // as they are now
+  LinkKeys of_b = derive_keys(material(), false);
+  void renew_b() { b.renew(kLinkB, of_b = keys_after(of_b, false), false, kNow); }
+  void renew_a(Time now = kNow) { a.renew(kLinkA, of_a = keys_after(of_a, true), true, now); }
   std::vector<uint8_t> from_a() { return sealed(a, kLinkA); }
   std::vector<uint8_t> from_b() { return sealed(b, kLinkB); }
   static std::vector<uint8_t> sealed(LinkTable& table, LinkId link) {
@@ -233,22 +233,22 @@ struct Renewed : Ends {
 
 TEST_CASE("renewed keys take over as soon as the peer is known to have them, and old ones go") {
   Renewed ends;
-  CHECK(ends.b.open(ends.from_a(), kNow)->first_of_renewal == 0U);
-  CHECK_FALSE(ends.b.open(ends.from_a(), kNow)->first_of_renewal);
-  CHECK(ends.a.open(ends.from_b(), kNow)->first_of_renewal == 0U);
+  CHECK(ends.b.open(ends.from_a(), kNow)->first_under == ends.of_b.in.selector);
+  CHECK_FALSE(ends.b.open(ends.from_a(), kNow)->first_under);
+  CHECK(ends.a.open(ends.from_b(), kNow)->first_under == ends.of_a.in.selector);
   const auto old_from_a = ends.from_a();
 
   // The answering side has them first, and seals as before until the other one uses them.
-  ends.b.renew(kLinkB, keys_after(1, false), false);
+  ends.renew_b();
   CHECK(Renewed::renewal_of(ends.from_b()) == 0);
   CHECK(ends.a.open(ends.from_b(), kNow));
-  ends.a.renew(kLinkA, keys_after(1, true), true);
+  ends.renew_a();
   const auto old_from_b = ends.from_b();
   const auto new_from_a = ends.from_a();
   CHECK(Renewed::renewal_of(new_from_a) == 1);
   CHECK(ends.a.open(old_from_b, kNow));
-  CHECK(ends.b.open(new_from_a, kNow)->first_of_renewal == 1U);
-  CHECK_FALSE(ends.b.open(new_from_a, kNow)->first_of_renewal);
+  CHECK(ends.b.open(new_from_a, kNow)->first_under == ends.of_b.in.selector);
+  CHECK_FALSE(ends.b.open(new_from_a, kNow)->first_under);
   const auto new_from_b = ends.from_b();
   CHECK(Renewed::renewal_of(new_from_b) == 1);
 
@@ -257,7 +257,7 @@ TEST_CASE("renewed keys take over as soon as the peer is known to have them, and
   CHECK(reason_of(ends.b.open(old_from_a, kNow + kOldKeysGrace + Duration(1))) == "UNKNOWN_LINK");
   const Time later = kNow + 10 * kOldKeysGrace;
   CHECK(ends.a.open(old_from_b, later));
-  CHECK(ends.a.open(new_from_b, later)->first_of_renewal == 1U);
+  CHECK(ends.a.open(new_from_b, later)->first_under == ends.of_a.in.selector);
   CHECK(ends.a.open(old_from_b, later + kOldKeysGrace));
   CHECK(reason_of(ends.a.open(old_from_b, later + kOldKeysGrace + Duration(1))) == "UNKNOWN_LINK");
   CHECK(ends.a.open(new_from_b, later + 2 * kOldKeysGrace));
@@ -265,18 +265,17 @@ TEST_CASE("renewed keys take over as soon as the peer is known to have them, and
 
 TEST_CASE("keys of a handshake whose answer was lost give way to those of the next one") {
   Renewed ends;
-  const LinkKeys lost = keys_after(1, false);
-  ends.b.renew(kLinkB, lost, false);
+  ends.renew_b();
   KeyMaterial other = material();
   other.responder_random.fill(9);
   other.renewal = 1;
   other.before = derive_keys(material(), true).chain;
-  ends.b.renew(kLinkB, derive_keys(other, false), false);
+  ends.b.renew(kLinkB, derive_keys(other, false), false, kNow);
   const auto old_from_a = ends.from_a();
   CHECK(ends.b.open(old_from_a, kNow));
-  ends.a.renew(kLinkA, keys_after(1, true), true);
+  ends.renew_a();
   CHECK(reason_of(ends.b.open(ends.from_a(), kNow)) == "UNKNOWN_LINK");
-  ends.a.renew(kLinkA, derive_keys(other, true), true);
+  ends.a.renew(kLinkA, derive_keys(other, true), true, kNow);
   CHECK(ends.b.open(ends.from_a(), kNow));
   ends.b.remove(kLinkB);
   CHECK(reason_of(ends.b.open(ends.from_a(), kNow)) == "UNKNOWN_LINK");
@@ -289,8 +288,8 @@ TEST_CASE("a chunk's check outlives the keys under which it was made") {
   const auto key = ends.a.chunk_key(kLinkA, true, number);
   REQUIRE(key);
   for (uint32_t renewal = 1; renewal < 2 * kDataKeysKept; ++renewal) {
-    ends.b.renew(kLinkB, keys_after(renewal, false), false);
-    ends.a.renew(kLinkA, keys_after(renewal, true), true);
+    ends.renew_b();
+    ends.renew_a();
     REQUIRE(ends.b.open(ends.from_a(), kNow));
     const auto there = ends.b.chunk_key(kLinkB, false, number);
     REQUIRE(there);
@@ -300,4 +299,16 @@ TEST_CASE("a chunk's check outlives the keys under which it was made") {
     CHECK(ends.a.chunk_key(kLinkA, true, now) == ends.b.chunk_key(kLinkB, false, now));
     CHECK(ends.a.chunk_key(kLinkA, true, now) != key);
   }
+}
+
+TEST_CASE("data keys are forgotten when no chunk can wait any more that was checked under them") {
+  Renewed ends;
+  const uint64_t number = ends.a.chunk_number(kLinkA, 12);
+  ends.renew_a();
+  ends.renew_a(kNow + kDataKeyLife);
+  CHECK(ends.a.chunk_key(kLinkA, true, number));
+  ends.renew_a(kNow + kDataKeyLife + Duration(1));
+  CHECK_FALSE(ends.a.chunk_key(kLinkA, true, number));
+  ends.a.remove(kLinkA);
+  CHECK(ends.a.size() == 0);
 }

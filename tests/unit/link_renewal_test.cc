@@ -34,12 +34,12 @@ struct Linked {
     start = monotonic_now();
     at_a = a->event<engine::LinkUp>()->link;
     at_b = b->event<engine::LinkUp>()->link;
-    see(0);
+    see();
   }
-  // The first message under those keys has come, on both sides.
-  void see(uint32_t renewal) {
-    b->manager->keys_seen(at_b, renewal, start);
-    a->manager->keys_seen(at_a, renewal, start);
+  // The first message under the keys that a has now has come, and the first answer to it.
+  void see() {
+    b->manager->keys_seen(at_b, a->manager->keys(at_a)->out.selector, start);
+    a->manager->keys_seen(at_a, b->manager->keys(at_b)->out.selector, start);
   }
   void turn(Time now) const {
     a->manager->renew_links(now);
@@ -73,7 +73,7 @@ TEST_CASE("a link that is old gets new keys, and its calls go on") {
   // Calls, before b knows that a has the keys and afterwards.
   CHECK(s.a->arenas(s.at_a));
   CHECK(s.b->arenas(s.at_b));
-  s.see(1);
+  s.see();
   CHECK(s.renewal(false) == 1);
   CHECK(s.a->arenas(s.at_a));
   CHECK(s.b->arenas(s.at_b));
@@ -138,7 +138,7 @@ TEST_CASE("a handshake whose answer was lost is made again") {
   REQUIRE(taken);
   CHECK(taken->keys.out.control != lost->keys.out.control);
   REQUIRE(s.a->renewed.take());
-  s.see(1);
+  s.see();
   CHECK(s.b->manager->keys(s.at_b)->link_name == s.a->manager->keys(s.at_a)->link_name);
   CHECK(s.b->arenas(s.at_b));
 
@@ -148,6 +148,14 @@ TEST_CASE("a handshake whose answer was lost is made again") {
   hello.boot.bytes.fill(7);
   CHECK(shake() == "UNKNOWN_LINK");
   CHECK(s.b->manager->links_renewed() == 1);
+
+  // A peer that asks again and again is told so, until the next turn.
+  hello.boot = s.a->boot;
+  s.b->manager->renew_links(s.start);
+  for (int i = 0; i < 4; ++i) CHECK(shake().empty());
+  CHECK(shake() == "TOO_MANY_RENEWALS");
+  s.b->manager->renew_links(s.start);
+  CHECK(shake().empty());
 }
 
 TEST_CASE("a link that cannot be renewed is ended on both sides, each by its own clock") {
@@ -178,8 +186,8 @@ TEST_CASE("a peer whose certificate has expired keeps its link for no longer tha
     return *rpc::peer_certificate(authority.issue(names).certificate, "");
   };
   PlainDialer net;
-  // Good for two seconds more.
-  const rpc::PeerCertificate of_a = shown({.uris = {a_id}, .begins = -60, .ends = 2});
+  // Good for a few seconds more.
+  const rpc::PeerCertificate of_a = shown({.uris = {a_id}, .begins = -60, .ends = 4});
   CertificateDialer from_a(net, of_a);
   const ops::PeerMode mtls = ops::PeerMode::kMtls;
   Daemon a(a_id, 1, from_a, {allow(b_id, mtls)}, "", "1.13.1", 1, tls);
@@ -187,7 +195,8 @@ TEST_CASE("a peer whose certificate has expired keeps its link for no longer tha
   net.serve(2, b.manager.get(), shown({.uris = {b_id}}));
   REQUIRE(a.link(b_id, 2));
   const Time start = monotonic_now();
-  a.manager->keys_seen(a.event<engine::LinkUp>()->link, 0, start);
+  const LinkId at_a = a.event<engine::LinkUp>()->link;
+  a.manager->keys_seen(at_a, a.manager->keys(at_a)->in.selector, start);
   REQUIRE(b.event<engine::LinkUp>());
   // Its end comes; the link is as it was.
   while (tls->check(of_a, CertificateUse::kClient, false) && monotonic_now() - start < kPatience)
