@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "daemon/base/check.h"
 #include "daemon/engine/core.h"
 #include "daemon/engine/proofs.h"
 
@@ -159,9 +160,10 @@ void Claims::decline(const DeclineOp& op) {
     return;
   }
   const bool claimed = it != by_name_.end();
-  if (refused(op.op, op.layout.get(), true, claimed)) return;
-  if (claimed) forget(it->second);
   const uint32_t socket = core_.workers.socket_of(op.op.worker);
+  const bool replaces = claimed && words_.at(it->second).socket == socket;
+  if (refused(op.op, op.layout.get(), true, replaces)) return;
+  if (claimed) forget(it->second);
   remember_decline(add(op.op, socket, op.key, op.ticket, op.layout, true));
 }
 
@@ -301,6 +303,18 @@ void Claims::timer(TimerKey key) {
   const Word& word = words_.at(key.a);
   tell(word);
   core_.timers.set(key, core_.now + std::max(word.ttl / 3, kLeastRenewal));
+}
+
+void Claims::check_invariants() const {
+  std::map<std::pair<WorkerId, bool>, uint64_t> of_workers;
+  std::map<uint32_t, uint64_t> of_sockets;
+  for (const auto& [id, word] : words_) {
+    ++of_workers[{word.worker, word.declines}];
+    ++of_sockets[word.socket];
+  }
+  KVFERRY_CHECK(of_workers == per_worker_, "a worker's claims and declines are counted");
+  KVFERRY_CHECK(of_sockets == per_socket_, "a socket's claims and declines are counted");
+  KVFERRY_CHECK(by_name_.size() == words_.size(), "a claim or decline is found by its name");
 }
 
 }  // namespace kvferry::engine

@@ -30,6 +30,7 @@ class Claims {
   void layout_gone(const LayoutHandle* layout);
   void resync(Link& link);
   void timer(TimerKey key);
+  void check_invariants() const;
 
  private:
   // One word of one receiver rank about one transfer.

@@ -15,6 +15,7 @@ void Core::check_invariants() const {
   lanes.check_invariants();
   reuse.check_invariants();
   reservations.check_invariants();
+  claims.check_invariants();
   workers.check_invariants();
   std::vector<std::vector<std::pair<RegionKind, memory::Region>>> by_arena(arenas.size());
   for (const auto& of : regions) by_arena[arena_of(of.second)].push_back(of);

@@ -223,9 +223,13 @@ void Reservations::timer(TimerKey key) {
 void Reservations::check_invariants() const {
   std::vector<std::size_t> waiting(lines_.size());
   std::vector<uint64_t> asked(lines_.size());
+  std::map<WorkerId, uint32_t> of_workers;
+  std::map<uint32_t, uint32_t> of_sockets;
   for (const auto& [id, reservation] : table_) {
     waiting[reservation.arena()] += !reservation.granted;
     if (reservation.granted) asked[reservation.arena()] += reservation.frames;
+    ++of_workers[reservation.op->op.worker];
+    ++of_sockets[reservation.socket];
     KVFERRY_CHECK(reservation.granted == reservation.asking.empty(),
                   "a call waits as long as its reservation does");
     KVFERRY_CHECK(core_.timers.pending({TimerKind::kReservation, id, 0}) ==
@@ -233,6 +237,8 @@ void Reservations::check_invariants() const {
                   "a reservation without a Receive ends by itself");
   }
   KVFERRY_CHECK(by_name_.size() == table_.size(), "a reservation is found by its name");
+  KVFERRY_CHECK(of_workers == per_worker_, "a worker's reservations are counted");
+  KVFERRY_CHECK(of_sockets == per_socket_, "a socket's reservations are counted");
   for (std::size_t number = 0; number < lines_.size(); ++number) {
     KVFERRY_CHECK(waiting[number] == lines_[number].size(), "a reservation is in line or promised");
     KVFERRY_CHECK(asked[number] == core_.arenas[number].asked(),

@@ -208,6 +208,11 @@ TEST_CASE("a socket's workers share its claims, and other sockets' have their ow
   require_full(world.call(world.decline_op("c")));
   require_existing(world.call(claim_of(kWorker, "a")));
   require_fresh(world.call(claim_of(kStranger, "d")));
+  // To take another socket's claim back makes no room on one's own.
+  require_fresh(world.call(claim_of(kStranger, "f")));
+  DeclineOp of_another = world.decline_op("a");
+  of_another.op.worker = kStranger;
+  require_full(world.call(of_another));
   // A claim may be taken back; what is said then counts for as long as it is remembered.
   require_fresh(world.call(world.decline_op("a")));
   require_full(world.call(claim_of(kNeighbour, "c")));
