@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <fstream>
 #include <limits>
 
 #include "client/cpp/src/fork_guard.h"
@@ -101,7 +102,13 @@ bool receive_message(int fd, T& out, std::vector<UniqueFd>& fds) {
          out.header.magic == lifeline::kMagic;
 }
 
-// Who listens must be who the file says, and who is expected. Before anything is sent.
+uint32_t overflow_uid() {
+  uint32_t uid = 65534;
+  std::ifstream("/proc/sys/kernel/overflowuid") >> uid;
+  return uid;
+}
+
+// Who listens must be who is expected, or else who the file says. Before anything is sent.
 Status check_daemon(int fd, const AttachOptions& options) {
   ucred listener{};
   socklen_t size = sizeof listener;
@@ -110,18 +117,10 @@ Status check_daemon(int fd, const AttachOptions& options) {
   struct stat file {};
   if (::stat(options.socket.c_str(), &file) != 0)
     return unreachable("stat(" + options.socket + ")", errno);
-  const auto refuse = [&](const char* whose, uint32_t uid) {
-    return Error{Code::kPermissionDenied,
-                 "DAEMON_USER",
-                 options.socket + " is served by a process of uid " + std::to_string(listener.uid) +
-                     ", but " + whose + " is uid " + std::to_string(uid),
-                 "socket",
-                 {}};
-  };
-  if (listener.uid != file.st_uid) return refuse("the file's owner", file.st_uid);
-  if (options.daemon_uid && listener.uid != *options.daemon_uid)
-    return refuse("the daemon that is expected", *options.daemon_uid);
-  return {};
+  const std::string why =
+      why_not_served(file.st_uid, listener.uid, overflow_uid(), options.daemon_uid);
+  if (why.empty()) return {};
+  return Error{Code::kPermissionDenied, "DAEMON_USER", options.socket + ": " + why, "socket", {}};
 }
 
 Error closed() {
@@ -137,6 +136,21 @@ Error refused(const auto& reply, std::string field) {
 }
 
 }  // namespace
+
+std::string why_not_served(uint32_t owner, uint32_t listener, uint32_t overflow,
+                           std::optional<uint32_t> wanted) {
+  const std::string served = "it is served by a process of uid " + std::to_string(listener);
+  if (wanted) {
+    if (listener == *wanted) return {};
+    if (listener == overflow)
+      return "the daemon's user is not mapped in this user namespace (it appears as " +
+             std::to_string(overflow) + "), so that it cannot be told whether it is uid " +
+             std::to_string(*wanted) + ", which is expected";
+    return served + ", but the daemon that is expected is uid " + std::to_string(*wanted);
+  }
+  if (listener == owner || listener == overflow || owner == overflow) return {};
+  return served + ", but the file's owner is uid " + std::to_string(owner);
+}
 
 GuardedFd::GuardedFd(UniqueFd fd) : fd_(std::move(fd)) {
   close_in_children(fd_.get());

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -68,6 +69,12 @@ struct PoolToSend {
   int fd = -1;
   uint32_t part = 0;  // of kCudaVmmFd: several make up one pool
 };
+
+// Why a process of uid `listener` is not taken for the daemon at a socket of uid `owner`; empty if
+// it is. `overflow`: as which every user appears that this user namespace does not map. Without
+// `wanted` such a one cannot be compared and passes.
+std::string why_not_served(uint32_t owner, uint32_t listener, uint32_t overflow,
+                           std::optional<uint32_t> wanted);
 
 class Attachment {
  public:

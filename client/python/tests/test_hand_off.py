@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from conftest import TIMEOUT, Worker, Workers
 from daemons import Pair
 
 import kvferry as kv
+from kvferry._attachment import why_not_served
 
 SOURCE, DESTINATION, TOKENS = [5, 6, 2], [3, 1, 7], 20
 
@@ -365,6 +367,37 @@ def test_a_socket_of_another_user_is_left_alone(pair: Pair, tmp_path: Path) -> N
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.recv(1) == b""
+    # One who is expected is that one, whoever owns the file.
+    owner = os.stat(pair.prefill.socket).st_uid
+    os.chown(pair.prefill.socket, 12345, -1)
+    try:
+        kv.Client(pair.prefill.socket, name="uid", daemon_uid=own).close()
+    finally:
+        os.chown(pair.prefill.socket, owner, -1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "listener", "wanted", "why"),
+    [
+        (1000, 1000, None, ""),
+        (1000, 1001, None, "uid 1001, but the file's owner is uid 1000"),
+        (1000, 65534, None, ""),
+        (65534, 1000, None, ""),
+        (65534, 65534, None, ""),
+        (1000, 1001, 1001, ""),
+        (65534, 1001, 1001, ""),
+        (1000, 65534, 65534, ""),
+        (1001, 1001, 1000, "uid 1001, but the daemon that is expected is uid 1000"),
+        (65534, 1001, 1000, "uid 1001, but the daemon that is expected is uid 1000"),
+        (1000, 65534, 1000, "not mapped in this user namespace"),
+    ],
+)
+def test_who_serves_a_socket_is_compared_as_far_as_users_are_mapped_here(
+    owner: int, listener: int, wanted: Optional[int], why: str
+) -> None:
+    told = why_not_served(owner, listener, 65534, wanted)
+    assert why in told
+    assert bool(why) == bool(told)
 
 
 def test_pools_go_when_they_are_unregistered(workers: Workers) -> None:
@@ -532,3 +565,26 @@ def test_after_the_daemons_restart_everything_is_there_again() -> None:
         assert sent.wait(TIMEOUT).ok
         assert arrived(both)
         both.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: no socket of another user can be tried")
+def test_another_users_daemon_after_a_restart_is_refused_and_that_is_told(tmp_path: Path) -> None:
+    with Pair() as pair, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        client = kv.Client(pair.prefill.socket, name="left")
+        beside = str(tmp_path / "socket")
+        listener.bind(beside)
+        listener.listen()
+        os.chown(beside, 12345, -1)
+        pair.prefill.kill()
+        os.rename(beside, pair.prefill.socket)
+        told = []
+        for event in client.events(TIMEOUT):
+            told.append((event.kind, event.transfer, event.reason))
+            if event.kind is kv.EventKind.REJECTED:
+                break
+        assert told == [
+            (kv.EventKind.DAEMON_RESTARTED, None, "NONE"),
+            (kv.EventKind.REJECTED, None, "DAEMON_USER"),
+        ]
+        assert not client.attached
+        client.close()

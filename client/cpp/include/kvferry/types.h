@@ -27,7 +27,8 @@ enum class WorkerRole : uint8_t {
 
 struct AttachOptions {
   std::string socket = "/run/kvferry/kvferry.sock";  // the lifeline
-  // The daemon's user. Given or not, the process that listens must be the socket file's owner's.
+  // The daemon's user, as this user namespace maps it. Without it the process that listens must be
+  // the socket file's owner's, unless either is of a user that is not mapped here.
   std::optional<uint32_t> daemon_uid;
   std::string name;  // of this worker, unique in its tenant: [A-Za-z0-9][A-Za-z0-9._:+-]{0,62}
   WorkerRole role = WorkerRole::kRank;
@@ -276,10 +277,12 @@ enum class EventKind : uint8_t {
   kDelivered,          // sender: the end, well
   kFailed,             // either side: the end; memory still follows the RELEASED events
   kCancelled,          // the same
-  kRejected,           // an operation was refused: `error` says why. Nothing was started by it
-  kDraining,           // the daemon takes no new transfers (no transfer)
-  kDaemonRestarted,    // the daemon has ended (no transfer); open ones have failed
-  kReattached,         // attached to a daemon again and registered (no transfer)
+  // An operation was refused, or (no transfer) a decline or attaching again: `error` says why.
+  // Nothing was started by it.
+  kRejected,
+  kDraining,         // the daemon takes no new transfers (no transfer)
+  kDaemonRestarted,  // the daemon has ended (no transfer); open ones have failed
+  kReattached,       // attached to a daemon again and registered (no transfer)
 };
 KVFERRY_API std::string_view name_of(EventKind kind);
 

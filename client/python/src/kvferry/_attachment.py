@@ -64,22 +64,46 @@ def _unreachable(message: str) -> KvferryError:
     return KvferryError(Code.UNAVAILABLE, "DAEMON_UNREACHABLE", message, "socket")
 
 
+def _overflow_uid() -> int:
+    """As which every user appears that the reader's user namespace does not map."""
+    try:
+        with open("/proc/sys/kernel/overflowuid") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65534
+
+
+def why_not_served(owner: int, listener: int, overflow: int, wanted: Optional[int]) -> str:
+    """Why a process of uid `listener` is not taken for the daemon at a socket of uid `owner`; empty
+    if it is. Without `wanted`, a user that is not mapped here cannot be compared and passes."""
+    if wanted is not None:
+        if listener == wanted:
+            return ""
+        if listener == overflow:
+            return (
+                f"the daemon's user is not mapped in this user namespace (it appears as {overflow})"
+                f", so that it cannot be told whether it is uid {wanted}, which is expected"
+            )
+        return (
+            f"it is served by a process of uid {listener}, but the daemon that is expected is uid "
+            f"{wanted}"
+        )
+    if listener == owner or overflow in (listener, owner):
+        return ""
+    return f"it is served by a process of uid {listener}, but the file's owner is uid {owner}"
+
+
 def _check_daemon(sock: socket.socket, path: str, daemon_uid: Optional[int]) -> None:
-    """Who listens must be who the file says, and who is expected. Before anything is sent."""
+    """Who listens must be who is expected, or else who the file says. Before anything is sent."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     _, listener, _ = _CREDENTIALS.unpack(credentials)
     try:
         owner = os.stat(path).st_uid
     except OSError as error:
         raise _unreachable(f"stat({path}): {error.strerror}") from None
-    for whose, uid in (("the file's owner", owner), ("the daemon that is expected", daemon_uid)):
-        if uid is not None and uid != listener:
-            raise KvferryError(
-                Code.PERMISSION_DENIED,
-                "DAEMON_USER",
-                f"{path} is served by a process of uid {listener}, but {whose} is uid {uid}",
-                "socket",
-            )
+    why = why_not_served(owner, listener, _overflow_uid(), daemon_uid)
+    if why:
+        raise KvferryError(Code.PERMISSION_DENIED, "DAEMON_USER", f"{path}: {why}", "socket")
 
 
 def _closed() -> KvferryError:

@@ -212,6 +212,8 @@ class Rank:
                     anew = self._reattached(event) or anew
                 if event.transfer is not None:
                     self._take(event.transfer, event)
+                elif event.kind is EventKind.REJECTED:  # a decline, or attaching again
+                    self._logger.warning("kvferry: refused: %s", event.error)
         return anew
 
     def _take(self, transfer: Transfer, event: Event) -> None:

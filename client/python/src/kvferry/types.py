@@ -71,7 +71,9 @@ class EventKind(enum.Enum):
     DELIVERED = "DELIVERED"  # sender: the end, well
     FAILED = "FAILED"  # the end; memory still follows the RELEASED events
     CANCELLED = "CANCELLED"  # the same
-    REJECTED = "REJECTED"  # an operation was refused: `error` says why; nothing was started
+    # An operation was refused, or (without a transfer) a decline or attaching again: `error` says
+    # why; nothing was started.
+    REJECTED = "REJECTED"
     DRAINING = "DRAINING"  # the daemon takes no new transfers (no transfer)
     DAEMON_RESTARTED = "DAEMON_RESTARTED"  # the daemon has ended; open transfers have failed
     REATTACHED = "REATTACHED"  # attached to a daemon again and registered
