@@ -5,6 +5,8 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -284,16 +286,66 @@ TEST_CASE(
     const std::string foreign = message_of_refusal();
     CHECK(foreign.find(served) != std::string::npos);
     CHECK(foreign.find("owner is uid 12345") != std::string::npos);
-    options.daemon_uid = own;  // whatever is expected
-    CHECK(message_of_refusal() == foreign);
+    options.daemon_uid = own;  // the file's owner says nothing more
+    CHECK(Client::attach(options));
     REQUIRE(::chown(options.socket.c_str(), own, ::getegid()) == 0);
   } else {
     WARN("not root: no socket of another user was tried");
   }
   options.daemon_uid = own;
+  options.name = "rank1";
   CHECK(Client::attach(options));
   // The others had not even said their names.
-  CHECK(daemon.recorder.attached.size() == 1);
+  CHECK(daemon.recorder.attached.size() == (own == 0 ? 2 : 1));
+}
+
+TEST_CASE("who serves a socket is compared with its owner as far as both are mapped here") {
+  constexpr uint32_t kOverflow = 65534;
+  const auto why = [](uint32_t owner, uint32_t listener, std::optional<uint32_t> wanted = {}) {
+    return why_not_served(owner, listener, kOverflow, wanted);
+  };
+  CHECK(why(1000, 1000) == "");
+  CHECK(why(1000, 1001) ==
+        "it is served by a process of uid 1001, but the file's owner is uid 1000");
+  CHECK(why(1000, kOverflow) == "");
+  CHECK(why(kOverflow, 1000) == "");
+  CHECK(why(kOverflow, kOverflow) == "");
+  // One who is expected is that one, whoever owns the file.
+  CHECK(why(1000, 1001, 1001) == "");
+  CHECK(why(kOverflow, 1001, 1001) == "");
+  CHECK(why(1000, kOverflow, kOverflow) == "");
+  CHECK(why(1001, 1001, 1000) ==
+        "it is served by a process of uid 1001, but the daemon that is expected is uid 1000");
+  CHECK(why(kOverflow, 1001, 1000) == why(1001, 1001, 1000));
+  CHECK(why(1000, kOverflow, 1000).find("not mapped in this user namespace") != std::string::npos);
+}
+
+TEST_CASE(
+    "a daemon of another user in the place of one that has ended is refused, and it is told") {
+  if (::geteuid() != 0) {
+    WARN("not root: no socket of another user was tried");
+    return;
+  }
+  rpc::TemporaryDirectory directory;
+  std::optional<FakeDaemon> daemon(std::in_place, directory);
+  const std::string path = daemon->config.sockets[0].path;
+  const std::string beside = path + ".new";
+  const auto client = daemon->attach();
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  REQUIRE(beside.size() < sizeof address.sun_path);
+  std::memcpy(address.sun_path, beside.data(), beside.size());
+  const UniqueFd other(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  REQUIRE(::bind(other.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0);
+  REQUIRE(::listen(other.get(), 16) == 0);
+  REQUIRE(::chown(beside.c_str(), 12345, ::getegid()) == 0);
+  daemon.reset();
+  REQUIRE(::rename(beside.c_str(), path.c_str()) == 0);
+  const auto events = take(*client, 2);
+  REQUIRE(kinds(events) == std::vector{EventKind::kDaemonRestarted, EventKind::kRejected});
+  CHECK(events[1].transfer == 0);
+  REQUIRE(events[1].error);
+  CHECK(events[1].error->reason == "DAEMON_USER");
 }
 
 TEST_CASE("operations arrive in order and as they were given") {
@@ -501,6 +553,69 @@ TEST_CASE("a refused operation is an event, and the end of a transfer that has n
   CHECK(client->wait(handle, soon()).error().reason == "BLOCK_OUT_OF_RANGE");
   CHECK(client->close(handle));
   CHECK(client->stats().operations_rejected == 1);
+}
+
+TEST_CASE("a claim is forgotten once its decline is accepted; a refused decline leaves it") {
+  rpc::TemporaryDirectory directory;
+  FakeDaemon daemon(directory);
+  std::string refusal = "DRAINING";  // under the service's lock
+  daemon.service.answer = [&refusal](const pb::Operation& operation) {
+    pb::OperationResult result = FakeService::accepted(operation);
+    if (operation.has_decline() && !refusal.empty()) {
+      result.set_outcome(pb::OPERATION_OUTCOME_REJECTED);
+      result.mutable_error()->set_code(14);
+      result.mutable_error()->set_reason(refusal);
+    }
+    return std::optional(result);
+  };
+  auto client = daemon.attach();
+  ClaimRequest claim;
+  claim.key = key_of("t1");
+  claim.layout = {"decode", 0};
+  claim.ticket = "ticket";
+  const TransferHandle handle = *client->claim(claim);
+  REQUIRE(client->decline(claim));
+  const auto events = take(*client, 1);
+  REQUIRE(events.size() == 1);
+  CHECK(events[0].kind == EventKind::kRejected);
+  CHECK(events[0].transfer == 0);
+  REQUIRE(events[0].error);
+  CHECK(events[0].error->reason == "DRAINING");
+  CHECK(client->status(handle));
+  CHECK(client->close(handle).error().reason == "TRANSFER_OPEN");
+  CHECK(*client->claim(claim) == handle);
+  {
+    std::lock_guard<std::mutex> lock(daemon.service.mutex);
+    refusal.clear();
+  }
+  REQUIRE(client->decline(claim));
+  const auto deadline = soon();
+  while (client->stats().open_transfers != 0 && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::sleep_for(milliseconds(1));  // between two looks
+  CHECK(client->status(handle).error().reason == "TRANSFER_UNKNOWN");
+}
+
+TEST_CASE(
+    "whichever is answered first, a claim and its decline leave nothing; a refused claim stays") {
+  const auto open_after = [](std::vector<OperationAnswer> answers) {
+    Transfers transfers(16);
+    const TransferHandle handle = transfers.begin(Side::kReceiver, "key")->handle;
+    CHECK(transfers.handle_of("key") == handle);
+    CHECK(transfers.handle_of("another") == 0);
+    for (OperationAnswer& answer : answers) transfers.answer(handle, std::move(answer));
+    return transfers.counts().open;
+  };
+  const Error error{Code::kUnavailable, "DRAINING", "", {}, {}};
+  const OperationAnswer claimed{.accepted = true, .claim = true, .error = {}};
+  const OperationAnswer unclaimed{.claim = true, .error = error};
+  const OperationAnswer declined{.accepted = true, .decline = true, .error = {}};
+  const OperationAnswer undeclined{.decline = true, .error = error};
+  CHECK(open_after({claimed, declined}) == 0);
+  CHECK(open_after({declined, claimed}) == 0);
+  CHECK(open_after({declined}) == 1);
+  CHECK(open_after({claimed, undeclined}) == 1);
+  CHECK(open_after({claimed, undeclined, declined}) == 0);
+  CHECK(open_after({unclaimed, declined}) == 1);
 }
 
 TEST_CASE("a broken stream is opened again and what has no answer is sent again") {

@@ -127,9 +127,8 @@ Result<TransferHandle> Client::claim(const ClaimRequest& request) {
 Status Client::decline(const ClaimRequest& request) {
   auto operation = encode_decline(request);
   if (!operation) return operation.error();
-  if (auto queued = impl_->submit_without_transfer(std::move(*operation)); !queued) return queued;
-  impl_->transfers().declined(transfer_key(Side::kReceiver, request.key, request.layout));
-  return {};
+  return impl_->decline(transfer_key(Side::kReceiver, request.key, request.layout),
+                        std::move(*operation));
 }
 
 Status Client::commit_reuse(TransferHandle transfer, std::vector<GroupCommit> groups) {

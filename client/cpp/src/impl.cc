@@ -104,6 +104,7 @@ void Client::Impl::on_result(const pb::Operation& operation, TransferHandle hand
                              const pb::OperationResult& result) {
   OperationAnswer answer;
   answer.claim = operation.has_claim();
+  answer.decline = operation.has_decline();
   answer.accepted = result.outcome() == pb::OPERATION_OUTCOME_ACCEPTED ||
                     result.outcome() == pb::OPERATION_OUTCOME_EXISTING;
   if (!answer.accepted) answer.error = decode(result.error());
@@ -188,6 +189,11 @@ Status Client::Impl::submit_known(TransferHandle handle, pb::Operation operation
 Status Client::Impl::submit_without_transfer(pb::Operation operation) {
   if (!usable()) return not_attached();
   return submitter_.enqueue(std::move(operation), 0);
+}
+
+Status Client::Impl::decline(const std::string& key, pb::Operation operation) {
+  if (!usable()) return not_attached();
+  return submitter_.enqueue(std::move(operation), transfers_.handle_of(key));
 }
 
 Result<std::string> Client::Impl::aux(TransferHandle transfer) {
@@ -470,11 +476,18 @@ void Client::Impl::watch_once(const std::shared_ptr<Connection>& connection, int
 
 std::shared_ptr<Connection> Client::Impl::reattach(std::optional<Error>& problem) {
   auto attachment = Attachment::connect(options_);
-  if (!attachment) return nullptr;
+  if (!attachment) {
+    const Code code = attachment.error().code;
+    if (code != Code::kUnavailable && code != Code::kDeadlineExceeded) problem = attachment.error();
+    return nullptr;
+  }
   auto connection = std::make_shared<Connection>(std::move(*attachment));
   if (auto registered = register_again(*connection, problem); !registered) {
     // A daemon that goes away meanwhile is tried again; one that refuses is reported.
-    if (registered.error().code == Code::kUnavailable) return nullptr;
+    if (registered.error().code == Code::kUnavailable) {
+      problem.reset();
+      return nullptr;
+    }
     problem = registered.error();
   }
   return connection;
@@ -509,6 +522,7 @@ Status Client::Impl::register_again(const Connection& connection, std::optional<
 void Client::Impl::watch() {
   std::shared_ptr<Connection> connection = current();
   int backoff_ms = kFirstBackoffMs;
+  std::string told;  // why attaching again was refused last
   const auto stopping = [this] {
     pollfd entry{stop_.get(), POLLIN, 0};
     return ::poll(&entry, 1, 0) > 0;
@@ -522,11 +536,20 @@ void Client::Impl::watch() {
       on_lost(connection);
       connection.reset();
       backoff_ms = kFirstBackoffMs;
+      told.clear();
     } else if (searching) {
       std::optional<Error> problem;
       connection = reattach(problem);
       backoff_ms = std::min(backoff_ms * 2, kLastBackoffMs);
-      if (!connection) continue;
+      if (!connection) {
+        // It is tried on; a refusal that stays the same is told once.
+        if (problem && problem->reason != told) {
+          told = problem->reason;
+          transfers_.announce(EventKind::kRejected, std::move(problem));
+          notify();
+        }
+        continue;
+      }
       reconnects_.fetch_add(1);
       use(connection);
       transfers_.announce(EventKind::kReattached, std::move(problem));

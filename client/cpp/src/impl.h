@@ -97,6 +97,7 @@ class Client::Impl {
   }
   Status submit_known(TransferHandle handle, pb::Operation operation);
   Status submit_without_transfer(pb::Operation operation);
+  Status decline(const std::string& key, pb::Operation operation);
 
   std::size_t poll(std::span<Event> events);
   std::size_t wait_any(std::span<Event> events, Deadline deadline);

@@ -94,13 +94,10 @@ void Transfers::remove_if_declined(const Transfer& t) {
   if (t.declined && !t.accepted && t.operations == 0 && !t.refusal) remove(t);
 }
 
-void Transfers::declined(const std::string& key) {
+TransferHandle Transfers::handle_of(const std::string& key) const {
   MutexLock lock(mutex_);
   const auto it = by_key_.find(key);
-  if (it == by_key_.end()) return;
-  Transfer& transfer = *transfers_.at(it->second);
-  transfer.declined = true;
-  remove_if_declined(transfer);
+  return it == by_key_.end() ? 0 : it->second;
 }
 
 void Transfers::settle(TransferHandle handle, Time deadline) {
@@ -121,13 +118,18 @@ bool Transfers::answer(TransferHandle handle, OperationAnswer answer) {
     ++counts_.rejected;
   Transfer* transfer = find(handle);
   if (transfer != nullptr) {
-    if (transfer->operations > 0) --transfer->operations;
-    if (answer.accepted && !answer.claim) transfer->accepted = true;
-    if (answer.accepted) remove_if_declined(*transfer);
+    if (transfer->operations > 0 && !answer.decline) --transfer->operations;
+    if (answer.accepted) {
+      if (answer.decline)
+        transfer->declined = true;
+      else if (!answer.claim)
+        transfer->accepted = true;
+      remove_if_declined(*transfer);
+    }
   }
   if (!answer.error) return false;
   ++unread_;
-  if (transfer != nullptr) {
+  if (transfer != nullptr && !answer.decline) {
     transfer->refusal = answer.error;
     transfer->rejections.push_back(std::move(*answer.error));
     mark(*transfer);
@@ -192,7 +194,12 @@ void Transfers::announce(EventKind kind, std::optional<Error> error) {
   for (const Event& waiting : global_)
     if (waiting.kind == kind && kind != EventKind::kRejected && !waiting.error && !event.error)
       return;
-  if (global_.size() < max_unread_ + 16) global_.push_back(std::move(event));
+  if (global_.size() >= max_unread_ + 16) return;
+  if (kind == EventKind::kRejected) {
+    event.reason = "REJECTED";
+    ++unread_;
+  }
+  global_.push_back(std::move(event));
 }
 
 void Transfers::look() {

@@ -21,8 +21,9 @@ namespace kvferry::client {
 
 // Of one operation.
 struct OperationAnswer {
-  bool accepted = false;       // or existing
-  bool claim = false;          // what it answers
+  bool accepted = false;  // or existing
+  bool claim = false;     // what it answers
+  bool decline = false;
   std::optional<Error> error;  // rejected
 };
 
@@ -42,12 +43,13 @@ class Transfers {
   Status begin(TransferHandle handle) KVFERRY_EXCLUDES(mutex_);
   // The operation was never queued.
   void undo(TransferHandle handle, bool created) KVFERRY_EXCLUDES(mutex_);
-  // An answer has come; handle 0 for operations without a transfer. True if there is an event.
+  // An answer has come; handle 0 for operations without a transfer. True if there is an event. A
+  // refused decline leaves its claim as it was.
   bool answer(TransferHandle handle, OperationAnswer answer) KVFERRY_EXCLUDES(mutex_);
 
-  // Nothing more is told of a claim under this key: it is forgotten once it has its answer, unless
-  // that is a refusal, which is told.
-  void declined(const std::string& key) KVFERRY_EXCLUDES(mutex_);
+  // What a decline under this key takes back; 0: nothing of this client. Once the daemon has
+  // accepted both, the claim is forgotten; one that it has refused is told and stays.
+  TransferHandle handle_of(const std::string& key) const KVFERRY_EXCLUDES(mutex_);
 
   // Waits until no operation of the transfer is without an answer, it is forgotten or its daemon
   // lost, or until the deadline: a call about it must not overtake the operation that opened it.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Optional
 
 import pytest
 from conftest import TIMEOUT, Worker, Workers
 
 import kvferry as kv
 from kvferry._rank import Half, Rank, RankSettings
+from kvferry._transfers import Transfers
 
 TOKENS = 20
 BLOCKS = kv.GroupBlocks([5, 6, 2])
@@ -143,3 +145,51 @@ def test_a_refused_receive_of_what_was_claimed_leaves_nothing(workers: Workers) 
     rank.follow(half, transfer)
     poll_until_nothing_is_left(rank, 1)
     assert (half.released, half.ok, half.reason) == (True, False, "BLOCK_OUT_OF_RANGE")
+
+
+REFUSAL = kv.KvferryError(kv.Code.UNAVAILABLE, "DRAINING", "")
+
+
+@pytest.mark.parametrize(
+    ("answers", "left"),
+    [
+        ([("claim", None), ("decline", None)], 0),
+        ([("decline", None), ("claim", None)], 0),
+        ([("decline", None)], 1),
+        ([("claim", None), ("decline", REFUSAL)], 1),
+        ([("claim", None), ("decline", REFUSAL), ("decline", None)], 0),
+        ([("claim", REFUSAL), ("decline", None)], 1),
+    ],
+)
+def test_a_claim_goes_once_it_and_its_decline_are_accepted(
+    workers: Workers, answers: list[tuple[str, Optional[kv.KvferryError]]], left: int
+) -> None:
+    transfers = Transfers(16)
+    fresh = kv.Transfer(workers.receiver.client, 1, kv.Side.RECEIVER, workers.key())
+    transfers.begin(b"key", fresh)
+    assert (transfers.handle_of(b"key"), transfers.handle_of(b"another")) == (1, 0)
+    for operation, error in answers:
+        assert transfers.answer(1, error, operation) is (error is not None)
+    assert transfers.open == left
+
+
+def test_a_refusal_without_a_transfer_is_logged(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    rank = rank_of(workers.receiver)
+    rank.client._transfers.announce(kv.EventKind.REJECTED, REFUSAL)
+    rank.poll()
+    assert "refused: " in caplog.text
+    assert "DRAINING" in caplog.text
+
+
+def test_a_refused_decline_is_told_and_leaves_the_claim(workers: Workers) -> None:
+    client, key = workers.receiver.client, workers.key()
+    claimed = client.claim(key, workers.receiver.layout, workers.ticket)
+    client.decline(key, workers.receiver.layout, "not a ticket")
+    event = client.wait_any(TIMEOUT)[0]
+    assert (event.kind, event.transfer) == (kv.EventKind.REJECTED, None)
+    assert claimed.status().state is kv.TransferState.NONE
+    assert client.stats().open_transfers == 1
+    client.decline(key, workers.receiver.layout, workers.ticket)
+    wait_until(lambda: client.stats().open_transfers == 0)

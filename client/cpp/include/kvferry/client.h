@@ -116,7 +116,8 @@ class KVFERRY_API Client {
   // Extends the sender's lease until the receive, a decline or the end of this worker. Another ttl
   // or ticket than before is rejected (CLAIM_EXISTS), and so are too many (TOO_MANY_CLAIMS).
   Result<TransferHandle> claim(const ClaimRequest& request);
-  // Frees the sender's pages. Takes a claim back, whose handle is closed with it; a receive is
+  // Frees the sender's pages. Takes a claim back, whose handle is closed once the daemon has
+  // accepted this; a refusal is a kRejected without a transfer, and the claim stays. A receive is
   // given up by cancel().
   Status decline(const ClaimRequest& request);
   Status commit_reuse(TransferHandle transfer, std::vector<GroupCommit> groups);

@@ -46,8 +46,9 @@ class Session:
     ) -> None:
         """Attaches; blocks at most `attach_timeout` seconds.
 
-        `name`: of this worker, unique in its tenant. `daemon_uid`: the daemon's user; given or not,
-        the process that listens must be the socket file's owner's. `reconnect`: after the daemon's
+        `name`: of this worker, unique in its tenant. `daemon_uid`: the daemon's user, as this
+        user namespace maps it; without it the process that listens must be the socket file's
+        owner's, unless either is of a user that is not mapped here. `reconnect`: after the daemon's
         end attach and register everything again, with back-off. `queue_*`: what may wait to be
         sent; beyond it QUEUE_FULL. Errors: INVALID_ARGUMENT NAME_INVALID, ALREADY_EXISTS
         NAME_IN_USE, PERMISSION_DENIED (DAEMON_USER: of another user), UNAVAILABLE
@@ -160,7 +161,7 @@ class Session:
     def _on_result(self, operation: pb.Operation, handle: int, result: pb.OperationResult) -> None:
         taken = (pb.OPERATION_OUTCOME_ACCEPTED, pb.OPERATION_OUTCOME_EXISTING)
         error = None if result.outcome in taken else decode_error(result.error)
-        if self._transfers.answer(handle, error, operation.HasField("claim")):
+        if self._transfers.answer(handle, error, operation.WhichOneof("kind")):
             self._notify()
 
     def _send_host_pools(self, connection: Connection, pools: Iterable[Pool]) -> None:
@@ -238,6 +239,7 @@ class Session:
     def _watch(self) -> None:
         connection = self._connection
         backoff = _FIRST_BACKOFF
+        told = ""  # why attaching again was refused last
         while True:
             searching = connection is None and self._reconnect
             ready = self._watch_once(connection, backoff if searching else None)
@@ -250,10 +252,16 @@ class Session:
                 self._on_lost(connection)
                 connection = None
                 backoff = _FIRST_BACKOFF
+                told = ""
             elif searching:
                 backoff = min(backoff * 2, _LAST_BACKOFF)
                 connection, problem = self._reattach()
                 if connection is None:
+                    # It is tried on; a refusal that stays the same is told once.
+                    if problem is not None and problem.reason != told:
+                        told = problem.reason
+                        self._transfers.announce(EventKind.REJECTED, problem)
+                        self._notify()
                     continue
                 self._reconnects += 1
                 self._use(connection)
@@ -282,12 +290,14 @@ class Session:
         return ready
 
     def _reattach(self) -> tuple[Optional[Connection], Optional[KvferryError]]:
+        """Without a connection: the refusal, or None if no daemon answers."""
         try:
             attachment = Attachment(
                 self._socket, self._name, self._role, self._attach_timeout, self._daemon_uid
             )
-        except KvferryError:
-            return None, None
+        except KvferryError as error:
+            absent = error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+            return None, None if absent else error
         connection = Connection(attachment)
         try:
             return connection, self._register_again(connection)

@@ -216,16 +216,17 @@ class TransferCalls(EventCalls):
 
     def decline(self, key: TransferKey, layout: Optional[LayoutRef], ticket: str) -> None:
         """ "I shall not come": the sender's pages are freed at once. Takes a claim back; a receive
-        is given up by cancel(). The transfer that claim() returned is closed with it. Never
-        blocks."""
+        is given up by cancel(). The transfer that claim() returned is closed once the daemon has
+        accepted this; a refusal comes as the event REJECTED without a transfer, and the claim
+        stays. Never blocks."""
         self._check_alive()
         request = pb.DeclineRequest(
             transfer=_encode.transfer_ref(key),
             layout=_encode.layout_ref(layout),
             ticket=ticket,
         )
-        self._submitter.enqueue(pb.Operation(decline=request), 0, 256)
-        self._transfers.declined(_encode.transfer_key(Side.RECEIVER, key, layout))
+        claimed = self._transfers.handle_of(_encode.transfer_key(Side.RECEIVER, key, layout))
+        self._submitter.enqueue(pb.Operation(decline=request), claimed, 256)
 
     def commit_reuse(self, transfer: Transfer, groups: Sequence[GroupCommit]) -> None:
         """Publishes received blocks in the node's reuse index, after COMPLETED. Never blocks."""

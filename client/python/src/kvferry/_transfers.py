@@ -196,23 +196,27 @@ class Transfers:
             if created and entry.operations == 0:
                 self._remove(entry)
 
-    def answer(self, handle: int, error: Optional[KvferryError], claim: bool) -> bool:
-        """An answer has come; handle 0 for operations without a transfer. Whether there is an
-        event."""
+    def answer(self, handle: int, error: Optional[KvferryError], operation: Optional[str]) -> bool:
+        """An answer has come; handle 0 for operations without a transfer; `operation`: its field's
+        name. Whether there is an event. A refused decline leaves its claim as it was."""
+        declines = operation == "decline"
         with self._lock:
             self._lock.notify_all()
             entry = self._entries.get(handle)
-            if entry is not None:
+            if entry is not None and not declines:
                 entry.operations = max(0, entry.operations - 1)
             if error is None:
                 self.accepted += 1
                 if entry is not None:
-                    entry.accepted = entry.accepted or not claim
+                    if declines:
+                        entry.declined = True
+                    elif operation != "claim":
+                        entry.accepted = True
                     self._remove_if_declined(entry)
                 return False
             self.rejected += 1
             self._unread += 1
-            if entry is not None:
+            if entry is not None and not declines:
                 entry.refusal = error
                 entry.rejections.append(error)
                 self._mark(entry)
@@ -220,14 +224,12 @@ class Transfers:
                 self._global.append(Event(EventKind.REJECTED, None, None, error.reason, 0, error))
             return True
 
-    def declined(self, key: bytes) -> None:
-        """Nothing more is told of a claim under this key: it is forgotten once it has its answer,
-        unless that is a refusal, which is."""
+    def handle_of(self, key: bytes) -> int:
+        """What a decline under this key takes back; 0: nothing of this client. Once the daemon has
+        accepted both, the claim is forgotten; one that it has refused is told and stays."""
         with self._lock:
             entry = self._by_key.get(key)
-            if entry is not None:
-                entry.declined = True
-                self._remove_if_declined(entry)
+            return 0 if entry is None else entry.transfer.handle
 
     def settle(self, handle: int, deadline: float) -> None:
         """Waits until no operation of the transfer is without an answer: a call about it must not
@@ -294,6 +296,8 @@ class Transfers:
             ):
                 return
             if len(self._global) < self._max_unread + 16:
+                if kind is EventKind.REJECTED:
+                    self._unread += 1
                 self._global.append(
                     Event(kind, None, None, "NONE" if error is None else error.reason, 0, error)
                 )
