@@ -336,17 +336,22 @@ class Sender : public Side {
   bool done_ = false;
 };
 
-void use_environment_of_rails() {
+// UCX reads some of it when it is loaded, so this program is started again.
+void use_environment_of_rails(char** argv) {
+  constexpr const char* kStarted = "KVFERRY_UCX_LIMIT_STARTED";
+  if (std::getenv(kStarted) != nullptr) return;
   auto lines = kvferry::rails::make_rails_environment({});
   if (!lines) throw std::runtime_error(lines.error().to_string());
   for (const std::string& line : *lines) {
     const auto equals = line.find('=');
     (void)::setenv(line.substr(0, equals).c_str(), line.substr(equals + 1).c_str(), 1);
   }
+  (void)::setenv(kStarted, "1", 1);
+  ::execv("/proc/self/exe", argv);
+  throw std::runtime_error("cannot start this program again");
 }
 
 int run(const Options& options) {
-  use_environment_of_rails();
   int channel[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel) != 0)
     throw std::runtime_error("socketpair");
@@ -403,6 +408,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
+    use_environment_of_rails(argv);
     return run(options);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "kvferry_ucx_limit: %s\n", error.what());
