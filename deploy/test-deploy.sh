@@ -11,7 +11,7 @@ build=${1:-build/dev}
 logs=build/tests
 venv=build/deploy-venv
 stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
+trap 'end_step; rm -rf "$stage"' EXIT
 
 if ! cmp -s deploy/check/requirements.txt "$venv/installed"; then
   step "Python packages of the checks" "$logs/deploy-venv.log" \
@@ -39,19 +39,19 @@ done
 "$prefix/bin/kvferryd" --config "$prefix/etc/kvferry/kvferry.toml" --check-config
 printf '[engine]\nlease = "7s"\n' >"$prefix/etc/kvferry/conf.d/10-test.toml"
 "$prefix/bin/kvferryd" --config "$prefix/etc/kvferry/kvferry.toml" --print-config |
-  grep -q '^lease = "7s"  # file .*/conf.d/10-test.toml:2$'
+  grep '^lease = "7s"  # file .*/conf.d/10-test.toml:2$' >/dev/null
 rm "$prefix/etc/kvferry/conf.d/10-test.toml"
 lib=$(dirname "$(find "$prefix" -name libkvferry.so.0)")
 step "a project that finds it by CMake" "$logs/deploy-consumer.log" \
   sh -c "cmake -S deploy/check/consumer -B '$stage/consumer' -DCMAKE_PREFIX_PATH='$prefix' &&
     cmake --build '$stage/consumer'"
-"$stage/consumer/consumer" | grep -q UNAVAILABLE
+"$stage/consumer/consumer" | grep UNAVAILABLE >/dev/null
 # And one by pkg-config, after the tree has been moved: nothing in it is absolute.
 mv "$prefix" "$stage/moved"
 lib=${lib/"$prefix"/"$stage/moved"}
 read -ra flags < <(PKG_CONFIG_PATH=$lib/pkgconfig pkg-config --cflags --libs kvferry)
 g++ -std=c++20 deploy/check/consumer/main.cc -o "$stage/by-pkg-config" "${flags[@]}"
-LD_LIBRARY_PATH=$lib "$stage/by-pkg-config" | grep -q UNAVAILABLE
+LD_LIBRARY_PATH=$lib "$stage/by-pkg-config" | grep UNAVAILABLE >/dev/null
 mv "$stage/moved" "$prefix"
 
 echo "== the unit"
@@ -68,6 +68,16 @@ grep -q '^kvferry:' "$stage/root/etc/passwd"
 grep -q '^kvferry:' "$stage/root/etc/group"
 deploy/check/notify.py "$build/bin" "$unit"
 deploy/check/system-calls.sh "$build/bin" "$unit"
+
+echo "== what could not be written is no success"
+for command in 'kvferryd --print-default-config' 'kvferryd --print-config' 'kvferryd --check-config' \
+  'kvferryd --version' 'kvferryd --help' 'kvferryctl --version' 'kvferryctl --help' 'kvferryctl plan --help'; do
+  read -ra words <<<"$command"
+  status=0
+  "$build/bin/${words[0]}" "${words[@]:1}" >/dev/full 2>"$stage/told" || status=$?
+  [ "$status" -eq 74 ] && grep -q 'standard output could not be written' "$stage/told" ||
+    { echo "$command >/dev/full: status $status, not 74" >&2; exit 1; }
+done
 
 echo "== manual and completions"
 mandoc -Tlint -W warning deploy/man/*.[158]

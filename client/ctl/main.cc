@@ -28,7 +28,7 @@ enum ExitCode : int {
   kOk = 0,
   kRefused = 1,      // health: unhealthy or out of reach; else: the daemon answered with an error
   kUsage = 64,       // the command line is wrong
-  kUnwritten = 74,   // standard output takes no more
+  kUnwritten = 74,   // standard output could not be written
   kUnavailable = 69  // no daemon answers, or it does not serve what was asked
 };
 
@@ -184,7 +184,7 @@ class Session {
                   << std::flush;
       else
         screen.show(text(picture));
-      if (!std::cout) return kUnwritten;
+      if (!std::cout) break;
       before = std::move(now);
     }
     return kOk;
@@ -261,6 +261,13 @@ double parse_interval(const std::string& text) {
   return seconds;
 }
 
+// The code, unless the answer was lost.
+int written(int code) {
+  if (code != kOk || std::cout.flush()) return code;
+  std::cerr << "kvferryctl: standard output could not be written\n";
+  return kUnwritten;
+}
+
 int run(int argc, const char* const* argv) {
   using Stub = v1::Admin::Stub;
   Arguments arguments;
@@ -284,7 +291,8 @@ int run(int argc, const char* const* argv) {
       "Print the version and exit");
   app.footer(
       "Exit codes: 0 done, 1 refused by the daemon (health, doctor: not well), 64 usage,\n"
-      "65 a file is wrong, 69 no daemon answers or this release does not serve the command.");
+      "65 a file is wrong, 69 no daemon answers or this release does not serve the command,\n"
+      "74 standard output could not be written.");
 
   const Verb verbs[] = {
       {"status", "What the daemon is and how it fares", shows(&Stub::Status, status_text)},
@@ -422,10 +430,10 @@ int run(int argc, const char* const* argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    return app.exit(error, std::cout, std::cerr) == 0 ? kOk : kUsage;
+    return written(app.exit(error, std::cout, std::cerr) == 0 ? kOk : kUsage);
   }
   Session session(arguments);
-  return chosen(session);
+  return written(chosen(session));
 }
 
 }  // namespace

@@ -96,15 +96,23 @@ int serve(const ops::ConfigSources& sources, const ops::LoadedConfig& loaded,
   return ops::kExitOk;
 }
 
+// The code of a command that only prints, unless what it printed was lost.
+int written(int code) {
+  const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+  if (code != ops::kExitOk || !lost) return code;
+  std::fputs("kvferryd: standard output could not be written\n", stderr);
+  return ops::kExitUnwritten;
+}
+
 int run(int argc, const char* const* argv) {
   const std::variant<ops::Options, int> parsed = ops::parse_options(argc, argv);
-  if (const int* exit = std::get_if<int>(&parsed)) return *exit;
+  if (const int* exit = std::get_if<int>(&parsed)) return written(*exit);
   const auto& options = std::get<ops::Options>(parsed);
-  if (options.action == ops::Action::kCheckConfig) return ops::check_config(options);
-  if (options.action == ops::Action::kPrintConfig) return ops::print_config(options);
+  if (options.action == ops::Action::kCheckConfig) return written(ops::check_config(options));
+  if (options.action == ops::Action::kPrintConfig) return written(ops::print_config(options));
   if (options.action == ops::Action::kPrintDefaultConfig) {
     std::fputs(ops::default_config_text().c_str(), stdout);
-    return ops::kExitOk;
+    return written(ops::kExitOk);
   }
   const ops::ConfigSources sources{options.config_file, options.sets, ops::current_environment()};
   const ops::LoadedConfig loaded = ops::load_config(sources);

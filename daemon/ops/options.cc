@@ -30,7 +30,8 @@ std::variant<Options, int> parse_options(int argc, const char* const* argv) {
   app.footer(
       "Every key may also be given by the environment as KVFERRY_SECTION_KEY.\n"
       "Order: command line, environment, conf.d beside the file, file, default.\n"
-      "Exit codes: 0 stopped as asked, 64 usage, 70 internal error, 78 configuration.");
+      "Exit codes: 0 stopped as asked, 64 usage, 70 internal error,\n"
+      "74 standard output could not be written, 78 configuration.");
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

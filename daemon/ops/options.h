@@ -12,6 +12,7 @@ enum ExitCode : int {
   kExitOk = 0,             // stopped as asked
   kExitUsage = 64,         // the command line is wrong
   kExitInternal = 70,      // something that should not happen
+  kExitUnwritten = 74,     // standard output could not be written
   kExitConfiguration = 78  // the configuration, or the machine it asks for, is wrong
 };
 
