@@ -9,7 +9,9 @@ clean_debian() {
   chmod 755 "$root"
   if [ -z "$(find "$kept" -mtime -7 2>/dev/null)" ]; then
     mirror=$(sed -n 's/^URIs: *//p' /etc/apt/sources.list.d/debian.sources 2>/dev/null | head -n 1)
-    debootstrap --variant=minbase --include=ca-certificates bookworm "$root" "${mirror:-http://deb.debian.org/debian}"
+    # What it has mounted and started goes with it.
+    unshare --mount --pid --fork --kill-child debootstrap --variant=minbase --include=ca-certificates \
+      bookworm "$root" "${mirror:-http://deb.debian.org/debian}"
     rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/*
     tar -C "$root" --numeric-owner -cf "$kept.new" .
     mv "$kept.new" "$kept"
@@ -17,11 +19,13 @@ clean_debian() {
     tar -C "$root" --numeric-owner -xf "$kept"
   fi
   # Debian and PyPI as this machine reaches them.
-  for file in /etc/apt/sources.list.d/debian.sources /etc/apt/apt.conf.d/*proxy* /etc/apt/apt.conf.d/99* \
+  local sources=/etc/apt/sources.list.d/debian.sources
+  grep -qs bookworm "$sources" || sources=
+  for file in $sources /etc/apt/apt.conf.d/*proxy* /etc/apt/apt.conf.d/99* \
     /etc/pip.conf /etc/resolv.conf /etc/hosts /etc/ssl/certs/ca-certificates.crt; do
     [ ! -f "$file" ] || cp -L "$file" "$root$file"
   done
-  [ ! -f "$root/etc/apt/sources.list.d/debian.sources" ] || rm -f "$root/etc/apt/sources.list"
+  [ -z "$sources" ] || rm -f "$root/etc/apt/sources.list"
   echo 'APT::Get::Assume-Yes "true"; APT::Install-Recommends "false";' >"$root/etc/apt/apt.conf.d/90unasked"
 }
 

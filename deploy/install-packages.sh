@@ -18,7 +18,7 @@ tests=(openssl catch2 librapidcheck-dev libbenchmark-dev ccache clang-14 libclan
 # server of its own where systemd runs.
 tests+=(systemd shellcheck yamllint man-db mandoc zsh prometheus strace nftables)
 packing=(dpkg-dev file gzip)
-systems=(debootstrap systemd-container qemu-system-x86 e2fsprogs podman crun curl python3-venv)
+systems=(debootstrap systemd-container qemu-system-x86 e2fsprogs podman crun curl openssl python3-venv)
 
 case ${1:-} in
   '') ;;

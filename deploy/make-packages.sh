@@ -31,13 +31,14 @@ step "configuring" "$logs/configure.log" cmake --preset release -B "$build" \
 [ "$build_it" -eq 0 ] || step "building (a few minutes the first time)" "$logs/build.log" \
   cmake --build "$build" --target kvferryd kvferry-rails kvferryctl kvferry-bench kvferry_client_shared
 step "packing" "$logs/pack.log" cpack -G DEB --config "$build/CPackConfig.cmake" -B "$build/pack"
-rm -f "$output"/*.deb
+rm -f "$output"/{kvferryd,kvferry-tools,libkvferry0,libkvferry-dev}_*.deb
 mv "$build"/pack/*.deb "$output/"
 if [ "$lint" -eq 1 ]; then
   # Not asked of packages that go into no archive of Debian's: a bug number in the changelog. And CPack calls
   # ldconfig by scripts where the trigger, which is there too, would do.
   step "lintian" "$logs/lintian.log" \
     lintian --allow-root --tag-display-limit 0 --fail-on error,warning \
-    --suppress-tags initial-upload-closes-no-bugs,maintscript-calls-ldconfig "$output"/*.deb
+    --suppress-tags initial-upload-closes-no-bugs,maintscript-calls-ldconfig \
+    "$output"/{kvferryd,kvferry-tools,libkvferry0,libkvferry-dev}_*.deb
 fi
 ls -l "$output"

@@ -65,7 +65,7 @@ fi
 
 name=kvferry-$(cached CMAKE_PROJECT_VERSION)-linux-$(uname -m)
 stage=$(mktemp -d)
-trap 'rm -rf "$stage"' EXIT
+trap 'end_step; rm -rf "$stage"' EXIT
 tree=$stage/$name
 mkdir -p "$tree"/{bin,lib/gcc,lib/ucx,etc/ucx,share/licenses/kvferry}
 

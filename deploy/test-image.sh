@@ -20,14 +20,18 @@ for program in debootstrap podman; do
 done
 # crun takes either version of control groups, not both beside each other.
 if mountpoint -q /sys/fs/cgroup/unified; then
-  exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified && exec "$0" "$@"' "$0" "$@"
+  exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified && exec deploy/test-image.sh'
 fi
 
 work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" kvferry-image.XXXXXX)
 chmod 755 "$work"
 # Nothing of ours is left in the machine's own storage.
 podman=(podman --root "$work/storage" --runroot "$work/runroot" --storage-driver vfs --cgroup-manager cgroupfs)
+# podman build leaves folders where it works.
+mkdir "$work/tmp"
+export TMPDIR=$work/tmp
 cleanup() {
+  end_step
   "${podman[@]}" rm --all --force --time 0 >/dev/null 2>&1 || true
   "${podman[@]}" unmount --all >/dev/null 2>&1 || true
   rm -rf --one-file-system "$work"
@@ -43,12 +47,14 @@ make_bases() {
 }
 # Compiled through ccache where this machine has it, so that the next time is shorter.
 build_image() {
-  local options=()
+  local options=() cache
   if command -v ccache >/dev/null; then
     in_root "$work/debian" sh -c 'apt-get update -q && apt-get install -q ccache'
     tar -C "$work/debian" --numeric-owner -c . |
       "${podman[@]}" import --change "ENV CCACHE_DIR=/ccache" - localhost/builder
-    options=(--build-arg BUILDER=localhost/builder --volume "$(ccache --get-config cache_dir):/ccache")
+    cache=$(ccache --get-config cache_dir)
+    mkdir -p "$cache"
+    options=(--build-arg BUILDER=localhost/builder --volume "$cache:/ccache")
   fi
   "${podman[@]}" build --isolation chroot --pull=never "${options[@]}" \
     -f deploy/container/Containerfile -t kvferry:0.1.0 .

@@ -15,8 +15,8 @@ logs=build/package-logs
 command -v debootstrap >/dev/null || { echo "no debootstrap: deploy/install-packages.sh --lint" >&2; exit 1; }
 need_packages "$packages" kvferryd kvferry-tools libkvferry0 libkvferry-dev
 
-work=$(mktemp -d)
-trap 'rm -rf --one-file-system "$work"' EXIT
+work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" kvferry-packages.XXXXXX)
+trap 'end_step; rm -rf --one-file-system "$work"' EXIT
 chmod 755 "$work"
 root=$work/root
 step "a clean Debian 12" "$logs/debootstrap.log" clean_debian "$root"
@@ -63,7 +63,7 @@ echo '# changed' >>/etc/kvferry/kvferry.toml
 printf '[engine]\nlease = "7s"\n' >/etc/kvferry/conf.d/10-own.toml
 dpkg -i --force-confold /packages/kvferryd_*.deb
 tail -n 1 /etc/kvferry/kvferry.toml | grep -q changed
-kvferryd --config /etc/kvferry/kvferry.toml --print-config | grep -q '^lease = "7s"  # file /etc/kvferry/conf.d/10-own.toml:2'
+kvferryd --config /etc/kvferry/kvferry.toml --print-config | grep '^lease = "7s"  # file /etc/kvferry/conf.d/10-own.toml:2' >/dev/null
 dpkg -S /etc/kvferry/conf.d
 rm /etc/kvferry/conf.d/10-own.toml
 # The library: an engine's machine, and one that builds an engine.
