@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds kvferry and runs every test that this machine can run. Options:
+# Builds kvferry and runs every test that needs no root and no second system. Options:
 #   --quick   only the dev build and its tests (no sanitizers, no second UCX release)
 set -euo pipefail
 cd "$(dirname "$0")/.."
