@@ -85,7 +85,11 @@ void LinkManager::Impl::begin_dial(const std::string& key, uint64_t number) {
   if (!rails_up)
     return dial_failed(key, number,
                        {Code::kUnavailable, "RAILS_DOWN", "this daemon's rails are not up", {}});
-  attempt->route = std::move(*route);
+  begin_handshake(attempt, std::move(*route));
+}
+
+void LinkManager::Impl::begin_handshake(const std::shared_ptr<Attempt>& attempt, Route route) {
+  attempt->route = std::move(route);
   attempt->stub = dialer.dial(
       {attempt->route.endpoint.host, attempt->route.endpoint.port, attempt->route.identities});
   attempt->stub->challenge(attempt->deadline,

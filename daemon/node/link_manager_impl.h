@@ -169,6 +169,7 @@ struct LinkManager::Impl : std::enable_shared_from_this<LinkManager::Impl> {
   // --- link_dial.cc
   void ensure(PeerTarget target, EnsureDone done) KVFERRY_EXCLUDES(mutex);
   void begin_dial(const std::string& key, uint64_t number) KVFERRY_EXCLUDES(mutex);
+  void begin_handshake(const std::shared_ptr<Attempt>& attempt, Route route);
   void send_hello(const std::shared_ptr<Attempt>& attempt, const rpc::Random32& challenge)
       KVFERRY_EXCLUDES(mutex);
   void take_reply(const std::shared_ptr<Attempt>& attempt, const rpc::SignedHello& reply)

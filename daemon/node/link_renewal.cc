@@ -100,16 +100,8 @@ void LinkManager::Impl::begin_renewal(LinkId id) {
                                "PEER_MODE",
                                "the link was made in another mode than the peer's is now",
                                {}});
-  attempt->route = std::move(*route);
-  // A connection of its own, in which the peer shows its certificate anew.
-  attempt->stub = dialer.dial(
-      {attempt->route.endpoint.host, attempt->route.endpoint.port, attempt->route.identities});
-  attempt->stub->challenge(attempt->deadline,
-                           [impl = shared_from_this(), attempt](Result<rpc::Random32> challenge) {
-                             if (!challenge)
-                               return impl->attempt_failed(*attempt, std::move(challenge).error());
-                             impl->send_hello(attempt, *challenge);
-                           });
+  // By a connection of its own, in which the peer shows its certificate anew.
+  begin_handshake(attempt, std::move(*route));
 }
 
 void LinkManager::Impl::take_renewal(const std::shared_ptr<Attempt>& attempt,
